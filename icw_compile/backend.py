@@ -1,0 +1,148 @@
+"""``torch.compile(model, backend="icw_int8kv")``: capture, rewrite, compile, bind."""
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from icw_compile import ops
+from icw_compile.binding import bind
+from icw_compile.capture import capture, example_inputs, forward_dynamo_metadata
+from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
+from icw_compile.families import family_of
+from icw_compile.options import Options, split_options
+from icw_compile.passes import PASSES, KVGraph, PassResult, run_passes
+from icw_compile.report import GraphReport, next_name, record
+
+__all__ = ["icw_int8kv"]
+
+aten = torch.ops.aten
+
+
+def icw_int8kv(
+    dynamo_graph: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The backend: called by ``torch.compile`` with each graph that it captures.
+
+    A graph with no key/value cache goes to Inductor as it is. In any other the cache becomes int8.
+
+    Args:
+        dynamo_graph: the captured graph.
+        inputs: its example inputs.
+        mode: Inductor's ``mode``, as given to ``torch.compile``.
+        options: Inductor's options, as given to ``torch.compile``, and ours: `icw_compile.options.Options`.
+
+    Raises:
+        ValueError: an unknown ``icw.`` option or a wrong value.
+        TypeError: the cache has a dtype that cannot be quantized.
+        RuntimeError: gradients are recorded, or the model is in training mode.
+        UnquantizedCacheError: a cache stays float, with ``icw.strict``.
+    """
+    ours, inductor_options = split_options(options, mode)
+    started = time.perf_counter()
+    graph = capture(dynamo_graph)
+    names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
+    report = GraphReport(next_name(), nodes=len(graph.graph.nodes))
+    report.family, report.expected_sites = _family(graph)
+    captured = time.perf_counter()
+    results = run_passes(graph, PASSES)
+    rewritten = time.perf_counter()
+
+    report.passes = {result.name: result.matches for result in results}
+    report.sites, report.skipped = graph.sites, graph.skipped
+    report.capture_seconds, report.passes_seconds = captured - started, rewritten - captured
+    _complain(graph, ours)
+    if graph.sites:
+        _check_inference(graph, dynamo_graph)
+        forward_dynamo_metadata(dynamo_graph, graph)
+        compiled = bind(graph, names, _compile(graph.module, example_inputs(graph), ours, inductor_options))
+    else:
+        compiled = _compile(dynamo_graph, inputs, ours, inductor_options)
+    report.compile_seconds = time.perf_counter() - rewritten
+    record(report)
+    return compiled
+
+
+def _compile(
+    module: GraphModule, inputs: Sequence[Any], options: Options, inductor_options: dict[str, Any]
+) -> Callable[..., Any]:
+    if options.compiler == "eager":
+        return module.forward
+    # Private, and the only way to get torch.compile's own reading and checking of `mode` and `options`.
+    inductor = torch._TorchCompileInductorWrapper(options.mode, inductor_options, None)
+    # torch's on-disk caches are keyed by the graph before decomposition, in which our operations are mere names.
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} {_cache_tag()}"):
+        return inductor(module, inputs)
+
+
+def _cache_tag() -> str:
+    source = Path(ops.__file__).read_bytes()
+    return f"icw-compile {version('icw-compile')} {hashlib.sha256(source).hexdigest()[:16]}"
+
+
+def _complain(graph: KVGraph, options: Options) -> None:
+    """Say which caches are not int8, or not read as int8: once for each graph."""
+    if not graph.skipped:
+        return
+    reasons: dict[str, list[str]] = {}
+    for skipped in graph.skipped:
+        reasons.setdefault(skipped.reason, []).append(f"{skipped.layer} {skipped.what}".strip())
+    lines = [
+        f"{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}: {reason}"
+        for reason, places in reasons.items()
+    ]
+    message = "icw_int8kv: a key/value cache is not read as int8.\n  " + "\n  ".join(lines)
+    if options.strict:
+        raise UnquantizedCacheError(message)
+    warnings.warn(message, UnquantizedCacheWarning, stacklevel=2)
+
+
+def _check_inference(graph: KVGraph, dynamo_graph: GraphModule) -> None:
+    """Refuse to train through an int8 cache: nothing flows back through rounding."""
+    for node in graph.graph.nodes:
+        if _drops_out(node):
+            raise RuntimeError(
+                f"icw_int8kv: the model is in training mode (dropout is active in `{node.name}`). An int8 key/value "
+                "cache is for inference: call model.eval()."
+            )
+    if not torch.is_grad_enabled():
+        return
+    for node in dynamo_graph.graph.find_nodes(op="placeholder"):
+        if getattr(node.meta["example_value"], "requires_grad", False):
+            raise RuntimeError(
+                f"icw_int8kv: gradients are being recorded (`{node.name}` requires grad). An int8 key/value cache is "
+                "for inference: call the model under torch.no_grad() or torch.inference_mode()."
+            )
+
+
+def _drops_out(node: Node) -> bool:
+    if node.target is aten.dropout.default:
+        return bool(node.args[2]) and node.args[1] != 0
+    if node.target is aten.scaled_dot_product_attention.default:
+        return len(node.args) > 4 and node.args[4] != 0 or node.kwargs.get("dropout_p", 0) != 0
+    return False
+
+
+def _family(graph: KVGraph) -> tuple[str, int | None]:
+    """The model type that the graph's modules belong to, and the number of sites that it should have."""
+    attentions: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+            class_path = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+            if class_path.endswith("Attention"):
+                attentions[path] = class_path
+    families = {family for class_path in attentions.values() if (family := family_of(class_path))}
+    if len(families) != 1:
+        return "", None
+    family = families.pop()
+    return family.model_type, family.sites_per_layer * len(attentions)

@@ -1,0 +1,73 @@
+"""Int8 caches made before the first compiled call, and the size of any cache."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+
+from icw_compile.tensor import QuantizedKV
+
+__all__ = ["cache_bytes", "static_cache"]
+
+
+def static_cache(
+    model_or_config: PreTrainedModel | PreTrainedConfig,
+    batch_size: int,
+    max_cache_len: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> StaticCache:
+    """A transformers `StaticCache` whose layers already hold int8 zeros.
+
+    Use it to allocate the cache once: to reuse it with ``reset()``, to start with a prefill that is not compiled, or
+    to know beforehand that it fits.
+
+    Args:
+        model_or_config: the model that will use it, or its configuration.
+        batch_size: sequences in the batch.
+        max_cache_len: tokens that a full-attention layer holds; a sliding layer holds at most its window.
+        dtype: the dtype of the model: float32, bfloat16 or float16. Taken from the model or configuration if left out.
+        device: where to put it. Taken from the model if left out, else the CPU.
+
+    Raises:
+        TypeError: the dtype is not one of the three.
+        ValueError: the model has a layer whose state is no key/value cache.
+    """
+    if isinstance(model_or_config, PreTrainedModel):
+        config = model_or_config.config
+        dtype = dtype or model_or_config.dtype
+        device = device or model_or_config.device
+    else:
+        config = model_or_config
+    config = config.get_text_config(decoder=True)
+    dtype = dtype or config.dtype or torch.get_default_dtype()
+    cache = StaticCache(config, max_cache_len=max_cache_len)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, StaticLayer):
+            raise ValueError(f"layer {i} of {config.model_type} keeps a {type(layer).__name__}, which is no key/value cache")
+        _initialize(layer, (batch_size, heads, 0, head_dim), dtype, torch.device(device or "cpu"))
+    return cache
+
+
+def _initialize(layer: StaticLayer, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Let transformers set up the layer, with `QuantizedKV` in place of the float tensors that it makes."""
+    no_states = torch.empty(shape, dtype=dtype, device=device)
+    layer.lazy_initialization(no_states, no_states)
+    for name in ("keys", "values"):
+        size = getattr(layer, name).shape
+        setattr(layer, name, None)  # frees the float tensor before its replacement is made
+        setattr(layer, name, QuantizedKV.zeros(size, dtype, device))
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that ``cache`` holds, as stored: a `QuantizedKV` counts its parts."""
+    return sum(_tensor_bytes(getattr(layer, name, None)) for layer in cache.layers for name in ("keys", "values"))
+
+
+def _tensor_bytes(tensor: Any) -> int:
+    if tensor is None:
+        return 0
+    return tensor.stored_bytes if isinstance(tensor, QuantizedKV) else tensor.nbytes

@@ -1,0 +1,102 @@
+"""From the graph that Dynamo hands to a backend to the pre-dispatch ATen graph that the passes work on, and back.
+
+The one place that knows torch's private capture interfaces: `TracingContext`, the metadata of Dynamo's placeholders,
+and what AOTAutograd reads of it.
+"""
+
+import re
+from typing import Any
+
+import torch
+import torch.fx.traceback
+from torch._guards import TracingContext
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from icw_compile.passes import KVGraph
+from icw_compile.rows import Quantized
+from icw_compile.tensor import QuantizedKV
+
+__all__ = ["capture", "example_inputs", "forward_dynamo_metadata"]
+
+
+def capture(dynamo_graph: GraphModule) -> KVGraph:
+    """Retrace Dynamo's graph into pre-dispatch ATen, where each operation has one spelling.
+
+    In-place writes stay visible, sizes stay symbolic, and a `QuantizedKV` input is traced as the plain float tensor
+    that it stands for. ``dynamo_graph`` is left as it is. Costs about 1 ms for each node.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise RuntimeError("icw_int8kv compiles graphs that torch.compile captured; call it as a torch.compile backend.")
+    fake_mode = context.fake_mode
+    placeholders = dynamo_graph.graph.find_nodes(op="placeholder")
+    examples = [node.meta["example_value"] for node in placeholders]
+    with fake_mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
+        # Dynamo's own example values belong to a fake mode that it has done with.
+        inputs = [_fresh(example) for example in examples]
+        # `Interpreter` carries each node's layer and stack trace over to what it is traced into.
+        module = make_fx(lambda *args: Interpreter(dynamo_graph).run(*args), pre_dispatch=True)(*inputs)
+    quantized = {}
+    for old, new, example in zip(placeholders, module.graph.find_nodes(op="placeholder"), examples, strict=True):
+        _rename(new, _readable_name(old.name))
+        new.meta["dynamo_placeholder"] = old
+        new.meta["source_name"] = source_name(old)
+        if isinstance(example, QuantizedKV):
+            with fake_mode:
+                parts = [_fresh(part) for part in (example.qdata, example.scale)]
+            quantized[new] = Quantized(*parts, example.dtype)
+    module.recompile()
+    return KVGraph(module, fake_mode, quantized)
+
+
+def example_inputs(graph: KVGraph) -> list[Any]:
+    """The fake inputs of the graph's present placeholders."""
+    return [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+
+
+def forward_dynamo_metadata(dynamo_graph: GraphModule, graph: KVGraph) -> None:
+    """Give the rewritten graph what AOTAutograd reads of a Dynamo graph.
+
+    That is the compile id, each placeholder's source (to deduplicate inputs) and which inputs have a fixed address
+    (for CUDA graphs).
+    """
+    graph.module.meta.update(dynamo_graph.meta)
+    graph.module._param_name_to_source = getattr(dynamo_graph, "_param_name_to_source", {})  # type: ignore[assignment]
+    parts = {name for names in graph.inputs.values() for name in names}
+    for node in graph.graph.find_nodes(op="placeholder"):
+        old = node.meta.pop("dynamo_placeholder", None)
+        if old is None:
+            raise AssertionError(f"placeholder {node} does not come from the captured graph")
+        # The parts of a quantized tensor have no source of their own.
+        node._dynamo_source = None if node.name in parts else getattr(old, "_dynamo_source", None)
+        if "tensor_dict" in old.meta:
+            node.meta["tensor_dict"] = old.meta["tensor_dict"]
+
+
+def source_name(placeholder: Node) -> str:
+    """Where the caller keeps this input, such as ``past_key_values.layers[0].keys``; empty if unknown."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return ""
+    # L['kwargs']['past_key_values'].layers[0].keys -> past_key_values.layers[0].keys
+    return re.sub(r"^L(\['(?:args|kwargs)'\])?\['(\w+)'\]\.?", lambda m: m[2] + ".", source.name).strip(".")
+
+
+def _fresh(example: Any) -> Any:
+    """An input to trace with: a plain tensor of the same metadata, or the symbolic number itself."""
+    if not isinstance(example, torch.Tensor):
+        return example
+    return torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device=example.device)
+
+
+def _readable_name(name: str) -> str:
+    """``l_self_modules_model_modules_norm_parameters_weight_`` -> ``model_norm_weight``."""
+    name = re.sub(r"^l_|_$", "", name)
+    name = re.sub(r"^(self|args|kwargs)_", "", name)
+    return re.sub(r"(^|_)(modules|parameters|buffers)_", r"\1", name) or "input"
+
+
+def _rename(node: Node, name: str) -> None:
+    node._rename(name)
+    node.target = node.name

@@ -1,0 +1,226 @@
+"""The named operations of the ``icw_int8kv`` namespace: what a rewritten graph is spelled in.
+
+All of them are ``CompositeImplicitAutograd``: a graph, a test or a notebook shows one readable node, and
+AOTAutograd decomposes that node into plain ATen, so that Inductor fuses it with what surrounds it and the writes
+into the cache stay in place.
+
+Shapes, in the letters used below: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query tokens, ``S``
+cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
+
+``quantize_per_head(x[..., D], scale_dtype) -> (qdata int8[..., D], scale[..., 1])``
+    Symmetric, one scale per row: ``scale = amax(|x|) / 127``, ``qdata = round(x / scale)`` in ``[-127, 127]``, where
+    the division is by the scale *as stored*. A zero row has scale 0; a row with a NaN or an infinity has a
+    non-finite scale and reads back as non-finite in every channel.
+``dequantize_per_head(qdata[..., D], scale[..., 1], dtype) -> [..., D]``
+``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
+value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap) -> [B, Hq, T, Dv]``
+    Softmax attention over a quantized cache; grouped heads are never expanded. ``attn_mask`` is boolean (``True``
+    takes part) or additive and broadcasts to ``[B, Hq, T, S]``; ``is_causal`` aligns the triangle at the upper left,
+    as ``torch.nn.functional.scaled_dot_product_attention`` does; ``softcap`` is Gemma 2's ``cap * tanh(x / cap)``. A
+    row that the boolean mask leaves empty gives zeros. This spelling is the reference and what passes match on.
+``attention_decode``, ``attention_prefill``
+    The same function with the same arguments, as the ``lower`` pass chooses: ``attention_decode`` (``T`` = 1) reads
+    the int8 rows inside two reductions and has no dequantized intermediate; ``attention_prefill`` dequantizes the
+    one layer that it reads and gives it to torch's own attention kernels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["QMAX", "attention", "dequantize_per_head", "quantize_per_head", "scale_dtype_for"]
+
+#: Largest magnitude of a quantized value. -128 is left out, so that the range is symmetric.
+QMAX = 127
+
+#: The dtypes of keys and values that can be quantized, and the dtype in which the scales of each are stored.
+SCALE_DTYPES: dict[torch.dtype, torch.dtype] = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.bfloat16,
+}
+
+_ATTENTION_SCHEMA = (
+    "(Tensor query, Tensor key_qdata, Tensor key_scale, Tensor value_qdata, Tensor value_scale, "
+    "Tensor? attn_mask, bool is_causal, float scale, float? softcap) -> Tensor"
+)
+
+
+def scale_dtype_for(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the scales of ``dtype`` keys and values are stored.
+
+    Raises:
+        TypeError: ``dtype`` is not one that the int8 cache supports.
+    """
+    try:
+        return SCALE_DTYPES[dtype]
+    except KeyError:
+        supported = ", ".join(str(d).removeprefix("torch.") for d in SCALE_DTYPES)
+        raise TypeError(
+            f"icw_int8kv cannot quantize a key/value cache of dtype {dtype}: the supported dtypes are {supported}. "
+            "Load the model in one of them, for example with `dtype=torch.bfloat16`."
+        ) from None
+
+
+def quantize_per_head(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    values = x.float()
+    amax = values.abs().amax(dim=-1, keepdim=True)
+    if x.dtype == torch.float16:
+        # A scale that was rounded up to bfloat16 must not carry 127 * scale over float16's largest number.
+        amax = torch.where(amax.isfinite(), amax.clamp(max=QMAX * 512.0), amax)
+    scale = (amax / QMAX).to(scale_dtype)
+    stored = scale.float()
+    divisor = torch.where((stored == 0) | ~stored.isfinite(), 1.0, stored)
+    rounded = (values / divisor).round().clamp(-QMAX, QMAX)
+    # The conversion of NaN to an integer is undefined: the scale alone carries "non-finite", as 0 * inf and 0 * NaN.
+    return torch.where(stored.isfinite(), rounded, 0.0).to(torch.int8), scale
+
+
+def dequantize_per_head(qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (qdata.float() * scale.float()).to(dtype)
+
+
+def attention(
+    query: Tensor,
+    key_qdata: Tensor,
+    key_scale: Tensor,
+    value_qdata: Tensor,
+    value_scale: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    key = dequantize_per_head(key_qdata, key_scale, torch.float32)
+    value = dequantize_per_head(value_qdata, value_scale, torch.float32)
+    return _grouped_attention(query.float(), key, value, attn_mask, is_causal, scale, softcap).to(query.dtype)
+
+
+def _attention_decode(
+    query: Tensor,
+    key_qdata: Tensor,
+    key_scale: Tensor,
+    value_qdata: Tensor,
+    value_scale: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    batch, query_heads, _, head_dim = query.shape
+    heads, tokens = key_qdata.shape[1:3]
+    grouped = query.reshape(batch, heads, -1, 1, head_dim).float()
+    # Elementwise product and sum, not a matmul: Inductor reads the int8 rows inside the reduction, where a matmul
+    # would need its operand as a float tensor in memory. The scale of a row leaves the sum.
+    scores = (grouped * key_qdata.unsqueeze(2).float()).sum(dim=-1) * key_scale.float().view(batch, heads, 1, tokens)
+    scores = _masked(scores.unsqueeze(-2), attn_mask, is_causal, scale, softcap).squeeze(-2)
+    weights = _softmax(scores) * value_scale.float().view(batch, heads, 1, tokens)
+    output = (weights.unsqueeze(-1) * value_qdata.unsqueeze(2).float()).sum(dim=-2)
+    return output.reshape(batch, query_heads, 1, -1).to(query.dtype)
+
+
+def _attention_prefill(
+    query: Tensor,
+    key_qdata: Tensor,
+    key_scale: Tensor,
+    value_qdata: Tensor,
+    value_scale: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    key = dequantize_per_head(key_qdata, key_scale, query.dtype)
+    value = dequantize_per_head(value_qdata, value_scale, query.dtype)
+    if softcap is not None or key.shape[-1] != value.shape[-1]:
+        # torch's fused kernels have no softcap, and outside them it expands grouped heads.
+        return _grouped_attention(query, key, value, attn_mask, is_causal, scale, softcap)
+    groups = query.shape[1] // key.shape[1]
+    if attn_mask is not None and groups > 1 and query.device.type != "cpu":
+        return _folded_attention(query, key, value, attn_mask, scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
+    )
+
+
+def _folded_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
+    """Masked grouped-query attention with the query heads of a group laid out as more query tokens.
+
+    Off the CPU, torch has no fused kernel for a mask together with ``enable_gqa``: it would expand keys and values.
+    """
+    batch, query_heads, length, _ = query.shape
+    heads = key.shape[1]
+    groups = query_heads // heads
+    mask = attn_mask.expand(-1, attn_mask.shape[1], length, -1)
+    if mask.shape[1] == 1:
+        mask = mask.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    else:
+        mask = mask.unflatten(1, (heads, groups)).flatten(2, 3)
+    folded = query.reshape(batch, heads, groups * length, -1)
+    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    return output.reshape(batch, query_heads, length, -1)
+
+
+def _grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention in two matmuls on ``[B, H, groups * T, ...]``: the heads of a group share one key/value head."""
+    batch, query_heads, length, _ = query.shape
+    heads, tokens = key.shape[1:3]
+    groups = query_heads // heads
+    scores = torch.matmul(query.reshape(batch, heads, groups * length, -1), key.transpose(-1, -2)).float()
+    scores = _masked(scores.view(batch, heads, groups, length, tokens), attn_mask, is_causal, scale, softcap)
+    weights = _softmax(scores).to(value.dtype).view(batch, heads, groups * length, tokens)
+    return torch.matmul(weights, value).reshape(batch, query_heads, length, -1)
+
+
+def _masked(
+    scores: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, softcap: float | None
+) -> Tensor:
+    """Scale, softcap and mask raw scores ``[B, H, groups, T, S]`` of float32."""
+    scores = scores * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    heads, groups, length, tokens = scores.shape[1:]
+    if is_causal:
+        row = torch.arange(length, device=scores.device).unsqueeze(-1)
+        scores = torch.where(row >= torch.arange(tokens, device=scores.device), scores, -torch.inf)
+    if attn_mask is not None:
+        # A head dimension of 1 is shared by all query heads; a full one is split into groups.
+        shared = attn_mask.shape[1] == 1
+        mask = attn_mask.unsqueeze(2) if shared else attn_mask.unflatten(1, (heads, groups))
+        scores = torch.where(mask, scores, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    return scores
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension in which a row of minus infinities gives zeros instead of NaN."""
+    largest = scores.amax(dim=-1, keepdim=True)
+    weights = torch.exp(scores - torch.where(largest == -torch.inf, 0.0, largest))
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / torch.where(total == 0, 1.0, total)
+
+
+def _register() -> None:
+    schemas = {
+        "quantize_per_head": ("(Tensor x, ScalarType scale_dtype) -> (Tensor, Tensor)", quantize_per_head),
+        "dequantize_per_head": (
+            "(Tensor qdata, Tensor scale, ScalarType dtype) -> Tensor",
+            dequantize_per_head,
+        ),
+        "attention": (_ATTENTION_SCHEMA, attention),
+        "attention_decode": (_ATTENTION_SCHEMA, _attention_decode),
+        "attention_prefill": (_ATTENTION_SCHEMA, _attention_prefill),
+    }
+    for name, (schema, function) in schemas.items():
+        torch.library.define(f"icw_int8kv::{name}", schema)
+        torch.library.impl(f"icw_int8kv::{name}", "CompositeImplicitAutograd", function)
+
+
+_register()

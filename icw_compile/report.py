@@ -1,0 +1,164 @@
+"""What was compiled, and what became of each key/value cache in it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from icw_compile.passes import PassResult, Site, Skipped
+
+__all__ = ["GraphReport", "Report", "report", "reset_report"]
+
+
+@dataclass
+class GraphReport:
+    """One compiled graph.
+
+    Attributes:
+        name: ``graph 0``, ``graph 1``, ... in the order of compilation.
+        family: the model type whose code the graph came from, if it is one of `icw_compile.families`.
+        expected_sites: the key/value storages that a graph with this many layers of that family has.
+        sites: each key or value storage that lives as int8, and how it is written and read.
+        skipped: what looks like a cache and stays float, or is read through a dequantized copy, and why.
+        passes: matches of each pass.
+        nodes: nodes of the captured graph.
+        capture_seconds, passes_seconds, compile_seconds: the time that capture, the passes and Inductor took.
+    """
+
+    name: str
+    family: str = ""
+    expected_sites: int | None = None
+    sites: list[Site] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    passes: dict[str, int] = field(default_factory=dict)
+    nodes: int = 0
+    capture_seconds: float = 0.0
+    passes_seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+    @property
+    def float_bytes_per_token(self) -> int:
+        """Bytes that one token of one sequence takes in the float cache, all sites together."""
+        return sum(site.float_bytes_per_token for site in self.sites)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one sequence takes as int8 and scales, all sites together."""
+        return sum(site.bytes_per_token for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "family": self.family,
+            "expected_sites": self.expected_sites,
+            "sites": [site.to_dict() for site in self.sites],
+            "skipped": [skipped.to_dict() for skipped in self.skipped],
+            "passes": dict(self.passes),
+            "nodes": self.nodes,
+            "float_bytes_per_token": self.float_bytes_per_token,
+            "bytes_per_token": self.bytes_per_token,
+            "capture_seconds": self.capture_seconds,
+            "passes_seconds": self.passes_seconds,
+            "compile_seconds": self.compile_seconds,
+        }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        title = f"{self.name}: {len(self.sites)}"
+        if self.expected_sites is not None:
+            title += f" of {self.expected_sites}"
+        title += " key/value sites in int8" + (f", {self.family}" if self.family else "")
+        if self.sites:
+            yield _sites_table(title, self.sites)
+            saved = self.bytes_per_token / self.float_bytes_per_token
+            yield (
+                f"  bytes per token: {self.float_bytes_per_token:,} float, {self.bytes_per_token:,} int8 ({saved:.3f}x)"
+            )
+        else:
+            yield title
+        for skipped in self.skipped:
+            yield f"  [yellow]not int8[/]: {skipped.layer} {skipped.what}: {skipped.reason}"
+        ours = self.capture_seconds + self.passes_seconds
+        share = f" ({ours / self.compile_seconds:.0%} of it)" if self.compile_seconds else ""
+        yield (
+            f"  {self.nodes:,} nodes; capture {self.capture_seconds:.2f} s, passes {self.passes_seconds:.2f} s, "
+            f"Inductor {self.compile_seconds:.2f} s{share}"
+        )
+
+
+class Report:
+    """Every graph that the backend compiled since the start or the last `reset_report`.
+
+    ``print(report)`` gives a table, `to_dict` plain data.
+    """
+
+    def __init__(self, graphs: Sequence[GraphReport]) -> None:
+        self.graphs = tuple(graphs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"graphs": [graph.to_dict() for graph in self.graphs]}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.graphs:
+            yield 'no graph was compiled with backend="icw_int8kv"'
+        yield from self.graphs
+
+    def __str__(self) -> str:
+        console = Console(width=140, color_system=None)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+    __repr__ = __str__
+
+
+def _sites_table(title: str, sites: Iterable[Site]) -> Table:
+    """A row for each kind of site; sites that differ in their layer alone share one."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("layers", "cache", "shape", "written by", "read by", "lowering"):
+        table.add_column(column, overflow="fold")
+    rows: dict[tuple[str, ...], list[Site]] = {}
+    for site in sites:
+        shape = f"{site.dtype} {list(site.shape)}"
+        row = (
+            f"{site.role or ''}s",
+            site.cache,
+            shape,
+            ", ".join(site.writes),
+            ", ".join(site.reads) or "the states themselves",
+            site.lowering,
+        )
+        rows.setdefault(row, []).append(site)
+    for (role, *cells), alike in rows.items():
+        table.add_row(f"{len(alike)}x {role}: {_first_to_last([s.layer or s.name for s in alike])}", *cells)
+    return table
+
+
+def _first_to_last(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+
+
+_graphs: list[GraphReport] = []
+
+
+def record(graph: GraphReport) -> None:
+    _graphs.append(graph)
+
+
+def next_name() -> str:
+    return f"graph {len(_graphs)}"
+
+
+def report() -> Report:
+    """What ``backend="icw_int8kv"`` compiled in this process, graph by graph.
+
+    Returns:
+        a `Report`: print it for a table; ``to_dict()`` gives plain data.
+    """
+    return Report(_graphs)
+
+
+def reset_report() -> None:
+    """Forget the graphs compiled so far."""
+    _graphs.clear()

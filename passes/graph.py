@@ -1,0 +1,184 @@
+"""The graph that passes work on, and what they know about it: its key/value storage, its signature, its sites."""
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.fx import GraphModule, Node
+
+from icw_compile.rows import Quantized
+
+__all__ = ["SITE", "KVGraph", "Output", "Site", "Skipped", "aliases", "arguments", "is_mutation", "layer_of"]
+
+Role = Literal["key", "value"]
+
+#: ``meta`` key of a ``dequantize_per_head`` node: the `Site` whose rows it reads.
+SITE = "icw_site"
+
+
+@dataclass
+class Site:
+    """One key or value storage of the graph, and what was done to it.
+
+    ``name`` is where the storage lives (``past_key_values.layers[0].keys``) or the layer that created it; ``layer``
+    is the module path of the attention that uses it. ``shape`` is ``[batch, kv_heads, tokens, head_dim]``, symbolic
+    sizes as text.
+    """
+
+    name: str
+    role: Role | None = None
+    layer: str = ""
+    cache: str = ""
+    shape: tuple[int | str, ...] = ()
+    dtype: str = ""
+    writes: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    lowering: str = ""
+    float_bytes_per_token: int = 0
+    bytes_per_token: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something that looks like a key/value cache and was left as it is."""
+
+    layer: str
+    what: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of the original graph in terms of the rewritten one's: positions of its parts, or of itself.
+
+    ``dtype`` is the float dtype of a quantized output and ``None`` for an ordinary one.
+    """
+
+    positions: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+
+class KVGraph:
+    """A pre-dispatch ATen graph with key/value storage in it.
+
+    Args:
+        module: the graph. Every node that computes a tensor carries a fake one in ``meta["val"]``.
+        fake_mode: the mode of those fake tensors; ``None`` when they need none.
+        quantized: the placeholders that stand for a quantized tensor, each with the fake tensors of its parts. In
+            the graph such a placeholder is an ordinary float tensor until the ``storage`` pass takes it apart.
+
+    Attributes:
+        sites: the key/value storages found, in graph order.
+        skipped: what looks like one and stays float.
+        inputs: placeholder name -> its parts' placeholder names, of the inputs that are passed in as parts.
+        outputs: the original outputs in terms of the present ones.
+        storage: the ``dequantize_per_head`` node that stands for a storage -> its site.
+    """
+
+    def __init__(
+        self,
+        module: GraphModule,
+        fake_mode: Any = None,
+        quantized: dict[Node, Quantized] | None = None,
+    ) -> None:
+        self.module = module
+        self.fake_mode = fake_mode
+        self.quantized = quantized or {}
+        self.sites: list[Site] = []
+        self.skipped: list[Skipped] = []
+        self.inputs: dict[str, tuple[str, ...]] = {}
+        self.outputs = [Output((i,)) for i in range(len(self.output_nodes))]
+        self.storage: dict[Node, Site] = {}
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.module.graph
+
+    @property
+    def output_nodes(self) -> tuple[Any, ...]:
+        """What the graph returns, one entry for each output."""
+        returned = self.graph.output_node().args[0]
+        return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+
+    @contextmanager
+    def before(self, node: Node) -> Iterator[None]:
+        """Insert nodes before ``node``; they inherit its layer and its stack trace."""
+        self._origin = node
+        with self.graph.inserting_before(node):
+            yield
+
+    def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Add a node that calls ``target``, with its fake result; a tuple result gives a node for each element.
+
+        Args may be nodes or constants, lists of them included. Call it inside `before`.
+        """
+        node = self.graph.call_function(target, args, kwargs)
+        for name in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+            if name in self._origin.meta:
+                node.meta[name] = self._origin.meta[name]
+        fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.fake_mode or nullcontext(), torch.no_grad():
+            value = target(*fake_args, **fake_kwargs)
+        node.meta["val"] = value
+        if not isinstance(value, (tuple, list)):
+            return node
+        elements = []
+        for i, element in enumerate(value):
+            item = self.graph.call_function(operator.getitem, (node, i))
+            item.meta = {**node.meta, "val": element}
+            elements.append(item)
+        return tuple(elements)
+
+    def tensor(self, operand: Any) -> torch.Tensor:
+        """The fake tensor of a node; with `call`, this makes the graph an `icw_compile.rows.Evaluator`."""
+        return operand.meta["val"]
+
+    def readable(self) -> str:
+        """The graph as Python text, with shapes and dtypes."""
+        return self.module.print_readable(print_output=False, include_stride=False)
+
+
+def is_mutation(node: Node) -> bool:
+    """Whether the node writes into one of its operands."""
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def aliases(storage: Node) -> Iterator[Node]:
+    """``storage``, then the nodes that are views of it or write into it, each as its schema says."""
+    pending, seen = [storage], {storage}
+    while pending:
+        current = pending.pop(0)
+        yield current
+        for user in current.users:
+            if user in seen or not isinstance(user.target, torch._ops.OpOverload):
+                continue
+            first = user.target._schema.arguments[:1]
+            if user.args[:1] == (current,) and first and first[0].alias_info is not None:
+                seen.add(user)
+                pending.append(user)
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen call by name, defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    values = {a.name: a.default_value for a in schema if a.has_default_value()}
+    values.update(zip((a.name for a in schema), node.args, strict=False))
+    values.update(node.kwargs)
+    return values
+
+
+def layer_of(node: Node) -> str:
+    """The path of the module that a node came from, such as ``model.layers.0.self_attn``; empty if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed([entry[0] for entry in stack.values()]), "")
+    # Dynamo spells the root as an access into a frame's locals: L['self'].model...
+    return path.partition("].")[2] if path.startswith("L[") else path

@@ -1,0 +1,72 @@
+"""Make attention read the int8 parts.
+
+::
+
+    # before                                                  # after
+    keys = dequantize_per_head(key_qdata, key_scale)          output = attention(query, key_qdata, key_scale,
+    values = dequantize_per_head(value_qdata, value_scale)                       value_qdata, value_scale, mask, ...)
+    output = scaled_dot_product_attention(query, keys, values, mask)
+
+The attention may be fused or spelled out (`icw_compile.passes.attention`). ``repeat_kv`` in front of it, which
+``propagate`` has carried to the parts, is dropped: ``icw_int8kv::attention`` shares a head among its group. The result
+is the same up to the order of floating-point operations.
+"""
+
+import torch
+from torch.fx import Node
+
+from icw_compile.passes.attention import match_attention, strip_repeat_kv
+from icw_compile.passes.graph import SITE, KVGraph, is_mutation
+
+__all__ = ["fuse_reads"]
+
+_dequantize = torch.ops.icw_int8kv.dequantize_per_head.default
+
+
+def fuse_reads(graph: KVGraph) -> int:
+    """Run the pass; returns the number of attentions that read int8."""
+    matches = 0
+    for node in list(graph.graph.nodes):
+        found = match_attention(node)
+        if found is None or found.key.target is not _dequantize or found.value.target is not _dequantize:
+            continue
+        parts = [strip_repeat_kv(part) for operand in (found.key, found.value) for part in operand.args[:2]]
+        if any(_written_between(part, node) for part in parts):
+            continue
+        form = found.form + (" + repeat_kv" if parts[0] is not found.key.args[0] else "")
+        with graph.before(node):
+            fused = graph.call(
+                torch.ops.icw_int8kv.attention.default,
+                found.query,
+                *parts,
+                found.attn_mask,
+                found.is_causal,
+                found.scale,
+                found.softcap,
+            )
+        fused.meta[SITE] = tuple(operand.meta[SITE] for operand in (found.key, found.value))
+        for site in fused.meta[SITE]:
+            site.reads.append(form)
+        node.replace_all_uses_with(fused)
+        matches += 1
+    return matches
+
+
+def _written_between(part: Node, reader: Node) -> bool:
+    """Whether storage that ``part`` is a view of is written after ``part`` and before ``reader``."""
+    root = _root(part)
+    node = part.next
+    while node is not reader:
+        if is_mutation(node) and _root(node.args[0]) is root:  # type: ignore[arg-type]
+            return True
+        node = node.next
+    return False
+
+
+def _root(node: Node) -> Node:
+    """What ``node`` is a view of, directly or through other views and in-place writes."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.target._schema.arguments:
+        if node.target._schema.arguments[0].alias_info is None:
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    return node

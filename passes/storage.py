@@ -1,0 +1,193 @@
+"""Find the graph's key/value storage and give it its int8 parts.
+
+::
+
+    # before: a cache passed in                # after
+    keys = placeholder                         keys_qdata, keys_scale = placeholders
+                                               keys = dequantize_per_head(keys_qdata, keys_scale)
+
+    # before: a cache created by this graph    # after
+    keys = zeros([1, 8, 4096, 128])            qdata, scale = zeros(int8), zeros([1, 8, 4096, 1])
+                                               keys = dequantize_per_head(qdata, scale)
+
+The ``dequantize_per_head`` node only *stands for* the storage: nothing reads it in the end. ``propagate`` carries the
+parts to every operation that can use them, and replaces the rest. What looks like storage and is not taken is
+recorded with its reason. Meaning is preserved up to the quantization of what is written.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Node
+
+from icw_compile.ops import scale_dtype_for
+from icw_compile.passes.attention import Attention, match_attention
+from icw_compile.passes.graph import KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
+from icw_compile.rows import RULES, Quantized
+
+__all__ = ["find_storage"]
+
+aten = torch.ops.aten
+
+_ZEROS = (aten.zeros.default, aten.new_zeros.default)
+#: Operations through which a value stays recognisably the same keys or values, besides those of `RULES`.
+_SAME_VALUES = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
+
+
+def find_storage(graph: KVGraph) -> int:
+    """Run the pass; returns the number of storages taken."""
+    uses = _AttentionUses(graph)
+    taken = 0
+    for node in list(graph.graph.nodes):
+        if node in graph.quantized:
+            _take_input(graph, node, uses)
+        elif node.target in _ZEROS and _is_created_storage(graph, node, uses):
+            _take_zeros(graph, node, uses)
+        else:
+            continue
+        taken += 1
+    graph.quantized = {}
+    graph.skipped += uses.unquantized(graph, set(graph.storage))
+    return taken
+
+
+class _AttentionUses:
+    """Which attention reads which value, and as what."""
+
+    def __init__(self, graph: KVGraph) -> None:
+        self.attentions = [a for node in graph.graph.nodes if (a := match_attention(node)) is not None]
+        self.readers: dict[Node, tuple[Attention, Role]] = {}
+        self._ancestors: list[tuple[Attention, Role, list[Node]]] = []
+        for attention in self.attentions:
+            for role, operand in (("key", attention.key), ("value", attention.value)):
+                ancestors = list(_same_values(operand))
+                self._ancestors.append((attention, role, ancestors))
+                for node in ancestors:
+                    self.readers.setdefault(node, (attention, role))
+
+    def of(self, storage: Node) -> tuple[Attention, Role] | None:
+        """The attention that reads ``storage``, or that reads the very states which are written into it.
+
+        The second is a prompt that overflows a sliding window: attention uses the states themselves, and the cache
+        keeps their tail.
+        """
+        if storage in self.readers:
+            return self.readers[storage]
+        for write in aliases(storage):
+            if is_mutation(write):
+                for source in write.args[1:]:
+                    for node in _same_values(source):
+                        if node in self.readers:
+                            return self.readers[node]
+        return None
+
+    def unquantized(self, graph: KVGraph, taken: set[Node]) -> list[Skipped]:
+        """The attentions that read something like a cache which was not taken, with the reason."""
+        returned = set(graph.output_nodes)
+        found = []
+        for attention, role, ancestors in self._ancestors:
+            if taken.intersection(ancestors):
+                continue
+            reason = next((r for node in ancestors if (r := _why_not(node, returned))), None)
+            if reason is not None:
+                found.append(Skipped(layer_of(attention.node), f"{role}s", reason))
+        return found
+
+
+def _same_values(node: object) -> Iterable[Node]:
+    """``node`` and what its values were moved or written from, nearest first."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop(0)
+        if isinstance(current, (list, tuple)):
+            pending += current
+        elif isinstance(current, Node) and current not in seen:
+            seen.add(current)
+            yield current
+            if current.target in RULES or current.target in _SAME_VALUES:
+                pending += current.args
+
+
+def _is_created_storage(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
+    value = node.meta["val"]
+    if value.dim() != 4 or not value.is_floating_point():
+        return False
+    returned = set(graph.output_nodes)
+    views = list(aliases(node))
+    return any(v in returned for v in views) and any(map(is_mutation, views)) and uses.of(node) is not None
+
+
+def _why_not(node: Node, returned: set[Node]) -> str | None:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() != 4 or not value.is_floating_point():
+        return None
+    if node.op == "placeholder" and any(is_mutation(alias) for alias in aliases(node)):
+        return (
+            f"`{node.name}` is a float cache that was filled before the first compiled call; compile the prefill as "
+            "well, or build the cache with icw_compile.static_cache(...)"
+        )
+    if node.target is aten.cat.default and (node in returned or returned.intersection(aliases(node))):
+        return (
+            "this is a DynamicCache, which grows by `cat`; use a static one: generate(..., "
+            'cache_implementation="static"), or icw_compile.static_cache(...)'
+        )
+    return None
+
+
+def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
+    fakes = graph.quantized[node]
+    last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+    names = [f"{node.name}_{part}" for part in ("qdata", "scale")]
+    with graph.graph.inserting_before(node):
+        qdata = graph.graph.placeholder(names[0])
+    with graph.graph.inserting_after(last):
+        scale = graph.graph.placeholder(names[1])
+    for part, fake in zip((qdata, scale), fakes.parts, strict=True):
+        part.meta = {**node.meta, "val": fake}
+    graph.inputs[node.name] = (qdata.name, scale.name)
+    _stand_for(graph, node, Quantized(qdata, scale, fakes.dtype), uses, before=scale.next, cache="static")
+
+
+def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
+    value = node.meta["val"]
+    scale_dtype = scale_dtype_for(value.dtype)
+    sizes_at = node.target._schema.arguments[0].name == "self"  # new_zeros(self, size) against zeros(size)
+    size = list(node.args[int(sizes_at)])  # type: ignore[arg-type, call-overload]
+    with graph.before(node):
+        qdata = graph.call(aten.zeros.default, size, dtype=torch.int8, device=value.device)
+        scale = graph.call(aten.zeros.default, [*size[:-1], 1], dtype=scale_dtype, device=value.device)
+    parts = Quantized(qdata, scale, value.dtype)
+    _stand_for(graph, node, parts, uses, before=node, cache="static, created here")
+
+
+def _stand_for(
+    graph: KVGraph, node: Node, parts: Quantized, uses: _AttentionUses, *, before: Node, cache: str
+) -> None:
+    """Replace ``node`` by a node that stands for the storage made of ``parts``, and record the site."""
+    use = uses.of(node)
+    with graph.before(before):
+        stand_in = graph.call(
+            torch.ops.icw_int8kv.dequantize_per_head.default, parts.qdata, parts.scale, parts.dtype
+        )
+    value, scale = graph.tensor(parts.qdata), graph.tensor(parts.scale)
+    heads, head_dim = value.shape[1], value.shape[-1]
+    site = Site(
+        name=node.meta.get("source_name") or (f"{layer_of(node)} {use[1]}s" if use else node.name),
+        role=use[1] if use else None,
+        layer=layer_of(use[0].node) if use else "",
+        cache=cache,
+        shape=tuple(s if isinstance(s, int) else str(s) for s in value.shape),
+        dtype=str(parts.dtype).removeprefix("torch."),
+        float_bytes_per_token=int(heads * head_dim * parts.dtype.itemsize),
+        bytes_per_token=int(heads * (head_dim + scale.dtype.itemsize)),
+    )
+    graph.sites.append(site)
+    graph.storage[stand_in] = site
+    # The matches were made on the float graph: from here on they see the stand-in.
+    if node in uses.readers:
+        uses.readers[stand_in] = uses.readers[node]
+    for *_, ancestors in uses._ancestors:
+        if node in ancestors:
+            ancestors.append(stand_in)
+    node.replace_all_uses_with(stand_in)
+    graph.graph.erase_node(node)
