@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.fx.traceback
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -62,7 +63,10 @@ def forward_dynamo_metadata(dynamo_graph: GraphModule, graph: KVGraph) -> None:
     (for CUDA graphs).
     """
     graph.module.meta.update(dynamo_graph.meta)
-    graph.module._param_name_to_source = getattr(dynamo_graph, "_param_name_to_source", {})  # type: ignore[assignment]
+    sources = dict(getattr(dynamo_graph, "_param_name_to_source", {}))
+    for name, _ in (*graph.module.named_buffers(), *graph.module.named_parameters()):
+        sources.setdefault(name, ConstantSource(name))  # a constant of the graph, such as torch.tensor([-1])
+    graph.module._param_name_to_source = sources  # type: ignore[assignment]
     parts = {name for names in graph.inputs.values() for name in names}
     for node in graph.graph.find_nodes(op="placeholder"):
         old = node.meta.pop("dynamo_placeholder", None)
