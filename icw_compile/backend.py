@@ -13,11 +13,12 @@ from torch.fx import GraphModule, Node
 
 from icw_compile import ops
 from icw_compile.binding import bind
-from icw_compile.capture import capture, example_inputs, forward_dynamo_metadata
+from icw_compile.capture import capture, example_inputs, forward_dynamo_metadata, source_name
 from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
 from icw_compile.families import family_of
 from icw_compile.options import Options, split_options
-from icw_compile.passes import PASSES, KVGraph, PassResult, run_passes
+from icw_compile.passes import PASSES, KVGraph, run_passes
+from icw_compile.passes.graph import layer_of
 from icw_compile.report import GraphReport, next_name, record
 
 __all__ = ["icw_int8kv"]
@@ -54,6 +55,7 @@ def icw_int8kv(
     names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
     report = GraphReport(next_name(), nodes=len(graph.graph.nodes))
     report.family, report.expected_sites = _family(graph)
+    dropout = next(filter(_drops_out, graph.graph.nodes), None)
     captured = time.perf_counter()
     results = run_passes(graph, PASSES)
     rewritten = time.perf_counter()
@@ -63,7 +65,7 @@ def icw_int8kv(
     report.capture_seconds, report.passes_seconds = captured - started, rewritten - captured
     _complain(graph, ours)
     if graph.sites:
-        _check_inference(graph, dynamo_graph)
+        _check_inference(dynamo_graph, dropout)
         forward_dynamo_metadata(dynamo_graph, graph)
         compiled = bind(graph, names, _compile(graph.module, example_inputs(graph), ours, inductor_options))
     else:
@@ -107,21 +109,20 @@ def _complain(graph: KVGraph, options: Options) -> None:
     warnings.warn(message, UnquantizedCacheWarning, stacklevel=2)
 
 
-def _check_inference(graph: KVGraph, dynamo_graph: GraphModule) -> None:
+def _check_inference(dynamo_graph: GraphModule, dropout: Node | None) -> None:
     """Refuse to train through an int8 cache: nothing flows back through rounding."""
-    for node in graph.graph.nodes:
-        if _drops_out(node):
-            raise RuntimeError(
-                f"icw_int8kv: the model is in training mode (dropout is active in `{node.name}`). An int8 key/value "
-                "cache is for inference: call model.eval()."
-            )
+    if dropout is not None:
+        raise RuntimeError(
+            f"icw_int8kv: the model is in training mode (dropout is active in {layer_of(dropout) or dropout.name}). "
+            "An int8 key/value cache is for inference: call model.eval()."
+        )
     if not torch.is_grad_enabled():
         return
     for node in dynamo_graph.graph.find_nodes(op="placeholder"):
         if getattr(node.meta["example_value"], "requires_grad", False):
             raise RuntimeError(
-                f"icw_int8kv: gradients are being recorded (`{node.name}` requires grad). An int8 key/value cache is "
-                "for inference: call the model under torch.no_grad() or torch.inference_mode()."
+                f"icw_int8kv: gradients are being recorded ({source_name(node) or node.name} requires grad). An int8 "
+                "key/value cache is for inference: call the model under torch.no_grad() or torch.inference_mode()."
             )
 
 

@@ -48,7 +48,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
                 parts = [_fresh(part) for part in (example.qdata, example.scale)]
             quantized[new] = Quantized(*parts, example.dtype)
     module.recompile()
-    return KVGraph(module, fake_mode, quantized)
+    return KVGraph(module, fake_mode, quantized, _sliding_layers(context))
 
 
 def example_inputs(graph: KVGraph) -> list[Any]:
@@ -84,14 +84,30 @@ def source_name(placeholder: Node) -> str:
     if source is None:
         return ""
     # L['kwargs']['past_key_values'].layers[0].keys -> past_key_values.layers[0].keys
-    return re.sub(r"^L(\['(?:args|kwargs)'\])?\['(\w+)'\]\.?", lambda m: m[2] + ".", source.name).strip(".")
+    name = re.sub(r"^L(?:\['(?:args|kwargs)'\])?\['?(\w+)'?\]", r"\1", source.name)
+    # self._modules['norm']._parameters['weight'] -> self.norm.weight
+    return re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
 
 
 def _fresh(example: Any) -> Any:
     """An input to trace with: a plain tensor of the same metadata, or the symbolic number itself."""
     if not isinstance(example, torch.Tensor):
         return example
-    return torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device=example.device)
+    fresh = torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device=example.device)
+    if (number := getattr(example, "item_memo", None)) is not None:
+        # A Python number that Dynamo passes as a tensor (dynamic=True): its `item()` is a known symbol.
+        fresh.item_memo = number  # type: ignore[attr-defined]
+    return fresh
+
+
+def _sliding_layers(context: TracingContext) -> frozenset[int]:
+    """The cache layers that are sliding windows: those whose count of tokens seen Dynamo guards on.
+
+    A window that is not full is written exactly as a full-attention cache is; the graph does not tell them apart.
+    """
+    names = (guard.originating_source.name for guard in context.guards_context.dynamo_guards)
+    found = (re.search(r"\.layers\[(\d+)\]\.cumulative_length_int$", name) for name in names)
+    return frozenset(int(match[1]) for match in found if match)
 
 
 def _readable_name(name: str) -> str:

@@ -8,7 +8,8 @@ eager   ``matmul(dropout(softmax(mask + softcap(scale * matmul(query, key^T)))),
 ======  ============================================================================================
 
 In both, key and value may have been through ``repeat_kv``: ``unsqueeze, expand, reshape`` of ``[B, H, S, D]`` to
-``[B, H * groups, S, D]``.
+``[B, H * groups, S, D]``. Dropout is not part of the match: a cache is for inference, and the backend refuses a graph
+in which dropout is active.
 """
 
 from dataclasses import dataclass
@@ -80,17 +81,15 @@ def strip_repeat_kv(node: Node) -> Node:
 
 def _match_sdpa(node: Node) -> Attention | None:
     a = arguments(node)
-    scale = a["scale"] if a["scale"] is not None else _default_scale(a["query"])
-    if a["dropout_p"] != 0 or not isinstance(scale, (int, float)):
+    scale = _number(a["scale"]) if a["scale"] is not None else _default_scale(a["query"])
+    if scale is None:
         return None
-    return Attention(node, "sdpa", a["query"], a["key"], a["value"], a["attn_mask"], a["is_causal"], float(scale))
+    return Attention(node, "sdpa", a["query"], a["key"], a["value"], a["attn_mask"], a["is_causal"], scale)
 
 
 def _match_eager(node: Node) -> Attention | None:
     weights, value = node.args
     while weights.target in (aten.dropout.default, aten.to.dtype, aten._to_copy.default):
-        if weights.target is aten.dropout.default and weights.args[2] and weights.args[1] != 0:
-            return None
         weights = weights.args[0]
     if weights.target not in (aten.softmax.int, aten._softmax.default) or weights.args[1] not in (-1, 3):
         return None
@@ -130,10 +129,16 @@ def _match_scores(node: Node) -> tuple[Node, Node, float, float | None] | None:
 
 def _times_number(node: Node) -> tuple[Node, float]:
     """``node`` as ``(inner, factor)`` where it is ``inner * factor`` or ``inner / divisor`` with a plain number."""
-    if node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
-        number = float(node.args[1])
-        return node.args[0], number if node.target is aten.mul.Tensor else 1.0 / number  # type: ignore[return-value]
-    return node, 1.0
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or (number := _number(node.args[1])) is None:
+        return node, 1.0
+    return node.args[0], number if node.target is aten.mul.Tensor else 1.0 / number  # type: ignore[return-value]
+
+
+def _number(value: Any) -> float | None:
+    """A plain number; a symbolic one (``dynamic=True``) is taken as the constant that it is, with a guard."""
+    if isinstance(value, Node):
+        value = value.meta.get("val")
+    return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
 
 
 def _default_scale(query: Node) -> float | None:

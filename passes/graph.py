@@ -75,6 +75,7 @@ class KVGraph:
         fake_mode: the mode of those fake tensors; ``None`` when they need none.
         quantized: the placeholders that stand for a quantized tensor, each with the fake tensors of its parts. In
             the graph such a placeholder is an ordinary float tensor until the ``storage`` pass takes it apart.
+        sliding_layers: indices of the cache layers that are sliding windows, for the report.
 
     Attributes:
         sites: the key/value storages found, in graph order.
@@ -89,10 +90,12 @@ class KVGraph:
         module: GraphModule,
         fake_mode: Any = None,
         quantized: dict[Node, Quantized] | None = None,
+        sliding_layers: frozenset[int] = frozenset(),
     ) -> None:
         self.module = module
         self.fake_mode = fake_mode
         self.quantized = quantized or {}
+        self.sliding_layers = sliding_layers
         self.sites: list[Site] = []
         self.skipped: list[Skipped] = []
         self.inputs: dict[str, tuple[str, ...]] = {}

@@ -15,6 +15,7 @@ parts to every operation that can use them, and replaces the rest. What looks li
 recorded with its reason. Meaning is preserved up to the quantization of what is written.
 """
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -145,7 +146,7 @@ def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     for part, fake in zip((qdata, scale), fakes.parts, strict=True):
         part.meta = {**node.meta, "val": fake}
     graph.inputs[node.name] = (qdata.name, scale.name)
-    _stand_for(graph, node, Quantized(qdata, scale, fakes.dtype), uses, before=scale.next, cache="static")
+    _stand_for(graph, node, Quantized(qdata, scale, fakes.dtype), uses, before=scale.next)
 
 
 def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
@@ -157,11 +158,11 @@ def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
         qdata = graph.call(aten.zeros.default, size, dtype=torch.int8, device=value.device)
         scale = graph.call(aten.zeros.default, [*size[:-1], 1], dtype=scale_dtype, device=value.device)
     parts = Quantized(qdata, scale, value.dtype)
-    _stand_for(graph, node, parts, uses, before=node, cache="static, created here")
+    _stand_for(graph, node, parts, uses, before=node, note=", created here")
 
 
 def _stand_for(
-    graph: KVGraph, node: Node, parts: Quantized, uses: _AttentionUses, *, before: Node, cache: str
+    graph: KVGraph, node: Node, parts: Quantized, uses: _AttentionUses, *, before: Node, note: str = ""
 ) -> None:
     """Replace ``node`` by a node that stands for the storage made of ``parts``, and record the site."""
     use = uses.of(node)
@@ -171,11 +172,15 @@ def _stand_for(
         )
     value, scale = graph.tensor(parts.qdata), graph.tensor(parts.scale)
     heads, head_dim = value.shape[1], value.shape[-1]
+    layer = layer_of(use[0].node) if use else ""
+    name = node.meta.get("source_name") or (f"{layer} {use[1]}s" if use else node.name)
+    index = re.search(r"\blayers\W(\d+)", name)  # past_key_values.layers[3].keys, model.layers.3.self_attn
+    sliding = index is not None and int(index[1]) in graph.sliding_layers
     site = Site(
-        name=node.meta.get("source_name") or (f"{layer_of(node)} {use[1]}s" if use else node.name),
+        name=name,
         role=use[1] if use else None,
-        layer=layer_of(use[0].node) if use else "",
-        cache=cache,
+        layer=layer,
+        cache=("static sliding" if sliding else "static") + note,
         shape=tuple(s if isinstance(s, int) else str(s) for s in value.shape),
         dtype=str(parts.dtype).removeprefix("torch."),
         float_bytes_per_token=int(heads * head_dim * parts.dtype.itemsize),
