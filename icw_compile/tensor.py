@@ -76,6 +76,10 @@ class QuantizedKV(Tensor):
         """The values as an ordinary float tensor, of this tensor's dtype."""
         return dequantize_per_head(self.qdata, self.scale, self.dtype)
 
+    def tolist(self) -> Any:
+        """The values as nested lists of Python numbers."""
+        return self.dequantize().tolist()
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of the stored parts (``nbytes`` counts the float tensor that they stand for)."""

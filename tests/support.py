@@ -1,0 +1,148 @@
+"""What several test files share: tiny models of each family, and the reference that the backend must equal."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+)
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+import icw_compile
+from icw_compile.families import FAMILIES
+
+EAGER = {"icw.compiler": "eager"}
+VOCABULARY = 97
+WINDOW = 16
+
+_CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": WINDOW}),
+    "mistral-full": (MistralConfig, {"sliding_window": None}),
+    "gemma": (GemmaConfig, {}),
+    "gemma2": (Gemma2Config, {"sliding_window": WINDOW, "attn_logit_softcapping": 20.0}),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi3": (Phi3Config, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+}
+#: Every tiny model: each family, and Mistral once more without its window.
+MODELS = tuple(_CONFIGS)
+#: Those whose layers slide.
+SLIDING = ("mistral", "gemma2", "gemma3_text")
+#: (model, attn_implementation) for every form that transformers offers.
+MODEL_ATTENTIONS = [
+    (name, attention) for name in MODELS for attention in FAMILIES[name.removesuffix("-full")].attentions
+]
+
+
+def tiny_model(
+    name: str = "llama",
+    *,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    kv_heads: int = 2,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """A two-layer model of the family's real architecture with random weights and 4 query heads."""
+    config_class, family = _CONFIGS[name]
+    sizes = {
+        "hidden_size": 4 * head_dim,
+        "head_dim": head_dim,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": 128,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    config = config_class(**{**sizes, **family, **overrides})
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+
+
+def tokens(length: int, batch: int = 1, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (batch, length), generator=generator)
+
+
+def compiled(model: PreTrainedModel, **options: Any) -> Callable[..., Any]:
+    """The model through the backend, its rewritten graphs run as they are."""
+    return torch.compile(model, backend="icw_int8kv", fullgraph=True, options={**EAGER, **options})
+
+
+@torch.no_grad()
+def run(model: Callable[..., Any], cache: Cache, ids: Tensor, chunks: Sequence[int], **kwargs: Any) -> Tensor:
+    """Logits of every position, feeding ``ids`` through ``cache`` in pieces of the lengths in ``chunks``."""
+    pieces = torch.split(ids[:, : sum(chunks)], list(chunks), dim=1)
+    return torch.cat([model(piece, past_key_values=cache, **kwargs).logits for piece in pieces], dim=1)
+
+
+def relative_distance(actual: Tensor, expected: Tensor) -> float:
+    """``|actual - expected| / |expected|`` in float64; NaN anywhere gives infinity."""
+    distance = ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+    return distance if distance == distance else float("inf")
+
+
+def quantize_dequantize(x: Tensor) -> Tensor:
+    """What the cache stores of ``x``: int8 with a scale for each row of the last dimension. Plain torch, no op of ours."""
+    scale_dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    scale = (x.float().abs().max(dim=-1, keepdim=True).values / 127.0).to(scale_dtype).float()
+    steps = torch.round(x.float() / torch.where(scale > 0, scale, torch.ones_like(scale))).clamp(-127.0, 127.0)
+    return (steps * scale).to(x.dtype)
+
+
+class _ReferenceFull(StaticLayer):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().update(quantize_dequantize(key_states), quantize_dequantize(value_states), *args, **kwargs)
+
+
+class _ReferenceSliding(StaticSlidingWindowLayer):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        overflows = self.cumulative_length_int == 0 and key_states.shape[-2] > self.max_cache_len
+        if not overflows:
+            new = quantize_dequantize(key_states), quantize_dequantize(value_states)
+            return super().update(*new, *args, **kwargs)
+        # Attention sees the prompt itself, which is not in the cache: only its tail is.
+        states = super().update(key_states, value_states, *args, **kwargs)
+        self.keys.copy_(quantize_dequantize(self.keys))
+        self.values.copy_(quantize_dequantize(self.values))
+        return states
+
+
+def reference_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
+    """A float `StaticCache` in which every stored key and value has been quantized and dequantized."""
+    cache = StaticCache(model.config, max_cache_len=max_cache_len)
+    cache.layers = [
+        _ReferenceSliding(max_cache_len, layer.max_cache_len)
+        if isinstance(layer, StaticSlidingWindowLayer)
+        else _ReferenceFull(max_cache_len)
+        for layer in cache.layers
+    ]
+    return cache
+
+
+def graphs() -> tuple[icw_compile.GraphReport, ...]:
+    """The graphs compiled in this test."""
+    return icw_compile.report().graphs

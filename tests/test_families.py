@@ -1,0 +1,145 @@
+"""Every family, in every form of attention: all sites found, few graphs, the reference's numbers, half the bytes."""
+
+import pytest
+import torch
+from support import (
+    MODEL_ATTENTIONS,
+    MODELS,
+    SLIDING,
+    WINDOW,
+    compiled,
+    graphs,
+    reference_cache,
+    relative_distance,
+    run,
+    tiny_model,
+    tokens,
+)
+from torch._dynamo.utils import counters
+from transformers import StaticCache
+
+import icw_compile
+from icw_compile.families import FAMILIES
+
+DECODE = (1,) * 24
+LENGTH = 48
+
+
+def test_every_family_is_tested() -> None:
+    assert {name.removesuffix("-full") for name in MODELS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "attention"), MODEL_ATTENTIONS)
+def test_prefill_and_decode(name: str, attention: str, dtype: torch.dtype) -> None:
+    model = tiny_model(name, attention=attention, dtype=dtype)
+    ids = tokens(40)
+    cache = StaticCache(model.config, max_cache_len=LENGTH)
+    logits = run(compiled(model), cache, ids, (9, *DECODE))
+
+    # 9 + 24 tokens cross the window of 16: one more decode graph where there is one.
+    assert len(graphs()) == (3 if name in SLIDING else 2)
+    assert not counters["graph_break"]
+    for graph in graphs():
+        assert len(graph.sites) == graph.expected_sites == 2 * model.config.num_hidden_layers
+        assert not graph.skipped
+        assert graph.family == name.removesuffix("-full")
+    assert {site.lowering for site in graphs()[0].sites} == {"inductor prefill"}
+    assert all(site.lowering == "inductor decode" for graph in graphs()[1:] for site in graph.sites)
+    for layer in cache.layers:
+        assert isinstance(layer.keys, icw_compile.QuantizedKV)
+        assert isinstance(layer.values, icw_compile.QuantizedKV)
+
+    expected_cache = reference_cache(model, LENGTH)
+    expected = run(model, expected_cache, ids, (9, *DECODE))
+    if dtype == torch.bfloat16:
+        assert icw_compile.cache_bytes(cache) <= 0.54 * icw_compile.cache_bytes(expected_cache)
+    assert relative_distance(logits, expected) <= (2e-3 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize(("name", "attention"), [m for m in MODEL_ATTENTIONS if m[0] in SLIDING])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param((WINDOW + 7, 1, 1, 1), id="prompt longer than the window"),
+        pytest.param((WINDOW, 1, 1, 1), id="prompt that fills the window"),
+        pytest.param((WINDOW - 1, 1, 1, 1), id="first step fills the window"),
+        pytest.param((5, 6, 9, 1, 4, 1), id="chunks across the window"),
+    ],
+)
+def test_around_the_window(name: str, attention: str, chunks: tuple[int, ...]) -> None:
+    model = tiny_model(name, attention=attention)
+    ids = tokens(40)
+    logits = run(compiled(model), StaticCache(model.config, max_cache_len=LENGTH), ids, chunks)
+    expected = run(model, reference_cache(model, LENGTH), ids, chunks)
+    assert relative_distance(logits, expected) <= 2e-3
+    assert all(len(graph.sites) == graph.expected_sites and not graph.skipped for graph in graphs())
+
+
+@pytest.mark.parametrize(("name", "attention"), MODEL_ATTENTIONS)
+def test_chunked_prefill(name: str, attention: str) -> None:
+    model = tiny_model(name, attention=attention)
+    ids = tokens(40)
+    logits = run(compiled(model), StaticCache(model.config, max_cache_len=LENGTH), ids, (8, 8, 1, 1))
+    assert relative_distance(logits, run(model, reference_cache(model, LENGTH), ids, (8, 8, 1, 1))) <= 2e-3
+
+
+@pytest.mark.parametrize(("name", "attention"), MODEL_ATTENTIONS)
+def test_left_padded_batch(name: str, attention: str) -> None:
+    """Prompts of three lengths in one batch, aligned at the right."""
+    model = tiny_model(name, attention=attention)
+    ids = tokens(12, batch=3)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    mask[1, :2] = 0
+    length = 12
+
+    def generate(cache: StaticCache, model: object) -> torch.Tensor:
+        logits = []
+        step, seen = ids, mask
+        position = mask.cumsum(-1) - 1
+        for _ in range(6):
+            with torch.no_grad():
+                out = model(step, attention_mask=seen, position_ids=position.clamp(min=0), past_key_values=cache)
+            logits.append(out.logits[:, -1])
+            step = tokens(1, batch=3, seed=len(logits))
+            seen = torch.cat([seen, torch.ones_like(step)], dim=1)
+            position = position[:, -1:] + 1
+        return torch.stack(logits, dim=1)
+
+    logits = generate(StaticCache(model.config, max_cache_len=length + 8), compiled(model))
+    expected = generate(reference_cache(model, length + 8), model)
+    assert relative_distance(logits, expected) <= 2e-3
+    assert all(len(graph.sites) == graph.expected_sites and not graph.skipped for graph in graphs())
+
+
+@pytest.mark.parametrize(("head_dim", "most"), [(64, 0.54), (128, 0.51)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_cache_bytes(name: str, dtype: torch.dtype, head_dim: int, most: float) -> None:
+    model = tiny_model(name, attention="eager", dtype=dtype, head_dim=head_dim)
+    stock = StaticCache(model.config, max_cache_len=64)
+    with torch.no_grad():
+        model(tokens(8, batch=2), past_key_values=stock)
+    ours = icw_compile.static_cache(model, 2, 64)
+    assert [layer.keys.shape for layer in ours.layers] == [layer.keys.shape for layer in stock.layers]
+    assert icw_compile.cache_bytes(ours) <= most * icw_compile.cache_bytes(stock)
+
+
+def test_float16_model() -> None:
+    model = tiny_model(dtype=torch.float16)
+    ids = tokens(12)
+    cache = StaticCache(model.config, max_cache_len=24)
+    logits = run(compiled(model), cache, ids, (9, 1, 1))
+    assert relative_distance(logits, run(model, reference_cache(model, 24), ids, (9, 1, 1))) <= 5e-3
+    assert cache.layers[0].keys.dtype == torch.float16
+    assert cache.layers[0].keys.scale.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4], ids=["multi-query", "multi-head"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_head_counts(kv_heads: int, attention: str) -> None:
+    model = tiny_model(attention=attention, kv_heads=kv_heads)
+    ids = tokens(20)
+    logits = run(compiled(model), StaticCache(model.config, max_cache_len=24), ids, (9, 1, 1, 4))
+    assert relative_distance(logits, run(model, reference_cache(model, 24), ids, (9, 1, 1, 4))) <= 2e-3

@@ -1,0 +1,286 @@
+"""`QuantizedKV` in eager code: it behaves as the float tensor that it stands for."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import quantize_dequantize, reference_cache, relative_distance, run, tiny_model, tokens
+from torch import Tensor
+from transformers import StaticCache
+
+from icw_compile import QuantizedKV, cache_bytes, static_cache
+
+SHAPE = (2, 3, 7, 8)
+
+
+def states(shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def pair(dtype: torch.dtype = torch.float32) -> tuple[QuantizedKV, Tensor]:
+    """A quantized tensor and the float tensor that it stands for."""
+    x = states(dtype=dtype)
+    return QuantizedKV.quantize(x), quantize_dequantize(x)
+
+
+INDEX = torch.tensor([1, 0, 1])
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice of tokens": lambda x: x[:, :, 2:5],
+    "crop": lambda x: x[..., :-3, :],
+    "step": lambda x: x[:, :, ::2],
+    "one head": lambda x: x[:, 1],
+    "one sequence": lambda x: x[0],
+    "index": lambda x: x[INDEX, ...],
+    "boolean index": lambda x: x[torch.tensor([True, False])],
+    "index_select": lambda x: x.index_select(0, INDEX),
+    "repeat_interleave": lambda x: x.repeat_interleave(3, dim=0),
+    "repeat": lambda x: x.repeat(2, 1, 1, 1),
+    "roll": lambda x: x.roll(-1, dims=-2),
+    "flip": lambda x: x.flip(2),
+    "clone": lambda x: x.clone(),
+    "detach": lambda x: x.detach(),
+    "contiguous": lambda x: x[:, :, 1:3].contiguous(),
+    "transpose": lambda x: x.transpose(1, 2),
+    "permute": lambda x: x.permute(1, 0, 2, 3),
+    "repeat_kv": lambda x: x[:, :, None].expand(2, 3, 4, 7, 8).reshape(2, 12, 7, 8),
+    "view": lambda x: x.view(6, 7, 8),
+    "cat": lambda x: torch.cat([x, x[:, :, :2]], dim=-2),
+    "deepcopy": copy.deepcopy,
+    "to device": lambda x: x.to("cpu", copy=True),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moves_are_exact(name: str, dtype: torch.dtype) -> None:
+    quantized, values = pair(dtype)
+    moved = MOVES[name](quantized)
+    assert isinstance(moved, QuantizedKV)
+    assert torch.equal(moved.dequantize(), MOVES[name](values))
+    assert moved.dtype == dtype
+
+
+VALUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice of a head": lambda x: x[..., :4],
+    "key transposed": lambda x: x.transpose(2, 3),
+    "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(states(), x, x),
+    "matmul": lambda x: states() @ x.transpose(2, 3),
+    "sum": lambda x: x.sum(dim=2),
+    "arithmetic": lambda x: 2 * x - 1,
+    "roll of everything": lambda x: x.roll(1),
+    "cat of heads": lambda x: torch.cat([x, x], dim=-1),
+    "view across heads": lambda x: x.view(2, 3, 56),
+    "float64": lambda x: x.to(torch.float64),
+    "isfinite": torch.isfinite,
+    "zeros_like": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_everything_else_sees_the_values(name: str) -> None:
+    quantized, values = pair()
+    result = VALUES[name](quantized)
+    assert not isinstance(result, QuantizedKV)
+    torch.testing.assert_close(result, VALUES[name](values))
+
+
+def _set_slice(x: Tensor, new: Tensor) -> None:
+    x[:, :, 2:3] = new
+
+
+def _set_index(x: Tensor, new: Tensor) -> None:
+    x[:, :, torch.tensor([-1])] = new
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "index_copy_": lambda x, new: x.index_copy_(2, torch.tensor([3]), new),
+    "index_put_": _set_index,
+    "slice": _set_slice,
+    "copy_ into a view": lambda x, new: x[:, :, 5:6].copy_(new),
+    "copy_ of another": lambda x, new: x[:, :, :1].copy_(QuantizedKV.quantize(new)),
+    "zero_": lambda x, new: x.zero_(),
+    "fill_ with zero": lambda x, new: x.fill_(0),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_quantize_only_what_is_new(name: str) -> None:
+    quantized, values = pair()
+    new = states((2, 3, 1, 8), seed=1)
+    WRITES[name](quantized, new)
+    WRITES[name](values, quantize_dequantize(new))
+    assert torch.equal(quantized.dequantize(), values)
+
+
+def test_other_in_place_operations_quantize_their_result() -> None:
+    quantized, values = pair()
+    assert quantized.mul_(2) is quantized
+    quantized[:, :, 0].add_(1.0)
+    values.mul_(2)
+    values[:, :, 0].add_(1.0)
+    assert isinstance(quantized, QuantizedKV)
+    assert relative_distance(quantized, quantize_dequantize(values)) < 1e-6
+
+
+def test_views_share_storage_and_copies_do_not() -> None:
+    quantized, _ = pair()
+    view, clone = quantized[:, :, :2], quantized.clone()
+    quantized.zero_()
+    assert not view.dequantize().any()
+    assert clone.dequantize().any()
+
+
+def test_repeated_rounding_is_stable() -> None:
+    """Quantizing what was read back gives the same rows again."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        _, values = pair(dtype)
+        assert relative_distance(quantize_dequantize(values), values) < 2e-3
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_save_and_load(weights_only: bool) -> None:
+    quantized, values = pair(torch.bfloat16)
+    file = io.BytesIO()
+    torch.save({"keys": [quantized]}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=weights_only)["keys"][0]
+    assert isinstance(loaded, QuantizedKV)
+    assert torch.equal(loaded.dequantize(), values)
+
+
+def test_to_dtype() -> None:
+    quantized, values = pair()
+    half = quantized.to(torch.bfloat16)
+    assert isinstance(half, QuantizedKV) and half.scale.dtype == torch.bfloat16
+    assert torch.equal(half.dequantize(), quantize_dequantize(values.bfloat16()))
+    full = half.float()
+    assert isinstance(full, QuantizedKV) and full.dtype == torch.float32
+    assert relative_distance(full, half.dequantize()) < 4e-3
+
+
+def test_print_and_python_values() -> None:
+    quantized, values = pair(torch.bfloat16)
+    assert repr(quantized) == (
+        "QuantizedKV(shape=(2, 3, 7, 8), dtype=bfloat16, device='cpu', "
+        "stored=int8 + bfloat16 scale per head and token)"
+    )
+    assert f"{quantized}" == repr(quantized)
+    assert quantized.tolist() == values.tolist()
+    assert quantized.stored_bytes == 2 * 3 * 7 * (8 + 2)
+
+
+def test_unsupported_dtype() -> None:
+    with pytest.raises(TypeError, match="supported dtypes"):
+        QuantizedKV.quantize(states(dtype=torch.float64))
+    with pytest.raises(TypeError, match="supported dtypes"):
+        QuantizedKV.zeros(SHAPE, torch.float64)
+
+
+STEPS = st.sampled_from(["write", "crop", "reorder", "repeat", "roll", "append", "copy", "zero"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(STEPS, min_size=1, max_size=12), st.integers(0, 2**16))
+def test_random_programs(steps: list[str], seed: int) -> None:
+    """Any sequence of what generation does to a cache, against a float tensor that stores quantized rows."""
+    generator = torch.Generator().manual_seed(seed)
+    quantized, values = pair()
+    for step in steps:
+        batch, heads, length, size = values.shape
+        new = torch.randn((batch, heads, 1, size), generator=generator)
+        rounded = quantize_dequantize(new)
+        if step == "append" or length < 2:
+            quantized, values = torch.cat([quantized, new], dim=-2), torch.cat([values, rounded], dim=-2)
+        elif step == "write":
+            at = torch.randint(0, length, (1,), generator=generator)
+            quantized.index_copy_(2, at, new)
+            values.index_copy_(2, at, rounded)
+        elif step == "crop":
+            quantized, values = quantized[..., :-1, :], values[..., :-1, :]
+        elif step == "reorder":
+            order = torch.randint(0, batch, (batch,), generator=generator)
+            quantized, values = quantized.index_select(0, order), values.index_select(0, order)
+        elif step == "repeat" and batch < 8:
+            quantized, values = quantized.repeat_interleave(2, dim=0), values.repeat_interleave(2, dim=0)
+        elif step == "roll":
+            quantized, values = quantized.roll(-1, dims=-2), values.roll(-1, dims=-2)
+        elif step == "copy":
+            quantized, values = copy.deepcopy(quantized), values.clone()
+        elif step == "zero":
+            quantized.zero_()
+            values.zero_()
+    assert isinstance(quantized, QuantizedKV)
+    assert torch.equal(quantized.dequantize(), values)
+
+
+# A cache whose layers hold it, used by transformers' own code and by an uncompiled model.
+
+
+def filled(length: int = 9, max_cache_len: int = 16) -> tuple[object, StaticCache, StaticCache]:
+    model = tiny_model()
+    ours, reference = static_cache(model, 2, max_cache_len), reference_cache(model, max_cache_len)
+    ids = tokens(length, batch=2)
+    for cache in (ours, reference):
+        run(model, cache, ids, (length,))
+    return model, ours, reference
+
+
+def same(ours: StaticCache, reference: StaticCache) -> bool:
+    return all(
+        torch.equal(getattr(a, name).dequantize(), getattr(b, name))
+        for a, b in zip(ours.layers, reference.layers, strict=True)
+        for name in ("keys", "values")
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_uncompiled_model_runs_on_it(name: str) -> None:
+    model = tiny_model(name, attention="eager")
+    ours, reference = static_cache(model, 1, 40), reference_cache(model, 40)
+    ids = tokens(30)
+    chunks = (9, *(1,) * 12)
+    assert relative_distance(run(model, ours, ids, chunks), run(model, reference, ids, chunks)) < 1e-5
+    assert all(isinstance(layer.keys, QuantizedKV) for layer in ours.layers)
+
+
+def test_cache_operations() -> None:
+    _, ours, reference = filled()
+    for cache in (ours, reference):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    assert same(ours, reference)
+    twin = copy.deepcopy(ours)
+    for layer in ours.layers:
+        layer.keys, layer.values = layer.keys.repeat_interleave(2, dim=0), layer.values.repeat_interleave(2, dim=0)
+    for layer in reference.layers:
+        layer.keys, layer.values = layer.keys.repeat_interleave(2, dim=0), layer.values.repeat_interleave(2, dim=0)
+    assert same(ours, reference)
+    ours.reset()
+    assert not any(layer.keys.dequantize().any() for layer in ours.layers)
+    assert ours.get_seq_length() == 0
+    assert twin.get_seq_length() == 9 and twin.layers[0].keys.dequantize().any()
+
+
+def test_cache_survives_save_and_load() -> None:
+    model, ours, _ = filled()
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert cache_bytes(loaded) == cache_bytes(ours)
+    ids = tokens(1, batch=2)
+    assert torch.equal(run(model, loaded, ids, (1,)), run(model, ours, ids, (1,)))
+
+
+def test_static_cache_from_a_config() -> None:
+    model = tiny_model("gemma3_text", dtype=torch.bfloat16)
+    for source in (model, model.config):
+        cache = static_cache(source, 3, 64, dtype=torch.bfloat16)
+        assert isinstance(cache, StaticCache)
+        assert [layer.keys.shape for layer in cache.layers] == [(3, 2, 16, 64), (3, 2, 64, 64)]
+        assert all(layer.is_initialized and layer.keys.dtype == torch.bfloat16 for layer in cache.layers)
+    with pytest.raises(TypeError, match="supported dtypes"):
+        static_cache(model, 1, 8, dtype=torch.float64)
