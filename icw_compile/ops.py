@@ -209,7 +209,7 @@ def _softmax(scores: Tensor) -> Tensor:
 
 def _register() -> None:
     schemas = {
-        "quantize_per_head": ("(Tensor x, ScalarType scale_dtype) -> (Tensor, Tensor)", quantize_per_head),
+        "quantize_per_head": ("(Tensor x, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)", quantize_per_head),
         "dequantize_per_head": (
             "(Tensor qdata, Tensor scale, ScalarType dtype) -> Tensor",
             dequantize_per_head,

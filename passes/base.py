@@ -37,7 +37,8 @@ def run_passes(graph: KVGraph, passes: Sequence[Pass], *, keep_text: bool = Fals
         before = graph.readable() if keep_text else None
         matches = each.apply(graph)
         if matches:
-            graph.graph.eliminate_dead_code()
+            # Attention counts as random for its dropout; a replaced one is dead all the same.
+            graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
             graph.graph.lint()
             graph.module.recompile()
         results.append(PassResult(each.name, matches, before, graph.readable() if keep_text else None))

@@ -124,7 +124,7 @@ class KVGraph:
 
         Args may be nodes or constants, lists of them included. Call it inside `before`.
         """
-        node = self.graph.call_function(target, args, kwargs)
+        node = self._call_function(target, args, kwargs, _short_name(target))
         for name in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if name in self._origin.meta:
                 node.meta[name] = self._origin.meta[name]
@@ -136,10 +136,14 @@ class KVGraph:
             return node
         elements = []
         for i, element in enumerate(value):
-            item = self.graph.call_function(operator.getitem, (node, i))
+            name = target._schema.returns[i].name  # type: ignore[attr-defined]
+            item = self._call_function(operator.getitem, (node, i), {}, name)
             item.meta = {**node.meta, "val": element}
             elements.append(item)
         return tuple(elements)
+
+    def _call_function(self, target: Any, args: Any, kwargs: Any, name: str | None) -> Node:
+        return self.graph.create_node("call_function", target, args, kwargs, name)
 
     def tensor(self, operand: Any) -> torch.Tensor:
         """The fake tensor of a node; with `call`, this makes the graph an `icw_compile.rows.Evaluator`."""
@@ -148,6 +152,10 @@ class KVGraph:
     def readable(self) -> str:
         """The graph as Python text, with shapes and dtypes."""
         return self.module.print_readable(print_output=False, include_stride=False)
+
+
+def _short_name(target: Any) -> str | None:
+    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else None
 
 
 def is_mutation(node: Node) -> bool:

@@ -48,7 +48,7 @@ def propagate(graph: KVGraph) -> int:
             _return_parts(graph, node, values)
         elif (result := _apply_rule(graph, node, values)) is not None:
             values[node] = (result, site)
-            if is_mutation(node) or node.target is aten.cat.default:
+            if is_mutation(node) or node.target in (aten.cat.default, aten.roll.default):
                 _note(site.writes, node)
         elif is_mutation(node) and node.args[0] in operands:
             values[node] = values[node.args[0]]  # type: ignore[index]

@@ -1,0 +1,160 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from graphs import HEAD_DIM, counts, kv, query, run, text, trace
+from support import quantize_dequantize, relative_distance
+from torch import Tensor
+
+from icw_compile.passes import PASSES, run_passes
+from icw_compile.passes.propagate import propagate
+from icw_compile.tensor import QuantizedKV
+
+PROPAGATE = PASSES[:2]
+POSITION = torch.tensor([3])
+
+
+def step(keys: Tensor, new: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    keys.index_copy_(2, position, new)
+    return keys[:, :, :4], keys.sum()
+
+
+def test_golden() -> None:
+    graph = trace(step, kv(), kv(1), POSITION, quantized=[0])
+    results = run_passes(graph, PROPAGATE)
+    assert results[1].matches == 3  # the storage, the write, the slice
+    assert_expected_inline(
+        text(graph),
+        """\
+keys_1_qdata: int8[2, 2, 8, 16]
+new_1: float32[2, 2, 1, 16]
+position_1: int64[1]
+keys_1_scale: float32[2, 2, 8, 1]
+quantize_per_head = quantize_per_head(new_1, float32)
+qdata = getitem(quantize_per_head, 0)
+scale = getitem(quantize_per_head, 1)
+index_copy__1 = index_copy_(keys_1_qdata, 2, position_1, qdata)
+index_copy__2 = index_copy_(keys_1_scale, 2, position_1, scale)
+slice_2 = slice(index_copy__1, 2, 0, 4)
+slice_3 = slice(index_copy__2, 2, 0, 4)
+dequantize_per_head_1 = dequantize_per_head(index_copy__1, index_copy__2, float32)
+sum_1 = sum(dequantize_per_head_1)
+return (slice_2, slice_3, sum_1)
+""",
+    )
+
+
+def slide(keys: Tensor, new: Tensor) -> Tensor:
+    rolled = keys.roll(-1, dims=-2)
+    rolled[:, :, torch.tensor([-1])] = new
+    keys.copy_(rolled)
+    return keys.sum(-1)
+
+
+def chunk(keys: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    everything = torch.cat([keys[:, :, 1:], new], dim=-2)
+    keys.copy_(everything[:, :, -keys.shape[2] :])
+    return everything, everything * 2
+
+
+def stale_view(keys: Tensor, new: Tensor) -> Tensor:
+    """A view taken before a write, read after it, sees the write."""
+    view = keys[:, :, 2:5]
+    keys.index_copy_(2, torch.tensor([3]), new)
+    return view * 1.0
+
+
+def snapshot(keys: Tensor, new: Tensor) -> Tensor:
+    """A copy taken before a write does not."""
+    copy = keys[:, :, 2:5].clone()
+    keys.index_copy_(2, torch.tensor([3]), new)
+    return copy * 1.0
+
+
+def write_through_view(keys: Tensor, new: Tensor) -> Tensor:
+    keys[:, :, 3:4].copy_(new)
+    return keys * 1.0
+
+
+def reset(keys: Tensor, new: Tensor) -> Tensor:
+    keys.zero_()
+    keys[:, :, :1] = new
+    return keys * 1.0
+
+
+def slice_of_heads(keys: Tensor, new: Tensor) -> Tensor:
+    keys.index_copy_(2, torch.tensor([3]), new)
+    return keys[..., : HEAD_DIM // 2].sum(-1)
+
+
+@pytest.mark.parametrize(
+    "function", [slide, chunk, stale_view, snapshot, write_through_view, reset, slice_of_heads, step]
+)
+def test_equals_quantized_rows(function: Callable[..., object]) -> None:
+    new = kv(1)
+    arguments = (new, POSITION) if function is step else (new,)
+
+    keys = kv()
+    graph = trace(function, keys, *arguments, quantized=[0])
+    run_passes(graph, PROPAGATE)
+    quantized, values = QuantizedKV.quantize(keys), quantize_dequantize(keys)
+    actual = run(graph, quantized, *arguments)
+    expected = function(values, quantize_dequantize(new), *arguments[1:])
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_distance(a, e) < 1e-6
+    assert torch.equal(quantized.dequantize(), values)
+
+
+def test_only_new_rows_are_quantized() -> None:
+    graph = trace(slide, kv(), kv(1), quantized=[0])
+    run_passes(graph, PROPAGATE)
+    found = counts(graph)
+    assert found["quantize_per_head"] == 1 and found["dequantize_per_head"] == 1
+    assert found["roll"] == found["index_put_"] == found["copy_"] == 2
+    assert graph.sites[0].writes == ["roll", "index_put_", "copy_"]
+    quantized = [n for n in graph.graph.nodes if n.target is torch.ops.icw_int8kv.quantize_per_head.default]
+    assert quantized[0].args[0].meta["val"].shape[2] == 1
+
+
+def test_operation_without_a_rule_writes_back() -> None:
+    def scale(keys: Tensor) -> Tensor:
+        keys[:, :, :2].mul_(3)
+        return keys * 1.0
+
+    keys = kv()
+    graph = trace(scale, keys, quantized=[0])
+    run_passes(graph, PROPAGATE)
+    quantized = QuantizedKV.quantize(keys)
+    values = quantize_dequantize(keys)
+    (actual,) = run(graph, quantized)
+    expected = scale(values)
+    assert relative_distance(actual, expected) < 1e-2
+    assert relative_distance(quantized.dequantize(), values) < 1e-2
+
+
+def test_write_into_part_of_a_head_is_refused() -> None:
+    def partial(keys: Tensor) -> Tensor:
+        keys[..., 0] = 1.0
+        return keys * 1.0
+
+    graph = trace(partial, kv(), quantized=[0])
+    with pytest.raises(NotImplementedError, match="whole rows"):
+        run_passes(graph, PROPAGATE)
+
+
+def test_returned_storage_is_returned_as_parts() -> None:
+    graph = trace(lambda keys, q: (q + 1, keys, keys[:, :, :2]), kv(), query(), quantized=[0])
+    run_passes(graph, PROPAGATE)
+    assert [o.positions for o in graph.outputs] == [(0,), (1, 2), (3, 4)]
+    assert [o.dtype for o in graph.outputs] == [None, torch.float32, torch.float32]
+    assert "dequantize_per_head" not in counts(graph)
+
+
+def test_second_run_matches_nothing() -> None:
+    graph = trace(step, kv(), kv(1), POSITION, quantized=[0])
+    run_passes(graph, PROPAGATE)
+    before = text(graph)
+    assert propagate(graph) == 0
+    assert text(graph) == before

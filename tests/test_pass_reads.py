@@ -1,0 +1,220 @@
+"""The ``reads`` and ``lower`` passes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from graphs import BATCH, HEAD_DIM, HEADS, QUERY_HEADS, TOKENS, counts, kv, query, run, text, trace
+from support import quantize_dequantize, relative_distance
+from torch import Tensor
+from torch.nn.functional import dropout, softmax
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from icw_compile.passes import PASSES, KVGraph, run_passes
+from icw_compile.passes.attention import match_attention
+from icw_compile.passes.lower import lower
+from icw_compile.passes.reads import fuse_reads
+from icw_compile.tensor import QuantizedKV
+
+SCALE = 0.3
+
+
+def repeat_kv(x: Tensor) -> Tensor:
+    return x[:, :, None].expand(BATCH, HEADS, 2, -1, HEAD_DIM).reshape(BATCH, QUERY_HEADS, -1, HEAD_DIM)
+
+
+def boolean_mask(length: int) -> Tensor:
+    return (torch.arange(TOKENS) <= torch.arange(length).unsqueeze(-1) + 2).expand(BATCH, 1, length, TOKENS)
+
+
+def additive_mask(length: int) -> Tensor:
+    return torch.zeros(BATCH, 1, length, TOKENS).masked_fill(~boolean_mask(length), torch.finfo(torch.float32).min)
+
+
+def gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q, k, v, enable_gqa=True, scale=SCALE)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    length = q.shape[2]
+    return sdpa(q, k[:, :, :length], v[:, :, :length], is_causal=length > 1, enable_gqa=True, scale=SCALE)
+
+
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q, repeat_kv(k), repeat_kv(v), scale=SCALE)
+
+
+def interleaved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1))
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return sdpa(q, repeat_kv(k), repeat_kv(v), attn_mask=mask)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = softmax(torch.matmul(q, repeat_kv(k).transpose(2, 3)) * SCALE, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(dropout(weights, 0.0, False), repeat_kv(v))
+
+
+def eager_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3)) * SCALE + mask
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v))
+
+
+def eager_softcap(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = torch.tanh(torch.matmul(q, repeat_kv(k).transpose(2, 3)) * SCALE / 2.0) * 2.0
+    return torch.matmul(softmax(scores + mask, dim=-1), repeat_kv(v))
+
+
+def eager_divided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = mask + torch.matmul(q, repeat_kv(k).transpose(-1, -2)) / 4.0
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v))
+
+
+def rewritten(function: Callable[..., Any], *inputs: Tensor) -> KVGraph:
+    graph = trace(function, *inputs, quantized=[1, 2])
+    run_passes(graph, PASSES)
+    return graph
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize(
+    ("function", "mask"),
+    [
+        (gqa, None),
+        (causal, None),
+        (repeated, None),
+        (interleaved, None),
+        (eager, None),
+        (masked, boolean_mask),
+        (masked, additive_mask),
+        (eager_masked, additive_mask),
+        (eager_softcap, additive_mask),
+        (eager_divided, additive_mask),
+    ],
+)
+def test_every_form_is_fused(function: Callable[..., Any], mask: Callable[[int], Tensor] | None, length: int) -> None:
+    q, k, v = query(length), kv(), kv()
+    extra = () if mask is None else (mask(length),)
+    graph = rewritten(function, q, k, v, *extra)
+    found = counts(graph)
+    assert found.get("attention_decode" if length == 1 else "attention_prefill") == 1
+    assert not found.keys() & {"matmul", "softmax", "scaled_dot_product_attention", "expand", "dequantize_per_head"}
+    (actual,) = run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v), *extra)
+    expected = function(q, quantize_dequantize(k), quantize_dequantize(v), *extra)
+    assert relative_distance(actual, expected) < 1e-5
+    form = "eager" if function.__name__.startswith("eager") else "sdpa"
+    assert all(site.reads[0].startswith(form) and "inductor" in site.lowering for site in graph.sites)
+
+
+def test_golden() -> None:
+    graph = rewritten(masked, query(), kv(), kv(), boolean_mask(1))
+    assert_expected_inline(
+        text(graph),
+        """\
+q_1: float32[2, 4, 1, 16]
+k_1_qdata: int8[2, 2, 8, 16]
+v_1_qdata: int8[2, 2, 8, 16]
+mask_1: bool[2, 1, 1, 8]
+k_1_scale: float32[2, 2, 8, 1]
+v_1_scale: float32[2, 2, 8, 1]
+attention = attention_decode(q_1, k_1_qdata, k_1_scale, v_1_qdata, v_1_scale, mask_1, False, 0.25, None)
+return attention
+""",
+    )
+
+
+def weights_used(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``output_attentions=True``: the scores are needed as well, so the keys are dequantized for them."""
+    weights = softmax(torch.matmul(q, repeat_kv(k).transpose(2, 3)), dim=-1)
+    return torch.matmul(weights, repeat_kv(v)), weights
+
+
+def other_norm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.matmul(torch.sigmoid(torch.matmul(q, repeat_kv(k).transpose(2, 3))), repeat_kv(v))
+
+
+def sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """GPT-OSS: a learned column beside the scores."""
+    scores = torch.cat([torch.matmul(q, repeat_kv(k).transpose(2, 3)), torch.ones(BATCH, QUERY_HEADS, 1, 1)], dim=-1)
+    return torch.matmul(softmax(scores, dim=-1)[..., :-1], repeat_kv(v))
+
+
+@pytest.mark.parametrize("function", [other_norm, sink])
+def test_what_is_not_recognised_stays_right_and_is_named(function: Callable[..., Any]) -> None:
+    q, k, v = query(), kv(), kv()
+    graph = rewritten(function, q, k, v)
+    assert "attention_decode" not in counts(graph)
+    (actual,) = run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v))
+    assert relative_distance(actual, function(q, quantize_dequantize(k), quantize_dequantize(v))) < 1e-5
+    assert "matmul" in graph.skipped[0].reason or "transpose" in graph.skipped[0].reason
+    assert graph.sites[0].lowering == "dequantize"
+
+
+def test_attention_weights_that_are_returned() -> None:
+    q, k, v = query(), kv(), kv()
+    graph = rewritten(weights_used, q, k, v)
+    actual = run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v))
+    expected = weights_used(q, quantize_dequantize(k), quantize_dequantize(v))
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_distance(a, e) < 1e-5
+    assert [s.what for s in graph.skipped] == ["keys"]
+
+
+def test_a_write_after_repeat_kv_blocks_the_fusion() -> None:
+    """``repeat_kv`` copies: attention must not see rows written after it."""
+
+    def late_write(q: Tensor, k: Tensor, v: Tensor, new: Tensor) -> Tensor:
+        keys, values = repeat_kv(k), repeat_kv(v)
+        k.index_copy_(2, torch.tensor([0]), new)
+        return sdpa(q, keys, values)
+
+    q, k, v, new = query(), kv(), kv(), 5 * kv(1)
+    graph = rewritten(late_write, q, k, v, new)
+    assert "attention_decode" not in counts(graph)
+    (actual,) = run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v), new)
+    assert relative_distance(actual, late_write(q, quantize_dequantize(k), quantize_dequantize(v), new)) < 1e-5
+
+
+def test_a_write_between_heads_does_not() -> None:
+    """Keys may be expanded before the values are written: only writes to the same storage matter."""
+
+    def interleaved_write(q: Tensor, k: Tensor, v: Tensor, new: Tensor) -> Tensor:
+        keys = repeat_kv(k)
+        v.index_copy_(2, torch.tensor([0]), new)
+        return sdpa(q, keys, repeat_kv(v))
+
+    q, k, v, new = query(), kv(), kv(), kv(1)
+    graph = rewritten(interleaved_write, q, k, v, new)
+    assert counts(graph)["attention_decode"] == 1
+    (actual,) = run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v), new)
+    expected = interleaved_write(q, quantize_dequantize(k), quantize_dequantize(v), quantize_dequantize(new))
+    assert relative_distance(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: torch.matmul(q, k.transpose(2, 3)),
+        lambda q, k, v: torch.matmul(softmax(q, dim=-1), v.transpose(2, 3)),
+        lambda q, k, v: torch.matmul(softmax(torch.matmul(q, k), dim=-1), v),
+        lambda q, k, v: torch.matmul(softmax(torch.matmul(q, k.transpose(2, 3)), dim=-2), v),
+        lambda q, k, v: sdpa(q[0], k[0], v[0]),
+    ],
+    ids=["one matmul", "no scores", "key not transposed", "softmax over queries", "three dimensions"],
+)
+def test_no_attention(function: Callable[..., Tensor]) -> None:
+    square = [torch.randn(BATCH, HEADS, HEAD_DIM, HEAD_DIM) for _ in range(3)]
+    graph = trace(function, *square)
+    assert not any(match_attention(node) for node in graph.graph.nodes)
+
+
+def test_second_run_matches_nothing() -> None:
+    graph = rewritten(repeated, query(), kv(), kv())
+    before = text(graph)
+    assert fuse_reads(graph) == 0
+    assert lower(graph) == 0
+    assert text(graph) == before
