@@ -114,29 +114,30 @@ class Report:
 
 
 def _sites_table(title: str, sites: Iterable[Site]) -> Table:
-    """A row for each kind of site; sites that differ in their layer alone share one."""
+    """A row for each kind of site; sites that differ in their layer and role alone share one."""
     table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("layers", "cache", "shape", "written by", "read by", "lowering"):
+    for column in ("sites", "cache", "shape", "written by", "read by", "lowering"):
         table.add_column(column, overflow="fold")
     rows: dict[tuple[str, ...], list[Site]] = {}
     for site in sites:
-        shape = f"{site.dtype} {list(site.shape)}"
         row = (
-            f"{site.role or ''}s",
             site.cache,
-            shape,
+            f"{site.dtype} {list(site.shape)}",
             ", ".join(site.writes),
-            ", ".join(site.reads) or "the states themselves",
+            ", ".join(site.reads) or "states, not cache",
             site.lowering,
         )
         rows.setdefault(row, []).append(site)
-    for (role, *cells), alike in rows.items():
-        table.add_row(f"{len(alike)}x {role}: {_first_to_last([s.layer or s.name for s in alike])}", *cells)
+    for row, alike in rows.items():
+        table.add_row(_label(alike), *row)
     return table
 
 
-def _first_to_last(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+def _label(sites: Sequence[Site]) -> str:
+    """``keys, values of 8 layers: model.layers.0.self_attn ...``"""
+    roles = ", ".join(dict.fromkeys(f"{site.role}s" for site in sites if site.role))
+    layers = list(dict.fromkeys(site.layer or site.name for site in sites))
+    return f"{roles} of {layers[0]}" if len(layers) == 1 else f"{roles} of {len(layers)} layers, {layers[0]} ..."
 
 
 _graphs: list[GraphReport] = []

@@ -1,0 +1,259 @@
+"""The ways in, the options, and what bad input gets; with the rewritten graphs run as they are."""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    EAGER,
+    compiled,
+    graphs,
+    reference_cache,
+    relative_distance,
+    run,
+    tiny_model,
+    tokens,
+)
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+import icw_compile
+from icw_compile import QuantizedKV, UnquantizedCacheWarning
+
+
+def test_found_by_name_without_an_import() -> None:
+    program = (
+        "import sys, torch\n"
+        "assert 'icw_int8kv' in torch._dynamo.list_backends()\n"
+        "assert 'icw_compile' not in sys.modules\n"
+        "f = torch.compile(lambda x: x + 1, backend='icw_int8kv', options={'icw.compiler': 'eager'})\n"
+        "assert f(torch.ones(2)).tolist() == [2.0, 2.0]\n"
+        "assert 'icw_compile' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd="/")
+
+
+# Two ways in
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate(padded: bool) -> None:
+    model = tiny_model()
+    ids = tokens(9, batch=2)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :4] = 0
+    arguments = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+    }
+    expected = model.generate(ids, past_key_values=reference_cache(model, 20), **arguments)
+    model.compile(backend="icw_int8kv", options=EAGER)
+    arguments["cache_implementation"] = "static"
+    first = model.generate(ids, **arguments)
+    assert len(graphs()) == 2 and not counters["graph_break"]
+    second = model.generate(ids, **arguments)
+    assert len(graphs()) == 2, "a new cache of the same shape compiles nothing"
+    assert torch.equal(first.sequences, expected.sequences)
+    assert torch.equal(second.sequences, expected.sequences)
+    assert all(isinstance(layer.keys, QuantizedKV) for layer in second.past_key_values.layers)
+
+
+def test_torch_compile_on_a_module_does_not_reach_generate() -> None:
+    """torch's own behaviour, which the README warns of."""
+    model = tiny_model()
+    torch.compile(model, backend="icw_int8kv", options=EAGER).generate(
+        tokens(5), max_new_tokens=3, cache_implementation="static"
+    )
+    assert not graphs()
+
+
+def test_replaced_forward() -> None:
+    model = tiny_model()
+    model.forward = torch.compile(model.forward, backend="icw_int8kv", options=EAGER)
+    out = model.generate(
+        tokens(5), max_new_tokens=3, cache_implementation="static", return_dict_in_generate=True
+    )
+    assert isinstance(out.past_key_values.layers[0].keys, QuantizedKV)
+
+
+def test_generate_that_compiles_by_itself_keeps_our_backend() -> None:
+    """On accelerators `generate` compiles the decode step with Inductor around the compiled model."""
+    model = tiny_model()
+    model.compile(backend="icw_int8kv", options=EAGER)
+    config = CompileConfig()
+    config._compile_all_devices = True
+    out = model.generate(
+        tokens(5),
+        max_new_tokens=3,
+        cache_implementation="static",
+        compile_config=config,
+        return_dict_in_generate=True,
+    )
+    assert [len(graph.sites) for graph in graphs()] == [4, 4]
+    assert isinstance(out.past_key_values.layers[0].keys, QuantizedKV)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_own_loop(guard: Callable[[], Any], dynamic: bool | None) -> None:
+    model = tiny_model()
+    step = torch.compile(model, backend="icw_int8kv", fullgraph=True, dynamic=dynamic, options=EAGER)
+    ids = tokens(12)
+    cache, reference = StaticCache(model.config, max_cache_len=16), reference_cache(model, 16)
+    with guard():
+        logits = [step(piece, past_key_values=cache).logits for piece in ids.split([9, 1, 1, 1], dim=1)]
+        expected = [model(piece, past_key_values=reference).logits for piece in ids.split([9, 1, 1, 1], dim=1)]
+    assert relative_distance(torch.cat(logits, 1), torch.cat(expected, 1)) < 2e-3
+    assert [len(graph.sites) for graph in graphs()] == [4, 4]
+
+
+def test_cache_made_beforehand_and_reset() -> None:
+    model = tiny_model()
+    step = compiled(model)
+    cache = icw_compile.static_cache(model, 1, 16)
+    ids = tokens(12)
+    first = run(step, cache, ids, (9, 1, 1))
+    assert len(graphs()) == 2
+    stored = [layer.keys for layer in cache.layers]
+    cache.reset()
+    assert torch.equal(run(step, cache, ids, (9, 1, 1)), first)
+    assert len(graphs()) == 2
+    assert all(layer.keys is kept for layer, kept in zip(cache.layers, stored, strict=True))
+    assert relative_distance(first, run(model, reference_cache(model, 16), ids, (9, 1, 1))) < 2e-3
+
+
+def test_compiled_decode_continues_after_eager_cache_operations() -> None:
+    model = tiny_model()
+    step = compiled(model)
+    ids = tokens(10, batch=2)
+    cache, reference = StaticCache(model.config, max_cache_len=16), reference_cache(model, 16)
+    run(step, cache, ids, (9,))
+    run(model, reference, ids, (9,))
+    for each in (cache, reference):
+        each.reorder_cache(torch.tensor([1, 0]))
+    actual, expected = run(step, cache, ids[:, 9:], (1,)), run(model, reference, ids[:, 9:], (1,))
+    assert relative_distance(actual, expected) < 2e-3
+    assert len(graphs()) == 2
+
+
+def test_a_stock_backend_computes_the_same_on_it() -> None:
+    model = tiny_model()
+    ids = tokens(10)
+    stock = torch.compile(model, backend="aot_eager")
+    cache = icw_compile.static_cache(model, 1, 16)
+    logits = run(stock, cache, ids, (8, 1, 1))
+    assert relative_distance(logits, run(model, reference_cache(model, 16), ids, (8, 1, 1))) < 2e-3
+    assert isinstance(cache.layers[0].keys, QuantizedKV)
+
+
+# Options and bad input
+
+
+def first_call(model: Any, *, length: int = 5, **settings: Any) -> None:
+    step = torch.compile(model, backend="icw_int8kv", **settings)
+    with torch.no_grad():
+        step(tokens(length), past_key_values=StaticCache(model.config, max_cache_len=16))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"options": {"icw.fast": True}}, r"Unknown option 'icw.fast'.*icw.compiler, icw.strict, icw.mode"),
+        ({"options": {"icw.strict": 1}}, r"Option 'icw.strict' is 1; it takes one of: True, False"),
+        ({"options": {"icw.compiler": "gcc"}}, r"Option 'icw.compiler' is 'gcc'.*'inductor', 'eager'"),
+        ({"mode": "fast"}, r"Option 'mode' is 'fast'.*'max-autotune-no-cudagraphs'"),
+        ({"options": {"no_such_option": 1}}, "Unexpected optimization option no_such_option"),
+    ],
+)
+def test_wrong_options(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackendCompilerFailed, match=message):
+        first_call(tiny_model(), **settings)
+
+
+def test_unsupported_dtype() -> None:
+    with pytest.raises(BackendCompilerFailed, match="cache of dtype torch.float64: the supported dtypes are float32"):
+        first_call(tiny_model(dtype=torch.float64), options=EAGER)
+
+
+def test_training_mode() -> None:
+    model = tiny_model(attention_dropout=0.1).train()
+    with pytest.raises(BackendCompilerFailed, match=r"training mode.*model.layers.0.self_attn.*model\.eval\(\)"):
+        first_call(model, options=EAGER)
+
+
+def test_gradients() -> None:
+    model = tiny_model()
+    step = torch.compile(model, backend="icw_int8kv", options=EAGER)
+    with pytest.raises(BackendCompilerFailed, match=r"embed_tokens.weight requires grad.*torch.no_grad\(\)"):
+        step(tokens(5), past_key_values=StaticCache(model.config, max_cache_len=16))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_float_cache_of_the_caller_works_and_is_named_once(attention: str) -> None:
+    model = tiny_model(attention=attention)
+    cache, stock = (StaticCache(model.config, max_cache_len=16) for _ in range(2))
+    ids = tokens(12)
+    run(model, cache, ids, (8,))
+    run(model, stock, ids, (8,))
+    with pytest.warns(UnquantizedCacheWarning, match="filled before the first compiled call") as caught:
+        actual = run(compiled(model), cache, ids[:, 8:], (1, 1, 1))
+    assert len([w for w in caught if issubclass(w.category, UnquantizedCacheWarning)]) == 1
+    assert "model.layers.0.self_attn keys" in str(caught[0].message)
+    assert relative_distance(actual, run(model, stock, ids[:, 8:], (1, 1, 1))) < 1e-5
+    assert not graphs()[0].sites and len(graphs()[0].skipped) == 4
+
+
+def test_dynamic_cache_works_and_is_named() -> None:
+    model = tiny_model()
+    with pytest.warns(UnquantizedCacheWarning, match="DynamicCache.*cache_implementation"):
+        actual = run(compiled(model), DynamicCache(config=model.config), tokens(8), (6, 1))
+    expected = run(model, DynamicCache(config=model.config), tokens(8), (6, 1))
+    assert relative_distance(actual, expected) < 1e-5
+
+
+def test_strict() -> None:
+    model = tiny_model()
+    with pytest.raises(BackendCompilerFailed, match="UnquantizedCacheError"):
+        run(compiled(model, **{"icw.strict": True}), DynamicCache(config=model.config), tokens(6), (6,))
+
+
+class Encoder(torch.nn.Module):
+    """Attention, and no cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_graph_without_a_cache_is_untouched() -> None:
+    """It may even train."""
+    model = Encoder().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(model, backend="icw_int8kv", options=EAGER)(torch.randn(2, 5, 16)).sum().backward()
+    assert model.layer.linear1.weight.grad is not None
+    assert not graphs()[0].sites and not graphs()[0].skipped
+
+
+def test_non_finite_states_read_back_as_non_finite() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("inf")
+    cache = StaticCache(model.config, max_cache_len=16)
+    logits = run(compiled(model), cache, tokens(6), (5, 1))
+    assert not logits.isfinite().any()
+    values = cache.layers[1].values.dequantize()
+    assert not values[:, 0, :6].isfinite().any()
+    assert values[:, 0, 6:].isfinite().all() and cache.layers[0].values.dequantize().isfinite().all()

@@ -1,0 +1,54 @@
+import json
+
+import torch
+from expecttest import assert_expected_inline
+from support import compiled, graphs, run, tiny_model, tokens
+from transformers import StaticCache
+
+import icw_compile
+
+
+def test_report() -> None:
+    model = tiny_model("gemma3_text", dtype=torch.bfloat16)
+    run(compiled(model), StaticCache(model.config, max_cache_len=32), tokens(8), (6, 1))
+    for graph in graphs():
+        graph.capture_seconds, graph.passes_seconds, graph.compile_seconds = 0.25, 0.05, 3.0
+    text = "\n".join(line.rstrip() for line in str(icw_compile.report()).splitlines()) + "\n"
+    assert_expected_inline(
+        text,
+        """\
+""",
+    )
+
+
+def test_as_data() -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    run(compiled(model), StaticCache(model.config, max_cache_len=32), tokens(8), (6, 1))
+    data = json.loads(json.dumps(icw_compile.report().to_dict()))
+    prefill, decode = data["graphs"]
+    assert prefill["family"] == "llama" and prefill["expected_sites"] == len(prefill["sites"]) == 4
+    assert prefill["passes"]["reads"] == decode["passes"]["lower"] == 2
+    assert prefill["float_bytes_per_token"] == 2 * 4 * 2 * 64
+    assert prefill["bytes_per_token"] == 4 * 2 * (64 + 2)
+    assert decode["sites"][0]["name"] == "past_key_values.layers[0].keys"
+    assert decode["sites"][0]["layer"] == "model.layers.0.self_attn"
+    assert all(decode[name] >= 0 for name in ("capture_seconds", "passes_seconds", "compile_seconds"))
+
+
+def test_nothing_compiled() -> None:
+    assert str(icw_compile.report()).strip() == 'no graph was compiled with backend="icw_int8kv"'
+
+
+def test_explain() -> None:
+    model = tiny_model()
+    cache = icw_compile.static_cache(model, 1, 16)
+    for _ in range(10):  # more often than Dynamo compiles one function anew
+        (graph,) = icw_compile.explain(model, tokens(1), past_key_values=cache).graphs
+    assert [p.name for p in graph.passes] == ["storage", "propagate", "reads", "lower"]
+    assert "torch.ops.aten.scaled_dot_product_attention" in graph.captured
+    assert "torch.ops.icw_int8kv.attention_decode" in graph.rewritten
+    assert graph.passes[0].before == graph.captured and graph.passes[1].before == graph.passes[0].after
+    assert "quantize_per_head" in str(graph) and "after reads: 2 matches" in str(graph)
+    assert not cache.layers[0].keys.dequantize().any(), "the caller's cache stays as it was"
+    assert cache.get_seq_length() == 0
+    assert not graphs(), "nothing was compiled"
