@@ -17,6 +17,26 @@ def test_report() -> None:
     assert_expected_inline(
         text,
         """\
+graph 0: 4 of 4 key/value sites in int8, gemma3_text
+┏━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━┓
+┃ sites                        ┃ cache                       ┃ shape                   ┃ written by  ┃ read by          ┃ lowering         ┃
+┡━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━┩
+│ keys, values of              │ static sliding, created     │ bfloat16 [1, 2, 16, 64] │ index_copy_ │ sdpa + repeat_kv │ inductor prefill │
+│ model.layers.0.self_attn     │ here                        │                         │             │                  │                  │
+│ keys, values of              │ static, created here        │ bfloat16 [1, 2, 32, 64] │ index_copy_ │ sdpa             │ inductor prefill │
+│ model.layers.1.self_attn     │                             │                         │             │                  │                  │
+└──────────────────────────────┴─────────────────────────────┴─────────────────────────┴─────────────┴──────────────────┴──────────────────┘
+  bytes per token: 1,024 float, 528 int8 (0.516x)
+  314 nodes; capture 0.25 s, passes 0.05 s, Inductor 3.00 s (10% of it)
+graph 1: 4 of 4 key/value sites in int8, gemma3_text
+┏━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━┓
+┃ sites                                    ┃ cache          ┃ shape                   ┃ written by  ┃ read by          ┃ lowering        ┃
+┡━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━┩
+│ keys, values of model.layers.0.self_attn │ static sliding │ bfloat16 [1, 2, 16, 64] │ index_copy_ │ sdpa + repeat_kv │ inductor decode │
+│ keys, values of model.layers.1.self_attn │ static         │ bfloat16 [1, 2, 32, 64] │ index_copy_ │ sdpa + repeat_kv │ inductor decode │
+└──────────────────────────────────────────┴────────────────┴─────────────────────────┴─────────────┴──────────────────┴─────────────────┘
+  bytes per token: 1,024 float, 528 int8 (0.516x)
+  338 nodes; capture 0.25 s, passes 0.05 s, Inductor 3.00 s (10% of it)
 """,
     )
 
