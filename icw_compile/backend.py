@@ -83,7 +83,8 @@ def _compile(
     # Private, and the only way to get torch.compile's own reading and checking of `mode` and `options`.
     inductor = torch._TorchCompileInductorWrapper(options.mode, inductor_options, None)
     # torch's on-disk caches are keyed by the graph before decomposition, in which our operations are mere names.
-    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag} {_cache_tag()}"):
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag} {_cache_tag()}"):
         return inductor(module, inputs)
 
 
@@ -130,7 +131,7 @@ def _drops_out(node: Node) -> bool:
     if node.target is aten.dropout.default:
         return bool(node.args[2]) and node.args[1] != 0
     if node.target is aten.scaled_dot_product_attention.default:
-        return len(node.args) > 4 and node.args[4] != 0 or node.kwargs.get("dropout_p", 0) != 0
+        return (len(node.args) > 4 and node.args[4] != 0) or node.kwargs.get("dropout_p", 0) != 0
     return False
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from icw_compile.passes import KVGraph
+from icw_compile.passes import KVGraph, Output
 from icw_compile.tensor import QuantizedKV
 
 __all__ = ["bind"]
@@ -20,25 +20,24 @@ def bind(graph: KVGraph, names: Sequence[str], compiled: Callable[..., Sequence[
     A quantized input keeps the position of its tensor for its first part, and its other parts follow after all
     inputs. This runs at every call: nothing in it looks at an ordinary input or output.
     """
-    positions = {name: i for i, name in enumerate(names)}
-    unwrap = [(positions[name], parts) for name, parts in graph.inputs.items()]
-    plain_outputs = all(output.dtype is None for output in graph.outputs)
+    unwrap = [position for position, name in enumerate(names) if name in graph.inputs]
     outputs = graph.outputs
+    plain_outputs = all(output.dtype is None for output in outputs)
 
     def call(*args: Any) -> list[Any]:
         inputs = list(args)
-        for position, _ in unwrap:
+        for position in unwrap:
             tensor = inputs[position]
             inputs[position] = tensor.qdata
             inputs.append(tensor.scale)
         returned = compiled(*inputs)
-        if plain_outputs:
-            return list(returned)
-        return [
-            returned[output.positions[0]]
-            if output.dtype is None
-            else QuantizedKV(*[returned[i] for i in output.positions], output.dtype)
-            for output in outputs
-        ]
+        return list(returned) if plain_outputs else [_wrap(returned, output) for output in outputs]
 
     return call
+
+
+def _wrap(returned: Sequence[Any], output: Output) -> Any:
+    if output.dtype is None:
+        return returned[output.positions[0]]
+    qdata, scale = (returned[position] for position in output.positions)
+    return QuantizedKV(qdata, scale, output.dtype)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from icw_compile.tensor import QuantizedKV
 
@@ -47,7 +47,9 @@ def static_cache(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, StaticLayer):
-            raise ValueError(f"layer {i} of {config.model_type} keeps a {type(layer).__name__}, which is no key/value cache")
+            raise ValueError(
+                f"layer {i} of {config.model_type} keeps a {type(layer).__name__}, which is no key/value cache"
+            )
         _initialize(layer, (batch_size, heads, 0, head_dim), dtype, torch.device(device or "cpu"))
     return cache
 

@@ -29,7 +29,9 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     """
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None:
-        raise RuntimeError("icw_int8kv compiles graphs that torch.compile captured; call it as a torch.compile backend.")
+        raise RuntimeError(
+            "icw_int8kv compiles graphs that torch.compile captured; call it as a torch.compile backend."
+        )
     fake_mode = context.fake_mode
     placeholders = dynamo_graph.graph.find_nodes(op="placeholder")
     examples = [node.meta["example_value"] for node in placeholders]
@@ -45,8 +47,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         new.meta["source_name"] = source_name(old)
         if isinstance(example, QuantizedKV):
             with fake_mode:
-                parts = [_fresh(part) for part in (example.qdata, example.scale)]
-            quantized[new] = Quantized(*parts, example.dtype)
+                quantized[new] = Quantized(_fresh(example.qdata), _fresh(example.scale), example.dtype)
     module.recompile()
     return KVGraph(module, fake_mode, quantized, _sliding_layers(context))
 

@@ -24,6 +24,9 @@ value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap) -> [B, Hq, T, Dv]
     one layer that it reads and gives it to torch's own attention kernels.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -180,9 +183,7 @@ def _grouped_attention(
     return torch.matmul(weights, value).reshape(batch, query_heads, length, -1)
 
 
-def _masked(
-    scores: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, softcap: float | None
-) -> Tensor:
+def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, softcap: float | None) -> Tensor:
     """Scale, softcap and mask raw scores ``[B, H, groups, T, S]`` of float32."""
     scores = scores * scale
     if softcap is not None:
@@ -208,8 +209,11 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _register() -> None:
-    schemas = {
-        "quantize_per_head": ("(Tensor x, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)", quantize_per_head),
+    schemas: dict[str, tuple[str, Callable[..., Any]]] = {
+        "quantize_per_head": (
+            "(Tensor x, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)",
+            quantize_per_head,
+        ),
         "dequantize_per_head": (
             "(Tensor qdata, Tensor scale, ScalarType dtype) -> Tensor",
             dequantize_per_head,

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from icw_compile.passes import PassResult, Site, Skipped
+from icw_compile.passes import Site, Skipped
 
 __all__ = ["GraphReport", "Report", "report", "reset_report"]
 
@@ -120,7 +120,7 @@ def _sites_table(title: str, sites: Iterable[Site]) -> Table:
         table.add_column(column, overflow="fold")
     rows: dict[tuple[str, ...], list[Site]] = {}
     for site in sites:
-        row = (
+        row: tuple[str, ...] = (
             site.cache,
             f"{site.dtype} {list(site.shape)}",
             ", ".join(site.writes),

@@ -38,7 +38,8 @@ class Quantized(NamedTuple):
 
     def of(self, parts: Sequence[Any]) -> "Quantized":
         """Another value of this dtype, made of ``parts`` in the order of `parts`."""
-        return Quantized(*parts, dtype=self.dtype)
+        qdata, scale = parts
+        return Quantized(qdata, scale, self.dtype)
 
 
 class Evaluator(Protocol):

@@ -40,7 +40,7 @@ class QuantizedKV(Tensor):
     @staticmethod
     def __new__(cls, qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> "QuantizedKV":
         scale_dtype_for(dtype)
-        self: QuantizedKV = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: QuantizedKV = torch.Tensor._make_wrapper_subclass(
             cls,
             qdata.shape,
             strides=qdata.stride(),
@@ -52,7 +52,7 @@ class QuantizedKV(Tensor):
         self.scale = scale
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def quantize(cls, x: Tensor) -> "QuantizedKV":
@@ -64,9 +64,7 @@ class QuantizedKV(Tensor):
         return cls(*quantize_per_head(x, scale_dtype_for(x.dtype)), x.dtype)
 
     @classmethod
-    def zeros(
-        cls, size: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None
-    ) -> "QuantizedKV":
+    def zeros(cls, size: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None) -> "QuantizedKV":
         """A tensor of zeros: of shape ``size``, no float storage is made for it."""
         qdata = torch.zeros(tuple(size), dtype=torch.int8, device=device)
         scale = torch.zeros((*size[:-1], 1), dtype=scale_dtype_for(dtype), device=device)
@@ -94,7 +92,7 @@ class QuantizedKV(Tensor):
     ) -> "QuantizedKV":
         return QuantizedKV(parts["qdata"], parts["scale"], dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         dtype = str(self.dtype).removeprefix("torch.")
         scale_dtype = str(self.scale.dtype).removeprefix("torch.")
         return (
@@ -103,7 +101,7 @@ class QuantizedKV(Tensor):
         )
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -171,23 +169,24 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _to_copy(
-    x: QuantizedKV, *, dtype: torch.dtype | None = None, device: Any = None, non_blocking: bool = False, **kwargs: Any
+    x: QuantizedKV,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    non_blocking: bool = False,
+    **kwargs: Any,
 ) -> Tensor:
     """``x.to(...)``: stays quantized on another device or in another supported dtype, else becomes a float tensor."""
     try:
         scale_dtype = scale_dtype_for(dtype or x.dtype)
     except TypeError:
-        return aten._to_copy.default(
-            x.dequantize(), dtype=dtype, device=device, non_blocking=non_blocking, **kwargs
-        )
+        return aten._to_copy.default(x.dequantize(), dtype=dtype, device=device, non_blocking=non_blocking, **kwargs)
     if x.scale.dtype == torch.float32 and scale_dtype != torch.float32:
         # Rounding the scales would move every value: round the values instead.
         x = QuantizedKV.quantize(x.dequantize().to(dtype))
-    parts = [
-        aten._to_copy.default(part, dtype=part_dtype, device=device, non_blocking=non_blocking)
-        for part, part_dtype in ((x.qdata, torch.int8), (x.scale, scale_dtype))
-    ]
-    return QuantizedKV(*parts, dtype or x.dtype)
+    qdata = aten._to_copy.default(x.qdata, device=device, non_blocking=non_blocking)
+    scale = aten._to_copy.default(x.scale, dtype=scale_dtype, device=device, non_blocking=non_blocking)
+    return QuantizedKV(qdata, scale, dtype or x.dtype)
 
 
 def _pin_memory(x: QuantizedKV, device: Any = None) -> QuantizedKV:

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from icw_compile.passes.graph import arguments
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-from icw_compile.passes.graph import arguments
 
 __all__ = ["Attention", "match_attention", "strip_repeat_kv"]
 
@@ -62,7 +61,7 @@ def strip_repeat_kv(node: Node) -> Node:
     ``repeat_kv`` orders the copies of a head next to each other, so that dropping it leaves grouped-query attention.
     """
     if node.target is aten.repeat_interleave.self_int:
-        return node.args[0] if arguments(node)["dim"] in (1, -3) and _rank(node) == 4 else node  # type: ignore[return-value]
+        return node.args[0] if arguments(node)["dim"] in (1, -3) and _rank(node) == 4 else node
     expanded = _operand(node, aten.reshape.default, aten.view.default, aten._unsafe_view.default)
     if expanded is not None and expanded.target is aten.clone.default:
         expanded = expanded.args[0]
@@ -73,7 +72,7 @@ def strip_repeat_kv(node: Node) -> Node:
         return node
     base = unsqueezed.args[0]
     shape, base_shape = node.meta["val"].shape, base.meta["val"].shape
-    groups = expanded.meta["val"].shape[2]  # type: ignore[union-attr]
+    groups = expanded.meta["val"].shape[2]
     expected = (base_shape[0], base_shape[1] * groups, *base_shape[2:])
     same = len(shape) == 4 and all(statically_known_true(a == b) for a, b in zip(shape, expected, strict=True))
     return base if same else node
@@ -114,7 +113,7 @@ def _match_scores(node: Node) -> tuple[Node, Node, float, float | None] | None:
     softcap = None
     inner, cap = _times_number(node)
     if inner.target is aten.tanh.default:
-        divided, divisor = _times_number(inner.args[0])  # type: ignore[arg-type]
+        divided, divisor = _times_number(inner.args[0])
         if abs(cap * divisor - 1.0) > 1e-9:
             return None
         softcap, node = cap, divided
@@ -131,7 +130,7 @@ def _times_number(node: Node) -> tuple[Node, float]:
     """``node`` as ``(inner, factor)`` where it is ``inner * factor`` or ``inner / divisor`` with a plain number."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or (number := _number(node.args[1])) is None:
         return node, 1.0
-    return node.args[0], number if node.target is aten.mul.Tensor else 1.0 / number  # type: ignore[return-value]
+    return node.args[0], number if node.target is aten.mul.Tensor else 1.0 / number
 
 
 def _number(value: Any) -> float | None:
@@ -147,7 +146,7 @@ def _default_scale(query: Node) -> float | None:
 
 
 def _operand(node: Node | None, *targets: Any) -> Node | None:
-    return node.args[0] if node is not None and node.target in targets else None  # type: ignore[return-value]
+    return node.args[0] if node is not None and node.target in targets else None
 
 
 def _is_whole_slice(node: Node) -> bool:
@@ -155,7 +154,7 @@ def _is_whole_slice(node: Node) -> bool:
         return False
     return all(
         statically_known_true(a == b)
-        for a, b in zip(node.meta["val"].shape, node.args[0].meta["val"].shape, strict=True)  # type: ignore[union-attr]
+        for a, b in zip(node.meta["val"].shape, node.args[0].meta["val"].shape, strict=True)
     )
 
 

@@ -43,4 +43,3 @@ def run_passes(graph: KVGraph, passes: Sequence[Pass], *, keep_text: bool = Fals
             graph.module.recompile()
         results.append(PassResult(each.name, matches, before, graph.readable() if keep_text else None))
     return results
-

@@ -1,7 +1,7 @@
 """The graph that passes work on, and what they know about it: its key/value storage, its signature, its sites."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -119,7 +119,7 @@ class KVGraph:
         with self.graph.inserting_before(node):
             yield
 
-    def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Add a node that calls ``target``, with its fake result; a tuple result gives a node for each element.
 
         Args may be nodes or constants, lists of them included. Call it inside `before`.
@@ -136,7 +136,7 @@ class KVGraph:
             return node
         elements = []
         for i, element in enumerate(value):
-            name = target._schema.returns[i].name  # type: ignore[attr-defined]
+            name = target._schema.returns[i].name
             item = self._call_function(operator.getitem, (node, i), {}, name)
             item.meta = {**node.meta, "val": element}
             elements.append(item)
@@ -160,7 +160,9 @@ def _short_name(target: Any) -> str | None:
 
 def is_mutation(node: Node) -> bool:
     """Whether the node writes into one of its operands."""
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return (
+        node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    )
 
 
 def aliases(storage: Node) -> Iterator[Node]:
@@ -180,7 +182,7 @@ def aliases(storage: Node) -> Iterator[Node]:
 
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an ATen call by name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = node.target._schema.arguments
     values = {a.name: a.default_value for a in schema if a.has_default_value()}
     values.update(zip((a.name for a in schema), node.args, strict=False))
     values.update(node.kwargs)

@@ -10,10 +10,9 @@ it reads and hands it to torch's attention kernels. All three compute the same f
 """
 
 import torch
+from icw_compile.passes.graph import SITE, KVGraph, Site, Skipped, layer_of
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-from icw_compile.passes.graph import SITE, KVGraph, Site, Skipped, layer_of
 
 __all__ = ["lower"]
 
@@ -43,4 +42,6 @@ def _report_dequantized(graph: KVGraph, node: Node, site: Site) -> None:
     site.reads.append(f"dequantized for {readers}")
     site.lowering = site.lowering or "dequantize"
     layer = site.layer or layer_of(node)
-    graph.skipped.append(Skipped(layer, f"{site.role}s" if site.role else site.name, f"read by {readers}, which no rule fuses"))
+    graph.skipped.append(
+        Skipped(layer, f"{site.role}s" if site.role else site.name, f"read by {readers}, which no rule fuses")
+    )

@@ -20,9 +20,9 @@ value, taken right where it is used, so that it sees every write before it. Orde
 from typing import Any
 
 import torch
+from icw_compile.passes.graph import SITE, KVGraph, Output, Site, aliases, is_mutation
 from torch.fx import Node
 
-from icw_compile.passes.graph import SITE, KVGraph, Output, Site, aliases, is_mutation
 from icw_compile.rows import RULES, Quantized
 
 __all__ = ["propagate"]
@@ -36,7 +36,7 @@ def propagate(graph: KVGraph) -> int:
     """Run the pass; returns the number of operations that now act on parts."""
     values: dict[Node, tuple[Quantized, Site]] = {}
     for stand_in, site in graph.storage.items():
-        values[stand_in] = (Quantized(*stand_in.args), site)  # type: ignore[arg-type]
+        values[stand_in] = (Quantized(*stand_in.args), site)
     graph.storage = {}
 
     for node in list(graph.graph.nodes):
@@ -51,7 +51,7 @@ def propagate(graph: KVGraph) -> int:
             if is_mutation(node) or node.target in (aten.cat.default, aten.roll.default):
                 _note(site.writes, node)
         elif is_mutation(node) and node.args[0] in operands:
-            values[node] = values[node.args[0]]  # type: ignore[index]
+            values[node] = values[node.args[0]]
             _write_back(graph, node, values)
             _note(site.writes, node)
         else:
@@ -95,7 +95,7 @@ def _give_values(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized,
 
 def _write_back(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized, Site]]) -> None:
     """An in-place operation without a rule: run it on the values, quantize what came out into the same storage."""
-    parts = values[node.args[0]][0]  # type: ignore[index]
+    parts = values[node.args[0]][0]
     _give_values(graph, node, values)
     with graph.before(node.next):
         new = graph.call(_quantize, node, graph.tensor(parts.scale).dtype)
@@ -133,6 +133,6 @@ def _return_parts(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized
 
 
 def _note(forms: list[str], node: Node) -> None:
-    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    name = node.target._schema.name.removeprefix("aten::")
     if name not in forms:
         forms.append(name)

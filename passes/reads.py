@@ -13,10 +13,9 @@ is the same up to the order of floating-point operations.
 """
 
 import torch
-from torch.fx import Node
-
 from icw_compile.passes.attention import match_attention, strip_repeat_kv
 from icw_compile.passes.graph import SITE, KVGraph, is_mutation
+from torch.fx import Node
 
 __all__ = ["fuse_reads"]
 
@@ -57,7 +56,7 @@ def _written_between(part: Node, reader: Node) -> bool:
     root = _root(part)
     node = part.next
     while node is not reader:
-        if is_mutation(node) and _root(node.args[0]) is root:  # type: ignore[arg-type]
+        if is_mutation(node) and _root(node.args[0]) is root:
             return True
         node = node.next
     return False
@@ -68,5 +67,5 @@ def _root(node: Node) -> Node:
     while isinstance(node.target, torch._ops.OpOverload) and node.target._schema.arguments:
         if node.target._schema.arguments[0].alias_info is None:
             break
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node

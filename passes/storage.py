@@ -19,11 +19,11 @@ import re
 from collections.abc import Iterable
 
 import torch
+from icw_compile.passes.attention import Attention, match_attention
+from icw_compile.passes.graph import KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
 from torch.fx import Node
 
 from icw_compile.ops import scale_dtype_for
-from icw_compile.passes.attention import Attention, match_attention
-from icw_compile.passes.graph import KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
 from icw_compile.rows import RULES, Quantized
 
 __all__ = ["find_storage"]
@@ -153,7 +153,7 @@ def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     value = node.meta["val"]
     scale_dtype = scale_dtype_for(value.dtype)
     sizes_at = node.target._schema.arguments[0].name == "self"  # new_zeros(self, size) against zeros(size)
-    size = list(node.args[int(sizes_at)])  # type: ignore[arg-type, call-overload]
+    size = list(node.args[int(sizes_at)])
     with graph.before(node):
         qdata = graph.call(aten.zeros.default, size, dtype=torch.int8, device=value.device)
         scale = graph.call(aten.zeros.default, [*size[:-1], 1], dtype=scale_dtype, device=value.device)
@@ -167,9 +167,7 @@ def _stand_for(
     """Replace ``node`` by a node that stands for the storage made of ``parts``, and record the site."""
     use = uses.of(node)
     with graph.before(before):
-        stand_in = graph.call(
-            torch.ops.icw_int8kv.dequantize_per_head.default, parts.qdata, parts.scale, parts.dtype
-        )
+        stand_in = graph.call(torch.ops.icw_int8kv.dequantize_per_head.default, parts.qdata, parts.scale, parts.dtype)
     value, scale = graph.tensor(parts.qdata), graph.tensor(parts.scale)
     heads, head_dim = value.shape[1], value.shape[-1]
     layer = layer_of(use[0].node) if use else ""

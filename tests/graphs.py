@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from icw_compile.passes import KVGraph
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from icw_compile.passes import KVGraph
 from icw_compile.rows import Quantized
 from icw_compile.tensor import QuantizedKV
 
@@ -71,7 +71,9 @@ def text(graph: KVGraph) -> str:
         elif node.op == "placeholder":
             lines.append(f"{node.name}: {_type(node.meta['val'])}")
         else:
-            target = node.target._schema.name.split("::")[1] if hasattr(node.target, "_schema") else node.target.__name__
+            target = (
+                node.target._schema.name.split("::")[1] if hasattr(node.target, "_schema") else node.target.__name__
+            )
             args = ", ".join(map(_short, node.args))
             lines.append(f"{node.name} = {target}({args})")
     return "\n".join(lines) + "\n"

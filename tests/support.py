@@ -106,7 +106,7 @@ def relative_distance(actual: Tensor, expected: Tensor) -> float:
 
 
 def quantize_dequantize(x: Tensor) -> Tensor:
-    """What the cache stores of ``x``: int8 with a scale for each row of the last dimension. Plain torch, no op of ours."""
+    """What the cache stores of ``x``: int8 with a scale for each row of the last dimension. No operation of ours."""
     scale_dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     scale = (x.float().abs().max(dim=-1, keepdim=True).values / 127.0).to(scale_dtype).float()
     steps = torch.round(x.float() / torch.where(scale > 0, scale, torch.ones_like(scale))).clamp(-127.0, 127.0)

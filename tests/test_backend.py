@@ -79,9 +79,7 @@ def test_torch_compile_on_a_module_does_not_reach_generate() -> None:
 def test_replaced_forward() -> None:
     model = tiny_model()
     model.forward = torch.compile(model.forward, backend="icw_int8kv", options=EAGER)
-    out = model.generate(
-        tokens(5), max_new_tokens=3, cache_implementation="static", return_dict_in_generate=True
-    )
+    out = model.generate(tokens(5), max_new_tokens=3, cache_implementation="static", return_dict_in_generate=True)
     assert isinstance(out.past_key_values.layers[0].keys, QuantizedKV)
 
 
@@ -180,7 +178,7 @@ def test_wrong_options(settings: dict[str, Any], message: str) -> None:
 
 
 def test_unsupported_dtype() -> None:
-    with pytest.raises(BackendCompilerFailed, match="cache of dtype torch.float64: the supported dtypes are float32"):
+    with pytest.raises(BackendCompilerFailed, match=r"cache of dtype torch\.float64: the supported dtypes are float32"):
         first_call(tiny_model(dtype=torch.float64), options=EAGER)
 
 
@@ -214,7 +212,7 @@ def test_float_cache_of_the_caller_works_and_is_named_once(attention: str) -> No
 
 def test_dynamic_cache_works_and_is_named() -> None:
     model = tiny_model()
-    with pytest.warns(UnquantizedCacheWarning, match="DynamicCache.*cache_implementation"):
+    with pytest.warns(UnquantizedCacheWarning, match=r"DynamicCache.*cache_implementation"):
         actual = run(compiled(model), DynamicCache(config=model.config), tokens(8), (6, 1))
     expected = run(model, DynamicCache(config=model.config), tokens(8), (6, 1))
     assert relative_distance(actual, expected) < 1e-5

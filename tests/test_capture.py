@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from icw_compile.passes import KVGraph
 from support import compiled, graphs, run, tiny_model, tokens
 from torch.fx import GraphModule
 from transformers import StaticCache
 
 import icw_compile
 from icw_compile.capture import capture, example_inputs, source_name
-from icw_compile.passes import KVGraph
 
 
 def captured(model: Any, cache: Any, *lengths: int, **options: Any) -> list[tuple[KVGraph, GraphModule]]:
@@ -30,10 +30,13 @@ def captured(model: Any, cache: Any, *lengths: int, **options: Any) -> list[tupl
 
 def test_one_spelling_for_each_operation() -> None:
     model = tiny_model()
-    ((graph, dynamo_graph),) = captured(model, StaticCache(model.config, max_cache_len=16), 5)
+    ((graph, _),) = captured(model, StaticCache(model.config, max_cache_len=16), 5)
     targets = {n.target for n in graph.graph.nodes if n.op == "call_function"}
     assert all(isinstance(target, torch._ops.OpOverload) for target in targets)
-    assert {torch.ops.aten.index_copy_.default, torch.ops.aten.scaled_dot_product_attention.default} <= targets
+    assert {
+        torch.ops.aten.index_copy_.default,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    } <= targets
     assert all("val" in n.meta for n in graph.graph.nodes if n.op != "output")
 
 

@@ -61,7 +61,10 @@ def test_the_inspection_finds_what_stock_materialises() -> None:
 
 
 #: One form of attention for each model, and Llama in both; the others are marked slow.
-QUICK = [("llama", "eager"), *{name: (name, attention) for name, attention in reversed(MODEL_ATTENTIONS)}.values()]
+QUICK = [
+    ("llama", "eager"),
+    *{name: (name, attention) for name, attention in reversed(MODEL_ATTENTIONS)}.values(),
+]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,9 @@ def test_generation_in_bfloat16(name: str, attention: str) -> None:
     stock = run(torch.compile(model), StaticCache(model.config, max_cache_len=48), ids, chunks)
     eager = run(model, StaticCache(model.config, max_cache_len=48), ids, chunks)
     distances = relative_distance(ours, reference), relative_distance(stock, eager)
-    print(f"{name} {attention}: ours from the reference {distances[0]:.4f}, stock compiled from eager {distances[1]:.4f}")
+    print(
+        f"{name} {attention}: ours from the reference {distances[0]:.4f}, stock compiled from eager {distances[1]:.4f}"
+    )
     assert distances[0] <= 2 * distances[1]
 
 
@@ -147,6 +152,11 @@ def test_disk_cache_knows_our_version(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda self, module, inputs: tags.append(torch.compiler.config.cache_key_tag) or module.forward,
     )
     model = tiny_model(num_hidden_layers=1)
-    run(torch.compile(model, backend="icw_int8kv"), StaticCache(model.config, max_cache_len=8), tokens(4), (4,))
+    run(
+        torch.compile(model, backend="icw_int8kv"),
+        StaticCache(model.config, max_cache_len=8),
+        tokens(4),
+        (4,),
+    )
     assert re.search(r"icw-compile \d+\.\d+\.\d+ [0-9a-f]{16}", tags[0])
     assert torch.compiler.config.cache_key_tag == ""

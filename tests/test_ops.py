@@ -16,7 +16,9 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = ["attention", "attention_prefill"]
 
 
-def attend(form: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **kwargs: object) -> Tensor:
+def attend(
+    form: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **kwargs: object
+) -> Tensor:
     """Quantize float keys and values and run one of the attention operations on them."""
     dtype = ops.scale_dtype_for(query.dtype)
     parts = [*ops.quantize_per_head(key, dtype), *ops.quantize_per_head(value, dtype)]
@@ -108,7 +110,9 @@ def test_unsupported_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("query_heads", "heads"), [(4, 4), (8, 2), (3, 1)])
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (32, 48)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_attention(length: int, query_heads: int, heads: int, head_dim: int, value_dim: int, softcap: float | None) -> None:
+def test_attention(
+    length: int, query_heads: int, heads: int, head_dim: int, value_dim: int, softcap: float | None
+) -> None:
     query = states((2, query_heads, length, head_dim), seed=1) * 2
     key, value = states((2, heads, 37, head_dim), seed=2), states((2, heads, 37, value_dim), seed=3)
     expected = expected_attention(query, key, value, softcap=softcap)
@@ -147,7 +151,11 @@ def test_attention_masks(length: int, softcap: float | None, index: int) -> None
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_attention_causal(form: str, softcap: float | None) -> None:
     length = 1 if form == "attention_decode" else 9
-    query, key, value = states((1, 4, length, 64)), states((1, 2, 9, 64), seed=2), states((1, 2, 9, 64), seed=3)
+    query, key, value = (
+        states((1, 4, length, 64)),
+        states((1, 2, 9, 64), seed=2),
+        states((1, 2, 9, 64), seed=3),
+    )
     expected = expected_attention(query, key, value, is_causal=True, softcap=softcap)
     assert relative_distance(attend(form, query, key, value, is_causal=True, softcap=softcap), expected) < 1e-5
 
@@ -159,7 +167,9 @@ def test_attention_16_bit(form: str, dtype: torch.dtype) -> None:
     value = value[:, :, :50]
     actual = attend(form, query, key, value)
     assert actual.dtype == dtype
-    assert relative_distance(actual, expected_attention(query, key, value)) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert relative_distance(actual, expected_attention(query, key, value)) < (
+        1e-2 if dtype == torch.bfloat16 else 2e-3
+    )
 
 
 @pytest.mark.parametrize("per_head", [False, True])

@@ -7,15 +7,15 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import BATCH, HEAD_DIM, HEADS, QUERY_HEADS, TOKENS, counts, kv, query, run, text, trace
+from icw_compile.passes import PASSES, KVGraph, run_passes
+from icw_compile.passes.attention import match_attention
+from icw_compile.passes.lower import lower
+from icw_compile.passes.reads import fuse_reads
 from support import quantize_dequantize, relative_distance
 from torch import Tensor
 from torch.nn.functional import dropout, softmax
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from icw_compile.passes import PASSES, KVGraph, run_passes
-from icw_compile.passes.attention import match_attention
-from icw_compile.passes.lower import lower
-from icw_compile.passes.reads import fuse_reads
 from icw_compile.tensor import QuantizedKV
 
 SCALE = 0.3
@@ -102,7 +102,13 @@ def test_every_form_is_fused(function: Callable[..., Any], mask: Callable[[int],
     graph = rewritten(function, q, k, v, *extra)
     found = counts(graph)
     assert found.get("attention_decode" if length == 1 else "attention_prefill") == 1
-    assert not found.keys() & {"matmul", "softmax", "scaled_dot_product_attention", "expand", "dequantize_per_head"}
+    assert not found.keys() & {
+        "matmul",
+        "softmax",
+        "scaled_dot_product_attention",
+        "expand",
+        "dequantize_per_head",
+    }
     (actual,) = run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v), *extra)
     expected = function(q, quantize_dequantize(k), quantize_dequantize(v), *extra)
     assert relative_distance(actual, expected) < 1e-5

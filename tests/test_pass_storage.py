@@ -2,11 +2,10 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import BATCH, HEAD_DIM, HEADS, TOKENS, counts, kv, query, text, trace
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as sdpa
-
 from icw_compile.passes import PASSES, KVGraph, run_passes
 from icw_compile.passes.storage import find_storage
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 STORAGE = PASSES[:1]
 POSITION = torch.tensor([3])
@@ -56,7 +55,10 @@ scaled_dot_product_attention = scaled_dot_product_attention(q_1, index_copy_, in
 return scaled_dot_product_attention
 """,
     )
-    assert graph.inputs == {"keys_1": ("keys_1_qdata", "keys_1_scale"), "values_1": ("values_1_qdata", "values_1_scale")}
+    assert graph.inputs == {
+        "keys_1": ("keys_1_qdata", "keys_1_scale"),
+        "values_1": ("values_1_qdata", "values_1_scale"),
+    }
     assert [(s.role, s.cache, s.shape) for s in graph.sites] == [
         ("key", "static", (2, 2, 8, 16)),
         ("value", "static", (2, 2, 8, 16)),

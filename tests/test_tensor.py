@@ -165,8 +165,7 @@ def test_to_dtype() -> None:
 def test_print_and_python_values() -> None:
     quantized, values = pair(torch.bfloat16)
     assert repr(quantized) == (
-        "QuantizedKV(shape=(2, 3, 7, 8), dtype=bfloat16, device='cpu', "
-        "stored=int8 + bfloat16 scale per head and token)"
+        "QuantizedKV(shape=(2, 3, 7, 8), dtype=bfloat16, device='cpu', stored=int8 + bfloat16 scale per head and token)"
     )
     assert f"{quantized}" == repr(quantized)
     assert quantized.tolist() == values.tolist()
@@ -254,9 +253,15 @@ def test_cache_operations() -> None:
     assert same(ours, reference)
     twin = copy.deepcopy(ours)
     for layer in ours.layers:
-        layer.keys, layer.values = layer.keys.repeat_interleave(2, dim=0), layer.values.repeat_interleave(2, dim=0)
+        layer.keys, layer.values = (
+            layer.keys.repeat_interleave(2, dim=0),
+            layer.values.repeat_interleave(2, dim=0),
+        )
     for layer in reference.layers:
-        layer.keys, layer.values = layer.keys.repeat_interleave(2, dim=0), layer.values.repeat_interleave(2, dim=0)
+        layer.keys, layer.values = (
+            layer.keys.repeat_interleave(2, dim=0),
+            layer.values.repeat_interleave(2, dim=0),
+        )
     assert same(ours, reference)
     ours.reset()
     assert not any(layer.keys.dequantize().any() for layer in ours.layers)

@@ -69,7 +69,7 @@ def read_documents(path: Path) -> tuple[list[str], str]:
         chapters.setdefault((verse[1], int(verse[2])), []).append(verse[3].strip())
 
     books: dict[str, list[str]] = {}
-    heldout = []
+    heldout: list[str] = []
     for (book, chapter), verses in chapters.items():
         is_heldout = book == HELDOUT_BOOK and chapter <= HELDOUT_CHAPTERS
         (heldout if is_heldout else books.setdefault(book, [])).append(" ".join(verses))
@@ -208,9 +208,7 @@ def train(
             progress.update(task, advance=1, description=f"loss {step_loss:.3f}")
             if step % 100 == 99:
                 heldout_loss = total_loss(model, heldout, bos) / len(heldout)
-                console.print(
-                    f"step {step + 1}: train {step_loss:.3f}, held-out {heldout_loss:.3f} nats per token"
-                )
+                console.print(f"step {step + 1}: train {step_loss:.3f}, held-out {heldout_loss:.3f} nats per token")
 
 
 def main(
@@ -233,8 +231,7 @@ def main(
     heldout = torch.tensor(tokenizer(heldout_text, add_special_tokens=False, verbose=False)["input_ids"])
     model = build_model(tokenizer)
     console.print(
-        f"{model.num_parameters():,} parameters, "
-        f"{len(tokens):,} training tokens, {len(heldout):,} held-out tokens"
+        f"{model.num_parameters():,} parameters, {len(tokens):,} training tokens, {len(heldout):,} held-out tokens"
     )
 
     start = time.perf_counter()

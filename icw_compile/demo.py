@@ -1,0 +1,167 @@
+"""``icw-compile demo``: the same prompts through the stock compiled cache and through the int8 one."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
+from transformers.utils import logging as transformers_logging
+
+from icw_compile.assets import MODEL
+from icw_compile.cache import cache_bytes
+from icw_compile.report import report, reset_report
+
+__all__ = ["run_demo"]
+
+PROMPTS = (
+    "And it came to pass in those days, that the king",
+    "Then David said unto the men that were with him,",
+    "The LORD is my shepherd; I shall",
+)
+BACKENDS = {"stock, compiled": "inductor", "int8, icw_int8kv": "icw_int8kv"}
+
+
+@dataclass
+class Run:
+    """What one kind of cache did: the text, the cache, and the seconds of each decode step of the timed rounds."""
+
+    sequences: Tensor
+    cache_bytes: int
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.sequences) / statistics.median(self.step_seconds)
+
+
+class _Clock(StoppingCriteria):
+    """Called by `generate` after each token: shows progress and takes the time. It never stops anything."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self.advance = advance
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.times.append(time.perf_counter())
+        self.advance()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def run_demo(
+    model_name: str | None,
+    prompts: Sequence[str] | None,
+    *,
+    max_new_tokens: int,
+    dtype: str,
+    device: str,
+    rounds: int,
+) -> None:
+    """Run the demo and print its result; see ``icw-compile demo --help``."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a file or a log has no width of its own
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    reset_report()
+    name = model_name or str(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    prompts = list(prompts or PROMPTS)
+    console.print(
+        f"[bold]{escape(model_name or MODEL.name)}[/]: {model.num_parameters():,} parameters, {dtype}, {device}; "
+        f"{len(prompts)} prompts, {max_new_tokens} new tokens each"
+    )
+    runs = _generate(model, tokenizer, prompts, max_new_tokens, rounds, console)
+
+    start = runs["stock, compiled"].sequences.shape[1] - max_new_tokens
+    for i, prompt in enumerate(prompts):
+        console.rule(style="dim")
+        for kind, run in runs.items():
+            text = tokenizer.decode(run.sequences[i, start:], skip_special_tokens=True)
+            console.print(f"[cyan]{kind:>17}[/]  [dim]{escape(prompt)}[/]{escape(text)}\n", highlight=False)
+    console.print(_comparison(runs, start))
+    console.print(report())
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int,
+    rounds: int,
+    console: Console,
+) -> dict[str, Run]:
+    """Generate with each backend in turn: once to compile, then ``rounds`` times for the clock."""
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    inputs.pop("token_type_ids", None)
+    forward = model.forward
+    compiled = {kind: torch.compile(forward, backend=backend) for kind, backend in BACKENDS.items()}
+    runs: dict[str, Run] = {}
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
+        transient=True,
+    )  # fmt: skip
+    with progress:
+        for turn in range(rounds + 1):
+            for kind in BACKENDS:
+                what = "compiling" if turn == 0 else f"round {turn} of {rounds}"
+                task = progress.add_task(f"{kind}: {what}", total=max_new_tokens)
+                clock = _Clock(partial(progress.advance, task))
+                model.forward = compiled[kind]
+                output = model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    min_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    repetition_penalty=1.2,
+                    cache_implementation="static",
+                    disable_compile=True,  # what `generate` compiles by itself would go to Inductor
+                    return_dict_in_generate=True,
+                    stopping_criteria=[clock],
+                )
+                progress.remove_task(task)
+                if turn == 0:
+                    runs[kind] = Run(output.sequences, cache_bytes(output.past_key_values))
+                else:
+                    runs[kind].step_seconds += [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    model.forward = forward
+    return runs
+
+
+def _comparison(runs: dict[str, Run], start: int) -> Table:
+    stock, ours = runs.values()
+    same = (stock.sequences == ours.sequences)[:, start:]
+    table = Table(title="The same prompts, two caches", title_justify="left", title_style="bold")
+    for column in ("", *runs, "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row(
+        "cache bytes",
+        f"{stock.cache_bytes:,}",
+        f"{ours.cache_bytes:,}",
+        f"{ours.cache_bytes / stock.cache_bytes:.3f}x",
+    )
+    table.add_row(
+        "decode, tokens per second",
+        f"{stock.tokens_per_second:.1f}",
+        f"{ours.tokens_per_second:.1f}",
+        f"{ours.tokens_per_second / stock.tokens_per_second:.2f}x",
+    )
+    table.add_row("tokens that agree", "", f"{int(same.sum())} of {same.numel()}", f"{same.float().mean():.1%}")
+    return table

@@ -1,0 +1,142 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # How a graph is rewritten
+#
+# `torch.compile(model, backend="icw_int8kv")` hands us a graph in which keys and values go into a float cache and
+# attention reads them from there. We hand Inductor a graph in which the cache is int8. This notebook takes the decode
+# step of a two-layer Llama and looks at its graph after each pass. Nothing is compiled: `icw_compile.explain`
+# captures, rewrites, and keeps the text.
+
+# %%
+import re
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+import icw_compile
+
+logging.set_verbosity_error()
+torch.manual_seed(0)
+config = LlamaConfig(
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_size=512,
+    vocab_size=1000,
+)
+model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+# %% [markdown]
+# The cache is made beforehand here, so that the graph is that of a decode step: one token in, the cache passed in.
+
+# %%
+cache = icw_compile.static_cache(model, batch_size=1, max_cache_len=512)
+token = torch.tensor([[7]])
+(graph,) = icw_compile.explain(model, input_ids=token, past_key_values=cache).graphs
+for step in graph.passes:
+    print(f"{step.name:10} {step.matches:3} matches")
+
+# %% [markdown]
+# A whole graph is long, and most of it is of no interest here. This keeps the lines of the first layer's cache: the
+# placeholders, and whatever is computed from them, up to the attention.
+
+
+# %%
+def first_cache(text: str) -> str:
+    """The lines of a printed graph in which the first layer's keys and values, or what came from them, occur."""
+    follow = {name for name in re.findall(r"\w+", text) if re.match(r"past_key_values_layers_0_(keys|values)", name)}
+    kept = [f"inputs: {', '.join(sorted(follow))}"]
+    for line in text.splitlines():
+        # name: "type[shape]" = torch.ops.namespace.operation(...);  last uses of other names
+        found = re.match(r"\s+(\w+)(?:: \"(.*)\")? = (?:torch\.ops\.)?(.*)", line.split(";  ")[0])
+        if not found:
+            continue
+        name, kind, call = found.groups()
+        used = set(re.findall(r"\w+", call))
+        if not follow & used and not call.startswith("icw_int8kv.quantize_per_head"):
+            continue
+        kept.append(f"{name}: {kind or 'both parts'} = {call}")
+        if "attention" in call:
+            break
+        follow.add(name)
+    return "\n".join(kept)
+
+
+# %% [markdown]
+# ## As captured
+#
+# Dynamo's graph, retraced into ATen before autograd's decompositions. Writes are in-place (`index_copy_`), attention is
+# one operation, and the cache is a bfloat16 tensor: that is what `QuantizedKV` presents to everybody. Before attention,
+# transformers expands the two key/value heads to four (`unsqueeze`, `expand`, `reshape`).
+
+# %%
+print(first_cache(graph.captured))
+
+# %% [markdown]
+# ## `storage`: what is the cache?
+#
+# Each placeholder that is a `QuantizedKV` becomes its parts: int8 rows, and one scale for each head and token. A
+# `dequantize_per_head` stands for the float tensor that was there. In a prefill that creates the cache, the same pass
+# turns `zeros` of bfloat16 into zeros of int8 and of scales.
+
+# %%
+print(first_cache(graph.passes[0].after))
+
+# %% [markdown]
+# ## `propagate`: every write and every move of rows
+#
+# The new key is quantized, one row for each head, and the same `index_copy_` is done to both parts. What only moves
+# rows, here the expansion of heads, moves the rows of both parts. An operation that has no rule would get the
+# dequantized value right where it needs it: correct, slow, and named in the report.
+
+# %%
+print(first_cache(graph.passes[1].after))
+
+# %% [markdown]
+# ## `reads`: attention on int8
+#
+# The attention, its dequantized operands and the expansion in front of them become one `icw_int8kv.attention`, which
+# shares a head among its group of query heads.
+
+# %%
+print(first_cache(graph.passes[2].after))
+
+# %% [markdown]
+# ## `lower`: how to compute it
+#
+# With a single query token it is `attention_decode`: Inductor fuses its two reductions with the int8 loads, and no
+# float copy of the cache exists. With several it would be `attention_prefill`.
+
+# %%
+print(first_cache(graph.passes[3].after))
+
+# %% [markdown]
+# ## The sites
+#
+# What the report of a compiled model shows, for each key/value storage in the graph:
+
+# %%
+for site in graph.sites:
+    print(f"{site.name}: {site.cache}, written by {', '.join(site.writes)}, read by {', '.join(site.reads)}")
+    print(f"    {site.lowering}; {site.float_bytes_per_token} -> {site.bytes_per_token} bytes per token")
+
+# %%
+assert len(graph.sites) == 4 and not graph.skipped
+assert all(site.lowering == "inductor decode" for site in graph.sites)
+assert "aten.scaled_dot_product_attention" in graph.captured
+assert "aten.scaled_dot_product_attention" not in graph.rewritten
