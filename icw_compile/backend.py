@@ -52,7 +52,6 @@ def icw_int8kv(
     ours, inductor_options = split_options(options, mode)
     started = time.perf_counter()
     graph = capture(dynamo_graph)
-    names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
     report = GraphReport(next_name(), nodes=len(graph.graph.nodes))
     report.family, report.expected_sites = _family(graph)
     dropout = next(filter(_drops_out, graph.graph.nodes), None)
@@ -67,7 +66,7 @@ def icw_int8kv(
     if graph.sites:
         _check_inference(dynamo_graph, dropout)
         forward_dynamo_metadata(dynamo_graph, graph)
-        compiled = bind(graph, names, _compile(graph.module, example_inputs(graph), ours, inductor_options))
+        compiled = bind(graph, _compile(graph.module, example_inputs(graph), ours, inductor_options))
     else:
         compiled = _compile(dynamo_graph, inputs, ours, inductor_options)
     report.compile_seconds = time.perf_counter() - rewritten

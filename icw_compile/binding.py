@@ -9,18 +9,17 @@ from icw_compile.tensor import QuantizedKV
 __all__ = ["bind"]
 
 
-def bind(graph: KVGraph, names: Sequence[str], compiled: Callable[..., Sequence[Any]]) -> Callable[..., list[Any]]:
+def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[..., list[Any]]:
     """Wrap ``compiled``, which has the rewritten graph's signature, into the signature of the captured graph.
 
     Args:
         graph: the rewritten graph.
-        names: the captured graph's placeholder names, in order.
         compiled: takes the rewritten graph's inputs and returns its outputs.
 
     A quantized input keeps the position of its tensor for its first part, and its other parts follow after all
     inputs. This runs at every call: nothing in it looks at an ordinary input or output.
     """
-    unwrap = [position for position, name in enumerate(names) if name in graph.inputs]
+    unwrap = [position for position, name in enumerate(graph.input_names) if name in graph.inputs]
     outputs = graph.outputs
     plain_outputs = all(output.dtype is None for output in outputs)
 

@@ -61,11 +61,10 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
     def backend(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = capture(dynamo_graph)
-        names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
         captured = graph.readable()
         results = run_passes(graph, PASSES, keep_text=True)
         graphs.append(ExplainedGraph(captured, tuple(results), tuple(graph.sites), tuple(graph.skipped)))
-        return bind(graph, names, graph.module.forward)
+        return bind(graph, graph.module.forward)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)

@@ -80,6 +80,7 @@ class KVGraph:
     Attributes:
         sites: the key/value storages found, in graph order.
         skipped: what looks like one and stays float.
+        input_names: the placeholders of the graph as captured: the signature that the caller sees.
         inputs: placeholder name -> its parts' placeholder names, of the inputs that are passed in as parts.
         outputs: the original outputs in terms of the present ones.
         storage: the ``dequantize_per_head`` node that stands for a storage -> its site.
@@ -98,6 +99,7 @@ class KVGraph:
         self.sliding_layers = sliding_layers
         self.sites: list[Site] = []
         self.skipped: list[Skipped] = []
+        self.input_names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
         self.inputs: dict[str, tuple[str, ...]] = {}
         self.outputs = [Output((i,)) for i in range(len(self.output_nodes))]
         self.storage: dict[Node, Site] = {}

@@ -38,7 +38,7 @@ _SAME_VALUES = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_co
 def find_storage(graph: KVGraph) -> int:
     """Run the pass; returns the number of storages taken."""
     uses = _AttentionUses(graph)
-    taken = 0
+    taken = set()
     for node in list(graph.graph.nodes):
         if node in graph.quantized:
             _take_input(graph, node, uses)
@@ -46,10 +46,10 @@ def find_storage(graph: KVGraph) -> int:
             _take_zeros(graph, node, uses)
         else:
             continue
-        taken += 1
+        taken.add(node)
     graph.quantized = {}
-    graph.skipped += uses.unquantized(graph, set(graph.storage))
-    return taken
+    graph.skipped += uses.unquantized(graph, taken)
+    return len(taken)
 
 
 class _AttentionUses:
@@ -186,11 +186,5 @@ def _stand_for(
     )
     graph.sites.append(site)
     graph.storage[stand_in] = site
-    # The matches were made on the float graph: from here on they see the stand-in.
-    if node in uses.readers:
-        uses.readers[stand_in] = uses.readers[node]
-    for *_, ancestors in uses._ancestors:
-        if node in ancestors:
-            ancestors.append(stand_in)
     node.replace_all_uses_with(stand_in)
     graph.graph.erase_node(node)

@@ -1,0 +1,31 @@
+"""``icw-compile demo``, on a model small enough to compile quickly."""
+
+from pathlib import Path
+
+from support import tiny_model
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from icw_compile.assets import MODEL
+from icw_compile.cli import app
+
+
+def test_demo_with_a_model_of_the_users_own(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tiny_model(num_hidden_layers=1, vocab_size=len(tokenizer), head_dim=64).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    arguments = ["--prompt", "And he said", "--prompt", "Then", "--max-new-tokens", "4", "--rounds", "1"]
+    result = CliRunner().invoke(app, ["demo", "--model", str(tmp_path), *arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert sum("stock, compiled  And he said" in line for line in lines) == 1
+    assert sum("int8, icw_int8kv  Then" in line for line in lines) == 1
+    cache_bytes = next(line for line in lines if "cache bytes" in line)
+    assert "0.516x" in cache_bytes
+    assert "generated tokens that agree" in result.output and "of 8" in result.output
+    assert "graph 1: 2 of 2 key/value sites in int8, llama" in result.output
+
+
+def test_help_names_every_option() -> None:
+    output = CliRunner().invoke(app, ["demo", "--help"]).output
+    assert all(option in output for option in ("--model", "--prompt", "--max-new-tokens", "--dtype", "--device"))
