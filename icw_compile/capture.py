@@ -102,12 +102,12 @@ def _fresh(example: Any) -> Any:
 
 
 def _sliding_layers(context: TracingContext) -> frozenset[int]:
-    """The cache layers that are sliding windows: those whose count of tokens seen Dynamo guards on.
+    """The cache layers that are sliding windows: Dynamo guards on attributes that only they have.
 
     A window that is not full is written exactly as a full-attention cache is; the graph does not tell them apart.
     """
     names = (guard.originating_source.name for guard in context.guards_context.dynamo_guards)
-    found = (re.search(r"\.layers\[(\d+)\]\.cumulative_length_int$", name) for name in names)
+    found = (re.search(r"\.layers\[(\d+)\]\.(?:cumulative_length_int|sliding_window)$", name) for name in names)
     return frozenset(int(match[1]) for match in found if match)
 
 

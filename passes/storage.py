@@ -10,6 +10,11 @@
     keys = zeros([1, 8, 4096, 128])            qdata, scale = zeros(int8), zeros([1, 8, 4096, 1])
                                                keys = dequantize_per_head(qdata, scale)
 
+    # before: a cache that grows                # after, where the previous one was still float
+    keys = cat([previous, new], -2)            grown = cat([previous, new], -2)
+                                               qdata, scale = quantize_per_head(grown)
+                                               keys = dequantize_per_head(qdata, scale)
+
 The ``dequantize_per_head`` node only *stands for* the storage: nothing reads it in the end. ``propagate`` carries the
 parts to every operation that can use them, and replaces the rest. What looks like storage and is not taken is
 recorded with its reason. Meaning is preserved up to the quantization of what is written.
@@ -44,11 +49,13 @@ def find_storage(graph: KVGraph) -> int:
             _take_input(graph, node, uses)
         elif node.target in _ZEROS and _is_created_storage(graph, node, uses):
             _take_zeros(graph, node, uses)
+        elif node.target is aten.cat.default and _is_grown_storage(graph, node, uses):
+            _take_grown(graph, node, uses)
         else:
             continue
         taken.add(node)
     graph.quantized = {}
-    graph.skipped += uses.unquantized(graph, taken)
+    graph.skipped += uses.unquantized(taken)
     return len(taken)
 
 
@@ -82,14 +89,13 @@ class _AttentionUses:
                             return self.readers[node]
         return None
 
-    def unquantized(self, graph: KVGraph, taken: set[Node]) -> list[Skipped]:
+    def unquantized(self, taken: set[Node]) -> list[Skipped]:
         """The attentions that read something like a cache which was not taken, with the reason."""
-        returned = set(graph.output_nodes)
         found = []
         for attention, role, ancestors in self._ancestors:
             if taken.intersection(ancestors):
                 continue
-            reason = next((r for node in ancestors if (r := _why_not(node, returned))), None)
+            reason = next((r for node in ancestors if (r := _why_not(node))), None)
             if reason is not None:
                 found.append(Skipped(layer_of(attention.node), f"{role}s", reason))
         return found
@@ -118,7 +124,22 @@ def _is_created_storage(graph: KVGraph, node: Node, uses: _AttentionUses) -> boo
     return any(v in returned for v in views) and any(map(is_mutation, views)) and uses.of(node) is not None
 
 
-def _why_not(node: Node, returned: set[Node]) -> str | None:
+def _is_grown_storage(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
+    """Whether this is ``cat([previous, new], -2)`` of a DynamicCache that is not quantized yet.
+
+    The previous tensor is the empty one of a new cache, or was filled with floats before the first compiled call. One
+    that is quantized already is an input, which is taken as such.
+    """
+    value, dim = node.meta["val"], node.args[1] if len(node.args) > 1 else 0
+    if value.dim() != 4 or not value.is_floating_point() or dim not in (-2, 2):
+        return False
+    returned = set(graph.output_nodes)
+    if not any(view in returned for view in aliases(node)) or uses.of(node) is None:
+        return False
+    return not any(previous in graph.storage for previous in _same_values(node.args[0]))
+
+
+def _why_not(node: Node) -> str | None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dim() != 4 or not value.is_floating_point():
         return None
@@ -126,11 +147,6 @@ def _why_not(node: Node, returned: set[Node]) -> str | None:
         return (
             f"`{node.name}` is a float cache that was filled before the first compiled call; compile the prefill as "
             "well, or build the cache with icw_compile.static_cache(...)"
-        )
-    if node.target is aten.cat.default and (node in returned or returned.intersection(aliases(node))):
-        return (
-            "this is a DynamicCache, which grows by `cat`; use a static one: generate(..., "
-            'cache_implementation="static"), or icw_compile.static_cache(...)'
         )
     return None
 
@@ -146,7 +162,8 @@ def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     for part, fake in zip((qdata, scale), fakes.parts, strict=True):
         part.meta = {**node.meta, "val": fake}
     graph.inputs[node.name] = (qdata.name, scale.name)
-    _stand_for(graph, node, Quantized(qdata, scale, fakes.dtype), uses, before=scale.next)
+    cache = "static" if any(is_mutation(alias) for alias in aliases(node)) else "dynamic"
+    _stand_for(graph, node, Quantized(qdata, scale, fakes.dtype), uses, before=scale.next, cache=cache)
 
 
 def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
@@ -158,11 +175,20 @@ def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
         qdata = graph.call(aten.zeros.default, size, dtype=torch.int8, device=value.device)
         scale = graph.call(aten.zeros.default, [*size[:-1], 1], dtype=scale_dtype, device=value.device)
     parts = Quantized(qdata, scale, value.dtype)
-    _stand_for(graph, node, parts, uses, before=node, note=", created here")
+    _stand_for(graph, node, parts, uses, before=node, cache="static", note=", created here")
+
+
+def _take_grown(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
+    value = node.meta["val"]
+    with graph.before(node.next):
+        qdata, scale = graph.call(torch.ops.icw_int8kv.quantize_per_head.default, node, scale_dtype_for(value.dtype))
+    parts = Quantized(qdata, scale, value.dtype)
+    _stand_for(graph, node, parts, uses, before=scale.next, cache="dynamic", note=", quantized here")
+    graph.sites[-1].writes.append("cat")
 
 
 def _stand_for(
-    graph: KVGraph, node: Node, parts: Quantized, uses: _AttentionUses, *, before: Node, note: str = ""
+    graph: KVGraph, node: Node, parts: Quantized, uses: _AttentionUses, *, before: Node, cache: str, note: str = ""
 ) -> None:
     """Replace ``node`` by a node that stands for the storage made of ``parts``, and record the site."""
     use = uses.of(node)
@@ -178,7 +204,7 @@ def _stand_for(
         name=name,
         role=use[1] if use else None,
         layer=layer,
-        cache=("static sliding" if sliding else "static") + note,
+        cache=f"{cache}{' sliding' if sliding else ''}{note}",
         shape=tuple(s if isinstance(s, int) else str(s) for s in value.shape),
         dtype=str(parts.dtype).removeprefix("torch."),
         float_bytes_per_token=int(heads * head_dim * parts.dtype.itemsize),
@@ -186,5 +212,7 @@ def _stand_for(
     )
     graph.sites.append(site)
     graph.storage[stand_in] = site
-    node.replace_all_uses_with(stand_in)
-    graph.graph.erase_node(node)
+    quantize = parts.qdata.args[0] if parts.qdata.op == "call_function" else None
+    node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user is not quantize)
+    if not node.users:
+        graph.graph.erase_node(node)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Cache,
+    DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -20,7 +21,12 @@ from transformers import (
     Qwen3Config,
     StaticCache,
 )
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 import icw_compile
 from icw_compile.families import FAMILIES
@@ -138,6 +144,27 @@ def reference_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
         _ReferenceSliding(max_cache_len, layer.max_cache_len)
         if isinstance(layer, StaticSlidingWindowLayer)
         else _ReferenceFull(max_cache_len)
+        for layer in cache.layers
+    ]
+    return cache
+
+
+class _ReferenceDynamic(DynamicLayer):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().update(quantize_dequantize(key_states), quantize_dequantize(value_states), *args, **kwargs)
+
+
+class _ReferenceDynamicSliding(_ReferenceDynamic, DynamicSlidingWindowLayer):
+    pass
+
+
+def dynamic_reference_cache(model: PreTrainedModel) -> DynamicCache:
+    """A float `DynamicCache` in which every key and value has been quantized and dequantized."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        _ReferenceDynamicSliding(layer.sliding_window)
+        if isinstance(layer, DynamicSlidingWindowLayer)
+        else _ReferenceDynamic()
         for layer in cache.layers
     ]
     return cache

@@ -21,7 +21,7 @@ from support import (
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import CompileConfig, StaticCache
 
 import icw_compile
 from icw_compile import QuantizedKV, UnquantizedCacheWarning
@@ -210,18 +210,12 @@ def test_float_cache_of_the_caller_works_and_is_named_once(attention: str) -> No
     assert not graphs()[0].sites and len(graphs()[0].skipped) == 4
 
 
-def test_dynamic_cache_works_and_is_named() -> None:
-    model = tiny_model()
-    with pytest.warns(UnquantizedCacheWarning, match=r"DynamicCache.*cache_implementation"):
-        actual = run(compiled(model), DynamicCache(config=model.config), tokens(8), (6, 1))
-    expected = run(model, DynamicCache(config=model.config), tokens(8), (6, 1))
-    assert relative_distance(actual, expected) < 1e-5
-
-
 def test_strict() -> None:
     model = tiny_model()
+    cache = StaticCache(model.config, max_cache_len=16)
+    run(model, cache, tokens(8), (8,))
     with pytest.raises(BackendCompilerFailed, match="UnquantizedCacheError"):
-        run(compiled(model, **{"icw.strict": True}), DynamicCache(config=model.config), tokens(6), (6,))
+        run(compiled(model, **{"icw.strict": True}), cache, tokens(1), (1,))
 
 
 class Encoder(torch.nn.Module):

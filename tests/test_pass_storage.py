@@ -137,15 +137,33 @@ def test_float_cache_of_the_caller_is_named() -> None:
     assert "keys_1` is a float cache that was filled before" in graph.skipped[0].reason
 
 
-def test_dynamic_cache_is_named() -> None:
-    def grow(keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        keys, values = torch.cat([keys, k], -2), torch.cat([values, v], -2)
-        return keys, values, sdpa(q, keys, values, enable_gqa=True)
+def grow(keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    keys, values = torch.cat([keys, k], -2), torch.cat([values, v], -2)
+    return keys, values, sdpa(q, keys, values, enable_gqa=True)
 
-    graph = trace(grow, kv(), kv(), query(), kv(1), kv(1))
-    run_passes(graph, STORAGE)
-    assert [s.what for s in graph.skipped] == ["keys", "values"]
-    assert "DynamicCache" in graph.skipped[0].reason
+
+@pytest.mark.parametrize("previous", [torch.tensor([]), kv()], ids=["new", "filled with floats"])
+def test_growing_cache_becomes_int8(previous: Tensor) -> None:
+    graph = trace(grow, previous, previous, query(), kv(1), kv(1))
+    assert run_passes(graph, STORAGE)[0].matches == 2
+    assert counts(graph)["quantize_per_head"] == 2
+    assert [s.cache for s in graph.sites] == ["dynamic, quantized here"] * 2
+    assert find_storage(graph) == 0
+
+
+def test_growing_int8_cache_is_taken_as_an_input() -> None:
+    graph = trace(grow, kv(), kv(), query(), kv(1), kv(1), quantized=[0, 1])
+    assert run_passes(graph, STORAGE)[0].matches == 2
+    assert [s.cache for s in graph.sites] == ["dynamic", "dynamic"]
+    run_passes(graph, PASSES[1:])
+    quantized = [n for n in graph.graph.nodes if n.target is torch.ops.icw_int8kv.quantize_per_head.default]
+    assert [n.args[0].meta["val"].shape[2] for n in quantized] == [1, 1], "only the new rows"
+    assert counts(graph)["cat"] == 4
+
+
+def test_concatenation_that_is_not_returned_is_left_alone() -> None:
+    graph = trace(lambda *inputs: grow(*inputs)[2], kv(), kv(), query(), kv(1), kv(1))
+    assert run_passes(graph, STORAGE)[0].matches == 0
 
 
 def test_attention_without_a_cache_is_not_named() -> None:

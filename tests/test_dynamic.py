@@ -1,0 +1,103 @@
+"""`DynamicCache`, the default of `generate`, through the backend; the rewritten graphs run as they are."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    EAGER,
+    MODEL_ATTENTIONS,
+    SLIDING,
+    compiled,
+    dynamic_reference_cache,
+    graphs,
+    relative_distance,
+    run,
+    tiny_model,
+    tokens,
+)
+from torch._dynamo.utils import counters
+from transformers import DynamicCache
+
+from icw_compile import QuantizedKV
+
+
+@pytest.mark.parametrize(("name", "attention"), MODEL_ATTENTIONS)
+def test_prefill_and_decode(name: str, attention: str) -> None:
+    model = tiny_model(name, attention=attention)
+    ids = tokens(24)
+    chunks = (9, *(1,) * 12)  # past the window of 16 where there is one
+    cache = DynamicCache(config=model.config)
+    logits = run(compiled(model), cache, ids, chunks)
+    expected_cache = dynamic_reference_cache(model)
+    assert relative_distance(logits, run(model, expected_cache, ids, chunks)) <= 2e-3
+    # A prefill, a first decode step, and one of any length; what a window adds, stock recompiles for as well.
+    assert len(graphs()) == 3 or name in SLIDING
+    assert not counters["graph_break"]
+    kind = "dynamic sliding" if name == "mistral" else "dynamic"
+    for graph in graphs():
+        assert len(graph.sites) == graph.expected_sites and not graph.skipped
+        assert graph.sites[0].cache.startswith(kind) and graph.sites[0].writes == ["cat"]
+    for layer, expected in zip(cache.layers, expected_cache.layers, strict=True):
+        for ours, values in ((layer.keys, expected.keys), (layer.values, expected.values)):
+            assert isinstance(ours, QuantizedKV) and ours.shape == values.shape
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_chunked_prefill(name: str) -> None:
+    model = tiny_model(name)
+    ids = tokens(30)
+    logits = run(compiled(model), DynamicCache(config=model.config), ids, (20, 1, 4, 1))
+    assert relative_distance(logits, run(model, dynamic_reference_cache(model), ids, (20, 1, 4, 1))) <= 2e-3
+
+
+def test_cache_filled_with_floats_becomes_int8() -> None:
+    model = tiny_model()
+    ids = tokens(12)
+    cache = DynamicCache(config=model.config)
+    run(model, cache, ids, (8,))
+    stock = run(model, DynamicCache(config=model.config), ids, (8, 1, 1))[:, 8:]
+    logits = run(compiled(model), cache, ids[:, 8:], (1, 1))
+    assert relative_distance(logits, stock) < 3e-2
+    assert all(isinstance(layer.keys, QuantizedKV) for layer in cache.layers)
+    assert {site.cache for site in graphs()[0].sites} == {"dynamic, quantized here"}
+    assert {site.cache for site in graphs()[1].sites} == {"dynamic"}
+
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "beams": {"do_sample": False, "num_beams": 4},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("how", GENERATION)
+def test_generate(how: str) -> None:
+    model = tiny_model()
+    ids = tokens(9, batch=1 if how == "prompt lookup" else 2)
+    arguments = {"max_new_tokens": 12, "return_dict_in_generate": True, **GENERATION[how]}
+    torch.manual_seed(0)
+    expected = model.generate(ids, past_key_values=dynamic_reference_cache(model), **arguments)
+    model.compile(backend="icw_int8kv", options=EAGER)
+    torch.manual_seed(0)
+    actual = model.generate(ids, **arguments)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert all(isinstance(layer.values, QuantizedKV) for layer in actual.past_key_values.layers)
+
+
+def test_two_turns() -> None:
+    model = tiny_model()
+    model.compile(backend="icw_int8kv", options=EAGER)
+    first = model.generate(tokens(6), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    turn = torch.cat([first.sequences, tokens(4, seed=2)], dim=1)
+    second = model.generate(
+        turn, past_key_values=first.past_key_values, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
+    )
+    model._compiled_call_impl = None
+    reference = dynamic_reference_cache(model)
+    model.generate(tokens(6), past_key_values=reference, max_new_tokens=5, do_sample=False)
+    expected = model.generate(turn, past_key_values=reference, max_new_tokens=5, do_sample=False)
+    assert torch.equal(second.sequences, expected)
+    assert second.past_key_values.get_seq_length() == 19
