@@ -4,6 +4,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from icw_compile.binding import bind
 from icw_compile.capture import capture, example_inputs, forward_dynamo_metadata, source_name
 from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
 from icw_compile.families import family_of
+from icw_compile.kernels import find_kernel
 from icw_compile.options import Options, split_options
 from icw_compile.passes import PASSES, KVGraph, run_passes
 from icw_compile.passes.graph import layer_of
@@ -51,7 +53,7 @@ def icw_int8kv(
     """
     ours, inductor_options = split_options(options, mode)
     started = time.perf_counter()
-    graph = capture(dynamo_graph)
+    graph = capture(dynamo_graph, partial(find_kernel, choice=ours.attention))
     report = GraphReport(next_name(), nodes=len(graph.graph.nodes))
     report.family, report.expected_sites = _family(graph)
     dropout = next(filter(_drops_out, graph.graph.nodes), None)

@@ -178,8 +178,8 @@ def _grouped_attention(
     heads, tokens = key.shape[1:3]
     groups = query_heads // heads
     scores = torch.matmul(query.reshape(batch, heads, groups * length, -1), key.transpose(-1, -2)).float()
-    scores = _masked(scores.view(batch, heads, groups, length, tokens), attn_mask, is_causal, scale, softcap)
-    weights = _softmax(scores).to(value.dtype).view(batch, heads, groups * length, tokens)
+    scores = _masked(scores.reshape(batch, heads, groups, length, tokens), attn_mask, is_causal, scale, softcap)
+    weights = _softmax(scores).to(value.dtype).reshape(batch, heads, groups * length, tokens)
     return torch.matmul(weights, value).reshape(batch, query_heads, length, -1)
 
 

@@ -1,17 +1,17 @@
 """The graph that passes work on, and what they know about it: its key/value storage, its signature, its sites."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
 
 from icw_compile.rows import Quantized
 
-__all__ = ["SITE", "KVGraph", "Output", "Site", "Skipped", "aliases", "arguments", "is_mutation", "layer_of"]
+__all__ = ["SITE", "KVGraph", "Kernel", "Output", "Site", "Skipped", "aliases", "arguments", "is_mutation", "layer_of"]
 
 Role = Literal["key", "value"]
 
@@ -67,6 +67,21 @@ class Output:
     dtype: torch.dtype | None = None
 
 
+class Kernel(NamedTuple):
+    """An attention kernel: a name for the report, an operator with ``icw_int8kv::attention``'s arguments.
+
+    ``supports(query, key_qdata, value_qdata)`` is ``None`` for tensors that it takes, else the reason why not.
+    """
+
+    name: str
+    operator: Any
+    supports: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], str | None]
+
+
+def _no_kernel(device_type: str) -> Kernel | str:
+    return ""
+
+
 class KVGraph:
     """A pre-dispatch ATen graph with key/value storage in it.
 
@@ -76,6 +91,7 @@ class KVGraph:
         quantized: the placeholders that stand for a quantized tensor, each with the fake tensors of its parts. In
             the graph such a placeholder is an ordinary float tensor until the ``storage`` pass takes it apart.
         sliding_layers: indices of the cache layers that are sliding windows, for the report.
+        find_kernel: device type -> the attention kernel there, or why there is none (empty: none is wanted).
 
     Attributes:
         sites: the key/value storages found, in graph order.
@@ -92,11 +108,13 @@ class KVGraph:
         fake_mode: Any = None,
         quantized: dict[Node, Quantized] | None = None,
         sliding_layers: frozenset[int] = frozenset(),
+        find_kernel: Callable[[str], Kernel | str] = _no_kernel,
     ) -> None:
         self.module = module
         self.fake_mode = fake_mode
         self.quantized = quantized or {}
         self.sliding_layers = sliding_layers
+        self.find_kernel = find_kernel
         self.sites: list[Site] = []
         self.skipped: list[Skipped] = []
         self.input_names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))

@@ -5,12 +5,16 @@
     # before                                # after, one query token      # after, several
     attention(query, key_qdata, ...)        attention_decode(...)         attention_prefill(...)
 
-Decode reads the int8 rows inside its reductions and never makes a float cache. Prefill dequantizes the one layer that
-it reads and hands it to torch's attention kernels. All three compute the same function (`icw_compile.ops`).
+    # after, at most 16 query tokens and a kernel for the device
+    icw_int8kv_cpu.attention(query, key_qdata, ...)
+
+A kernel reads the int8 rows once for all query heads that share them. Without one, decode reads them inside the
+reductions that Inductor generates; neither makes a float cache. Prefill dequantizes the one layer that it reads and
+hands it to torch's attention. All compute the same function (`icw_compile.ops`).
 """
 
 import torch
-from icw_compile.passes.graph import SITE, KVGraph, Site, Skipped, layer_of
+from icw_compile.passes.graph import SITE, Kernel, KVGraph, Site, Skipped, layer_of
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -23,17 +27,28 @@ def lower(graph: KVGraph) -> int:
     """Run the pass; returns the number of attentions lowered."""
     matches = 0
     for node in graph.graph.find_nodes(op="call_function", target=_ops.attention.default):
-        one_token = statically_known_true(graph.tensor(node.args[0]).shape[2] == 1)
-        name, node.target = (
-            ("decode", _ops.attention_decode.default) if one_token else ("prefill", _ops.attention_prefill.default)
-        )
+        lowering = _lower(graph, node)
         for site in node.meta[SITE]:
-            site.lowering = f"inductor {name}"
+            site.lowering = lowering
         matches += 1
     for node in graph.graph.find_nodes(op="call_function", target=_ops.dequantize_per_head.default):
         if SITE in node.meta:
             _report_dequantized(graph, node, node.meta[SITE])
     return matches
+
+
+def _lower(graph: KVGraph, node: Node) -> str:
+    query, key, value = (graph.tensor(node.args[i]) for i in (0, 1, 3))
+    kernel = graph.find_kernel(query.device.type)
+    reason = kernel if isinstance(kernel, str) else kernel.supports(query, key, value)
+    if isinstance(kernel, Kernel) and reason is None:
+        node.target = kernel.operator
+        return kernel.name
+    if not statically_known_true(query.shape[2] == 1):
+        node.target = _ops.attention_prefill.default
+        return "inductor prefill"
+    node.target = _ops.attention_decode.default
+    return f"inductor decode ({reason})" if reason else "inductor decode"
 
 
 def _report_dequantized(graph: KVGraph, node: Node, site: Site) -> None:

@@ -25,6 +25,8 @@ from transformers import CompileConfig, StaticCache
 
 import icw_compile
 from icw_compile import QuantizedKV, UnquantizedCacheWarning
+from icw_compile.kernels import cpu
+from icw_compile.kernels.cpu import KernelUnavailableError
 
 
 def test_found_by_name_without_an_import() -> None:
@@ -165,7 +167,10 @@ def first_call(model: Any, *, length: int = 5, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"options": {"icw.fast": True}}, r"Unknown option 'icw.fast'.*icw.compiler, icw.strict, icw.mode"),
+        (
+            {"options": {"icw.fast": True}},
+            r"Unknown option 'icw.fast'.*icw.compiler, icw.attention, icw.strict, icw.mode",
+        ),
         ({"options": {"icw.strict": 1}}, r"Option 'icw.strict' is 1; it takes one of: True, False"),
         ({"options": {"icw.compiler": "gcc"}}, r"Option 'icw.compiler' is 'gcc'.*'inductor', 'eager'"),
         ({"mode": "fast"}, r"Option 'mode' is 'fast'.*'max-autotune-no-cudagraphs'"),
@@ -175,6 +180,33 @@ def first_call(model: Any, *, length: int = 5, **settings: Any) -> None:
 def test_wrong_options(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BackendCompilerFailed, match=message):
         first_call(tiny_model(), **settings)
+
+
+def test_kernel_is_the_default_on_the_cpu() -> None:
+    model = tiny_model()
+    step = torch.compile(model, backend="icw_int8kv", options={"icw.compiler": "eager"})
+    cache = icw_compile.static_cache(model, 1, 32)
+    ids = tokens(22)
+    logits = run(step, cache, ids, (20, 1, 1))
+    assert [graph.sites[0].lowering for graph in graphs()] == ["inductor prefill", "cpu kernel"]
+    assert relative_distance(logits, run(model, reference_cache(model, 32), ids, (20, 1, 1))) < 2e-3
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's lowering takes over, the report says why, and asking for the kernel is an error."""
+
+    def no_compiler() -> None:
+        raise KernelUnavailableError("No working C++ compiler.\nMore about it.")
+
+    monkeypatch.setattr(cpu, "load", no_compiler)
+    model = tiny_model()
+    ids = tokens(3)
+    step = torch.compile(model, backend="icw_int8kv", options={"icw.compiler": "eager"})
+    logits = run(step, icw_compile.static_cache(model, 1, 8), ids, (1, 1, 1))
+    assert graphs()[0].sites[0].lowering == "inductor decode (No working C++ compiler.)"
+    assert relative_distance(logits, run(model, reference_cache(model, 8), ids, (1, 1, 1))) < 2e-3
+    with pytest.raises(BackendCompilerFailed, match="KernelUnavailableError: No working C"):
+        run(compiled(model, **{"icw.attention": "cpu"}), icw_compile.static_cache(model, 1, 8), ids, (1,))
 
 
 def test_unsupported_dtype() -> None:

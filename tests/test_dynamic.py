@@ -28,7 +28,7 @@ def test_prefill_and_decode(name: str, attention: str) -> None:
     ids = tokens(24)
     chunks = (9, *(1,) * 12)  # past the window of 16 where there is one
     cache = DynamicCache(config=model.config)
-    logits = run(compiled(model), cache, ids, chunks)
+    logits = run(compiled(model, **{"icw.attention": "cpu"}), cache, ids, chunks)
     expected_cache = dynamic_reference_cache(model)
     assert relative_distance(logits, run(model, expected_cache, ids, chunks)) <= 2e-3
     # A prefill, a first decode step, and one of any length; what a window adds, stock recompiles for as well.
@@ -37,6 +37,7 @@ def test_prefill_and_decode(name: str, attention: str) -> None:
     kind = "dynamic sliding" if name == "mistral" else "dynamic"
     for graph in graphs():
         assert len(graph.sites) == graph.expected_sites and not graph.skipped
+        assert {site.lowering for site in graph.sites} == {"cpu kernel"}
         assert graph.sites[0].cache.startswith(kind) and graph.sites[0].writes == ["cat"]
     for layer, expected in zip(cache.layers, expected_cache.layers, strict=True):
         for ours, values in ((layer.keys, expected.keys), (layer.values, expected.values)):

@@ -42,14 +42,16 @@ def decode_code(name: str, attention: str, **settings: Any) -> str:
 def cache_sized(code: str) -> list[str]:
     """The intermediates that hold all of head_dim for all cached tokens."""
     shapes = re.findall(r"empty_strided_\w+\(\(([^)]*)\),", code)
-    assert any(str(TOKENS) in shape.split(", ") for shape in shapes), "at least the scores have a size for each token"
+    assert any(str(TOKENS) in shape.split(", ") for shape in shapes), "scores or a mask have a size for each token"
     return [shape for shape in shapes if {str(TOKENS), str(HEAD_DIM)} <= set(shape.split(", "))]
 
 
+@pytest.mark.parametrize("lowering", ["inductor", "cpu"])
 @pytest.mark.parametrize(("name", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("gemma2", "eager")])
-def test_decode_holds_no_float_cache_and_no_copy(name: str, attention: str) -> None:
-    code = decode_code(name, attention, backend="icw_int8kv")
+def test_decode_holds_no_float_cache_and_no_copy(name: str, attention: str, lowering: str) -> None:
+    code = decode_code(name, attention, backend="icw_int8kv", options={"icw.attention": lowering})
     assert not cache_sized(code)
+    assert code.count("torch.ops.icw_int8kv_cpu.attention.default(") == (2 if lowering == "cpu" else 0)
     dtypes = set(re.findall(rf"rand_strided\(\({SHAPE}\).*dtype=torch.(\w+)\)", code))
     assert dtypes == {"int8"}, "the rows are inputs, and no float ones are"
     # The kernel that quantizes the new row stores it into the caller's buffer.

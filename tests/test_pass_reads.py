@@ -7,7 +7,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import BATCH, HEAD_DIM, HEADS, QUERY_HEADS, TOKENS, counts, kv, query, run, text, trace
-from icw_compile.passes import PASSES, KVGraph, run_passes
+from icw_compile.passes import PASSES, Kernel, KVGraph, run_passes
 from icw_compile.passes.attention import match_attention
 from icw_compile.passes.lower import lower
 from icw_compile.passes.reads import fuse_reads
@@ -224,3 +224,29 @@ def test_second_run_matches_nothing() -> None:
     assert fuse_reads(graph) == 0
     assert lower(graph) == 0
     assert text(graph) == before
+
+
+def accepts_one_token(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    return None if query.shape[2] == 1 else "too long"
+
+
+KERNEL = Kernel("a kernel", torch.ops.icw_int8kv.attention.default, accepts_one_token)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "length", "lowering"),
+    [
+        (KERNEL, 1, "a kernel"),
+        (KERNEL, 3, "inductor prefill"),
+        (KERNEL._replace(supports=lambda *_: "wrong strides"), 1, "inductor decode (wrong strides)"),
+        ("no compiler", 1, "inductor decode (no compiler)"),
+        ("", 1, "inductor decode"),
+    ],
+)
+def test_lowering_to_a_kernel(kernel: Kernel | str, length: int, lowering: str) -> None:
+    graph = trace(repeated, query(length), kv(), kv(), quantized=[1, 2])
+    devices = []
+    graph.find_kernel = lambda device: devices.append(device) or kernel
+    run_passes(graph, PASSES)
+    assert [site.lowering for site in graph.sites] == [lowering, lowering]
+    assert devices == ["cpu"]

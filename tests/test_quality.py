@@ -23,8 +23,9 @@ def decode(model: Callable[..., Any], cache: StaticCache, ids: Tensor) -> Tensor
     return torch.cat([model(step, past_key_values=cache).logits for step in steps], dim=1).float()
 
 
+@pytest.mark.parametrize("attention", ["inductor", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def test_held_out_text(dtype: torch.dtype) -> None:
+def test_held_out_text(dtype: torch.dtype, attention: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
     length = PROMPT + DECODED
@@ -32,7 +33,8 @@ def test_held_out_text(dtype: torch.dtype) -> None:
     inputs, targets = ids[:-1].view(BATCH, length), ids[1:].view(BATCH, length)[:, PROMPT:]
     assert targets.numel() >= 4096
 
-    compiled = torch.compile(model, backend="icw_int8kv", fullgraph=True, options=EAGER)
+    options = {**EAGER, "icw.attention": attention}
+    compiled = torch.compile(model, backend="icw_int8kv", fullgraph=True, options=options)
     stock = decode(model, StaticCache(model.config, max_cache_len=length), inputs)
     ours = decode(compiled, StaticCache(model.config, max_cache_len=length), inputs)
     assert [len(graph.sites) for graph in graphs()] == [8, 8]
@@ -41,7 +43,7 @@ def test_held_out_text(dtype: torch.dtype) -> None:
     losses = [cross_entropy(logits.flatten(0, 1), targets.flatten()).item() for logits in (stock, ours)]
     agreement = (ours.argmax(-1) == stock.argmax(-1)).float().mean().item()
     perplexities = [torch.tensor(loss).exp().item() for loss in losses]
-    print(f"{dtype}: KL {divergence.mean():.2e}, perplexity {perplexities}, top-1 {agreement:.4f}")
+    print(f"{dtype} {attention}: KL {divergence.mean():.2e}, perplexity {perplexities}, top-1 {agreement:.4f}")
     assert perplexities[0] < 25, "the model is trained"
     assert divergence.mean().item() <= 1e-3
     assert abs(perplexities[1] / perplexities[0] - 1) <= 1e-3

@@ -66,7 +66,7 @@ def test_explain() -> None:
         (graph,) = icw_compile.explain(model, tokens(1), past_key_values=cache).graphs
     assert [p.name for p in graph.passes] == ["storage", "propagate", "reads", "lower"]
     assert "torch.ops.aten.scaled_dot_product_attention" in graph.captured
-    assert "torch.ops.icw_int8kv.attention_decode" in graph.rewritten
+    assert "torch.ops.icw_int8kv_cpu.attention" in graph.rewritten
     assert graph.passes[0].before == graph.captured and graph.passes[1].before == graph.passes[0].after
     assert "quantize_per_head" in str(graph) and "after reads: 2 matches" in str(graph)
     assert not cache.layers[0].keys.dequantize().any(), "the caller's cache stays as it was"

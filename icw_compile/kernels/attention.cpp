@@ -1,0 +1,1228 @@
+// Decode attention over an int8 key/value cache on the CPU.
+//
+// What it computes is `icw_int8kv::attention` (icw_compile/ops.py); how:
+//
+// * Split-KV ("flash decoding"): a unit of work is one (batch, key/value head, chunk of positions). Threads draw units
+//   from a counter, so a half-empty cache or a busy core does not leave the others waiting. Each unit yields
+//   (largest score, sum, weighted values) per query row; whoever finishes a head's last chunk merges them, in order.
+// * A query row is one (query head, query token) of the head's group: each K and V row is read once for all of them.
+// * The int8 rows are multiplied as they are. The *other* operand is made integer: a query row becomes three signed
+//   base-256 digits over a power of two (23 bits: bfloat16 values are exact down to 2^-15 of the row's largest), a
+//   block's softmax weights (value scale included) become two or three unsigned digits over the block's largest. The
+//   digits of several rows fill the 16 rows or columns of one AMX tile, so an integer tile multiplication per digit
+//   costs nothing extra, no int8 row is ever converted to floating point, and the sums are exact.
+// * A block whose mask leaves nothing is skipped before its rows, or their scales, are read.
+//
+// Tried and not taken: three weight digits for 16-bit models (0-9 % slower, the error is the output's rounding either
+// way), blocks of 512 positions (no faster), interleaving a block's values for all channels at once (half as fast). Not
+// tried: bfloat16 tiles or dot products, for which every int8 row would have to be converted first.
+//
+// Engines, by what the build targets and the machine allows: AMX int8 tiles; AVX-512 VNNI; plain C++ in float32 that
+// the compiler vectorises (AVX2, NEON, anything), which also takes head sizes and scales that the others do not.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#define ICW_VNNI 1
+#if defined(__AMX_INT8__) && defined(__linux__) && defined(__x86_64__)
+#define ICW_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
+namespace {
+
+constexpr int64_t kBlock = 256;  // Positions per online-softmax step: a block's K rows stay in L1/L2.
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+// An additive mask at or below kDead is a spelling of minus infinity (finfo.min) for a row that also has kLive values.
+constexpr float kDead = -1e30f, kLive = -1e29f;
+
+enum class Type { kFloat32, kBFloat16, kFloat16, kFloat64, kBool };
+enum class Engine { kPortable, kVnni, kAmx };
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// ---------------------------------------------------------------------------------------------- element conversions
+
+template <typename To, typename From>
+To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+float bf16_to_float(uint16_t bits) { return bits_as<float>(uint32_t(bits) << 16); }
+
+float half_to_float(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+  if (exponent == 31) return bits_as<float>(sign | 0x7f800000 | (mantissa << 13));
+  if (exponent == 0) return bits_as<float>(sign | bits_as<uint32_t>(float(mantissa) * 0x1p-24f));
+  return bits_as<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+}
+
+uint16_t float_to_bf16(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  if (value != value) return uint16_t((bits >> 16) | 0x40);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+uint16_t float_to_half(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // Rounds to 65536 or more.
+  if (magnitude < 0x38800000) {                                 // Subnormal: an integer number of 2^-24.
+    const float steps = std::nearbyint(bits_as<float>(magnitude) * 0x1p24f);
+    return uint16_t(sign | uint32_t(steps));
+  }
+  const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+  return uint16_t(sign | ((rounded - 0x38000000) >> 13));
+}
+
+float load(const void* data, int64_t index, Type type) {
+  switch (type) {
+    case Type::kFloat32: return static_cast<const float*>(data)[index];
+    case Type::kBFloat16: return bf16_to_float(static_cast<const uint16_t*>(data)[index]);
+    case Type::kFloat16: return half_to_float(static_cast<const uint16_t*>(data)[index]);
+    case Type::kFloat64: return float(static_cast<const double*>(data)[index]);
+    case Type::kBool: return static_cast<const uint8_t*>(data)[index] ? 0.0f : -kInf;
+  }
+  return 0.0f;
+}
+
+// values * factor to `count` contiguous elements.
+void store_run(void* data, int64_t offset, int64_t count, Type type, const float* values, float factor) {
+  if (type == Type::kBFloat16) {
+    uint16_t* __restrict out = static_cast<uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i] = float_to_bf16(values[i] * factor);
+  } else if (type == Type::kFloat16) {
+    uint16_t* __restrict out = static_cast<uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i] = float_to_half(values[i] * factor);
+  } else {
+    float* __restrict out = static_cast<float*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i] = values[i] * factor;
+  }
+}
+
+// A strided run of `count` elements as float32; a boolean becomes 0 or minus infinity.
+void load_run(const void* data, int64_t offset, int64_t stride, int64_t count, Type type, float* out) {
+  if (stride == 1 && type == Type::kBFloat16) {
+    const uint16_t* in = static_cast<const uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i] = bf16_to_float(in[i]);
+  } else if (stride == 1 && type == Type::kFloat32) {
+    std::memcpy(out, static_cast<const float*>(data) + offset, count * sizeof(float));
+  } else if (stride == 1 && type == Type::kBool) {
+    const uint8_t* in = static_cast<const uint8_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i] = in[i] ? 0.0f : -kInf;
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = load(data, offset + i * stride, type);
+  }
+}
+
+// exp(x) for x <= 0 to about one unit in the last place; below 2^-125 it is 0; NaN stays NaN.
+inline float exp_nonpositive(float x) {
+  const float clamped = x < -86.0f ? -86.0f : x;
+  const float shifted = clamped * 1.44269504f + 12582912.0f;  // The integer part sits in the low mantissa bits.
+  const float n = shifted - 12582912.0f;
+  const float f = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.0f / 720;
+  p = p * f + 1.0f / 120;
+  p = p * f + 1.0f / 24;
+  p = p * f + 1.0f / 6;
+  p = p * f + 0.5f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  const float result = bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(shifted) << 23));
+  return x < -86.0f ? 0.0f : result;
+}
+
+inline float tanh_accurate(float y) {
+  const float magnitude = std::fabs(y), square = y * y;
+  const float e = exp_nonpositive(-2.0f * magnitude);
+  const float large = (1.0f - e) / (1.0f + e);
+  // (1 - e) cancels for a small argument: an odd polynomial there (error below 1e-8 up to 0.25).
+  const float tail = -0.333333333f + square * (0.133333333f + square * (-0.0539682540f + square * 0.0218694885f));
+  const float small = magnitude + magnitude * square * tail;
+  return std::copysign(magnitude < 0.25f ? small : large, y);
+}
+
+// -------------------------------------------------------------------------------------------------------- the problem
+
+struct Strided {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, last = 0;  // Strides, in elements; 0 where a mask broadcasts.
+  Type type = Type::kFloat32;
+};
+
+struct Problem {
+  int64_t batch, query_heads, heads, tokens, length, head_dim, value_dim;  // tokens: T, length: S.
+  Strided query, key, key_scale, value, value_scale, mask;
+  bool mask_by_head = false, mask_by_token = false, is_causal = false;
+  bool has_softcap = false;
+  float scale = 1.0f, softcap = 0.0f;
+  void* out = nullptr;  // Contiguous [B, Hq, T, Dv] of the query's type.
+
+  Engine engine = Engine::kPortable;
+  int weight_digits = 2;
+  int64_t groups, rows;          // Query heads per head; query rows per head: row = group * tokens + token.
+  int64_t key_width, value_width;  // head_dim and value_dim, padded as the buffers hold them.
+  int64_t chunk, chunks;
+};
+
+// Query rows that share a tile of 16 columns: three digits of each, a 128-bit lane per digit.
+constexpr int kRowsPerColumnTile = 4;
+
+struct Workspace {
+  std::unique_ptr<char[]> memory;
+  size_t capacity = 0;
+
+  float *query, *query_scale, *scores, *largest, *sum, *correction, *weight_scale, *accumulated;
+  float *key_scale, *value_scale, *mask;
+  uint8_t *query_broken, *mask_live;
+  int8_t *query_digits, *interleaved, *tail;
+  int32_t *query_offsets, *products;
+  uint8_t* weight_digits;
+
+  void reserve(const Problem& p) {
+    // Twice: to learn the size, then to place the buffers.
+    for (int pass = 0; pass < 2; ++pass) {
+      char* base = pass ? reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(memory.get()), 64)) : nullptr;
+      size_t used = 0;
+      auto place = [&](auto*& pointer, int64_t count) {
+        using T = std::remove_pointer_t<std::remove_reference_t<decltype(pointer)>>;
+        if (pass) pointer = reinterpret_cast<T*>(base + used);
+        used += round_up(count * int64_t(sizeof(T)), 64);
+      };
+      const int64_t padded_rows = round_up(p.rows, 16);
+      const int64_t query_tiles = (p.rows + kRowsPerColumnTile - 1) / kRowsPerColumnTile;
+      const int64_t rows_per_tile = 16 / p.weight_digits;
+      const int64_t weight_tiles = (p.rows + rows_per_tile - 1) / rows_per_tile;
+      place(query, p.rows * p.key_width);
+      place(query_scale, padded_rows);
+      place(scores, p.rows * kBlock);
+      place(largest, padded_rows);
+      place(sum, padded_rows);
+      place(correction, padded_rows);
+      place(weight_scale, padded_rows);
+      place(accumulated, p.rows * p.value_width);
+      place(key_scale, kBlock);
+      place(value_scale, kBlock);
+      place(mask, p.rows * kBlock);
+      place(query_broken, padded_rows);
+      place(mask_live, padded_rows);
+      place(query_digits, query_tiles * 16 * p.key_width + 64);
+      place(query_offsets, query_tiles * 16);
+      place(interleaved, kBlock * 64);
+      place(tail, 16 * p.key_width);
+      place(products, std::max(kBlock * 16, int64_t(16 * 64)));
+      place(weight_digits, weight_tiles * 16 * kBlock);
+      if (pass == 0 && used + 64 > capacity) {
+        memory.reset(new char[used + 64]);
+        capacity = used + 64;
+      }
+    }
+  }
+};
+
+// Copies a row of `accumulated` in the natural order of its channels: interleaving value rows within 128-bit lanes left
+// channel 16 * lane + 4 * quarter + i of each 64 at 16 * quarter + 4 * lane + i.
+void copy_row(Engine engine, const float* accumulated, int64_t value_dim, float* out) {
+  if (engine == Engine::kPortable) {
+    std::copy(accumulated, accumulated + value_dim, out);
+    return;
+  }
+  for (int64_t d = 0; d < value_dim; d += 4) {
+    const float* in = accumulated + (d & ~int64_t(63)) + (d & 15) / 4 * 16 + (d & 63) / 16 * 4;
+    std::copy(in, in + std::min<int64_t>(4, value_dim - d), out + d);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------- masks
+
+// Which mask row applies to a query row: masks that are shared between heads or tokens are expanded once.
+struct MaskRows {
+  int64_t by_group = 0, by_token = 0, count = 0;
+  int64_t of(int64_t group, int64_t token) const { return group * by_group + token * by_token; }
+};
+
+MaskRows mask_rows(const Problem& p) {
+  MaskRows rows;
+  if (p.mask.data == nullptr && !p.is_causal) return rows;
+  const bool token = p.mask_by_token || p.is_causal;
+  rows.by_token = token && p.tokens > 1 ? 1 : 0;
+  const int64_t tokens = rows.by_token ? p.tokens : 1;
+  rows.by_group = p.mask_by_head && p.groups > 1 ? tokens : 0;
+  rows.count = tokens * (rows.by_group ? p.groups : 1);
+  return rows;
+}
+
+int64_t mask_offset(const Problem& p, const MaskRows& rows, int64_t b, int64_t h, int64_t mask_row) {
+  const int64_t tokens = rows.by_token ? p.tokens : 1;
+  const int64_t head = h * p.groups + mask_row / tokens, token = mask_row % tokens;
+  return b * p.mask.batch + (p.mask_by_head ? head * p.mask.head : 0) + (p.mask_by_token ? token * p.mask.row : 0);
+}
+
+bool any_true(const uint8_t* data, int64_t count) {
+  uint64_t seen = 0;
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    uint64_t words[8];
+    std::memcpy(words, data + i, 64);
+    for (uint64_t word : words) seen |= word;
+  }
+  for (; i < count; ++i) seen |= data[i];
+  return seen != 0;
+}
+
+// Expands the mask of positions [start, start + count) to addends and returns how many leading positions it leaves
+// (0: none of them takes part, and nothing of the block need be read).
+int64_t load_mask(const Problem& p, Workspace& w, const MaskRows& rows, int64_t b, int64_t h, int64_t start,
+                  int64_t count) {
+  if (rows.count == 0) return count;
+  if (p.mask.data != nullptr && p.mask.type == Type::kBool && p.mask.last == 1) {
+    bool any = false;
+    for (int64_t row = 0; row < rows.count && !any; ++row)
+      any = any_true(static_cast<const uint8_t*>(p.mask.data) + mask_offset(p, rows, b, h, row) + start, count);
+    if (!any) return 0;
+  }
+  int64_t left = 0;
+  for (int64_t row = 0; row < rows.count; ++row) {
+    float* out = w.mask + row * kBlock;
+    if (p.mask.data != nullptr) {
+      load_run(p.mask.data, mask_offset(p, rows, b, h, row) + start * p.mask.last, p.mask.last, count, p.mask.type,
+               out);
+      if (w.mask_live[row])
+        for (int64_t i = 0; i < count; ++i) out[i] = out[i] <= kDead ? -kInf : out[i];
+    } else {
+      std::fill(out, out + count, 0.0f);
+    }
+    if (p.is_causal) {
+      const int64_t token = rows.by_token ? row % p.tokens : 0;
+      for (int64_t i = std::max<int64_t>(token + 1 - start, 0); i < count; ++i) out[i] = -kInf;
+    }
+    int64_t last = count;
+    while (last > left && out[last - 1] == -kInf) --last;
+    left = std::max(left, last);
+  }
+  return left;
+}
+
+// Whether an additive mask row has a position that takes part for certain: its finfo.min are then minus infinities.
+void find_live_masks(const Problem& p, Workspace& w, const MaskRows& rows, int64_t b, int64_t h) {
+  for (int64_t row = 0; row < rows.count; ++row) {
+    w.mask_live[row] = 0;
+    if (p.mask.data == nullptr || p.mask.type == Type::kBool) continue;
+    const int64_t offset = mask_offset(p, rows, b, h, row);
+    const int64_t token = rows.by_token ? row % p.tokens : 0;
+    const int64_t end = p.is_causal ? std::min(p.length, token + 1) : p.length;
+    for (int64_t s = 0; s < end && !w.mask_live[row]; ++s)
+      w.mask_live[row] = load(p.mask.data, offset + s * p.mask.last, p.mask.type) >= kLive;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- portable products
+
+// One register of floats: a vector extension that GCC and Clang share. (Loops that reduce, left to the compiler, ran at
+// a third of the speed, and so did vectors wider than the machine's.)
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Words __attribute__((vector_size(4 * kLanes)));
+
+inline Floats load_floats(const float* data) {
+  Floats out;
+  std::memcpy(&out, data, sizeof(out));
+  return out;
+}
+
+inline Floats convert_bytes(const int8_t* data) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(data))));
+#else
+  return __builtin_convertvector(Words{data[0], data[1], data[2], data[3]}, Floats);
+#endif
+}
+
+inline float total(Floats values) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(values);
+#else
+#if defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+#else
+  const Floats four = values;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
+#endif
+}
+
+template <int kRows>
+inline void score_rows_portable(const Problem& p, const float* query, const int8_t* key, float* scores) {
+  Floats sums[kRows] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= p.head_dim; d += kLanes) {
+    const Floats k = convert_bytes(key + d);
+    for (int r = 0; r < kRows; ++r) sums[r] += load_floats(query + r * p.key_width + d) * k;
+  }
+  for (int r = 0; r < kRows; ++r) {
+    float sum = total(sums[r]);
+    for (int64_t rest = d; rest < p.head_dim; ++rest) sum += query[r * p.key_width + rest] * float(key[rest]);
+    scores[r * kBlock] = sum;
+  }
+}
+
+// scores[row][i] = query[row] . key[i], four rows at a time so that a key is converted once for them.
+void scores_portable(const Problem& p, Workspace& w, const int8_t* key, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int8_t* k = key + i * p.key.row;
+    int64_t row = 0;
+    for (; row + 4 <= p.rows; row += 4)
+      score_rows_portable<4>(p, w.query + row * p.key_width, k, w.scores + row * kBlock + i);
+    for (; row < p.rows; ++row)
+      score_rows_portable<1>(p, w.query + row * p.key_width, k, w.scores + row * kBlock + i);
+  }
+}
+
+// accumulated[row] = accumulated[row] * correction[row] + weights[row] . value; the weights are in `scores`. Eight
+// value rows are converted once for all query rows.
+void values_portable(const Problem& p, Workspace& w, const int8_t* value, int64_t count) {
+  const int64_t stride = p.value.row;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    if (w.correction[row] == 1.0f) continue;
+    float* out = w.accumulated + row * p.value_width;
+    for (int64_t d = 0; d < p.value_dim; ++d) out[d] *= w.correction[row];
+  }
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const int8_t* v = value + i * stride;
+    int64_t d = 0;
+    for (; d + kLanes <= p.value_dim; d += kLanes) {
+      Floats converted[8];
+      for (int j = 0; j < 8; ++j) converted[j] = convert_bytes(v + j * stride + d);
+      for (int64_t row = 0; row < p.rows; ++row) {
+        const float* weights = w.scores + row * kBlock + i;
+        float* out = w.accumulated + row * p.value_width + d;
+        Floats even = load_floats(out) + weights[0] * converted[0], odd = weights[1] * converted[1];
+        for (int j = 2; j < 8; j += 2) {
+          even += weights[j] * converted[j];
+          odd += weights[j + 1] * converted[j + 1];
+        }
+        even += odd;
+        std::memcpy(out, &even, sizeof(even));
+      }
+    }
+    for (; d < p.value_dim; ++d)
+      for (int64_t row = 0; row < p.rows; ++row)
+        for (int j = 0; j < 8; ++j)
+          w.accumulated[row * p.value_width + d] += w.scores[row * kBlock + i + j] * float(v[j * stride + d]);
+  }
+  for (; i < count; ++i)
+    for (int64_t row = 0; row < p.rows; ++row)
+      for (int64_t d = 0; d < p.value_dim; ++d)
+        w.accumulated[row * p.value_width + d] += w.scores[row * kBlock + i] * float(value[i * stride + d]);
+}
+
+// -------------------------------------------------------------------------------------------------- integer products
+
+#ifdef ICW_VNNI
+
+inline void transpose_16x16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// The three signed digits of each query row, most significant first: value = scale * ((d2 * 256 + d1) * 256 + d0).
+// AMX: tiles of [depth / 4][16 columns][4], column = digit * 4 + row in tile. VNNI: [row * 3 + digit][depth].
+void make_query_digits(const Problem& p, Workspace& w) {
+  const int64_t tiles = (p.rows + kRowsPerColumnTile - 1) / kRowsPerColumnTile;
+  std::memset(w.query_digits, 0, tiles * 16 * p.key_width);
+  std::memset(w.query_offsets, 0, tiles * 16 * sizeof(int32_t));
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const float* q = w.query + row * p.key_width;
+    float amax = 0;
+#pragma omp simd reduction(max : amax)
+    for (int64_t d = 0; d < p.head_dim; ++d) amax = std::fabs(q[d]) > amax ? std::fabs(q[d]) : amax;
+    w.query_scale[row] = 0;
+    if (w.query_broken[row] || amax < 1e-30f) continue;
+    int exponent;
+    // Digits reach +-127 * 65536: a power of two below that, or the next one.
+    if (std::frexp(amax, &exponent) > 0.992f) ++exponent;
+    const float inverse = std::ldexp(1.0f, 23 - exponent);
+    w.query_scale[row] = std::ldexp(1.0f, exponent - 23);
+    const int64_t tile = row / kRowsPerColumnTile, column = row % kRowsPerColumnTile;
+    for (int64_t d = 0; d < p.head_dim; d += 16) {
+      const __mmask16 lanes = d + 16 <= p.head_dim ? 0xffff : (1u << (p.head_dim - d)) - 1;
+      __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, q + d), _mm512_set1_ps(inverse)));
+      for (int digit = 2; digit >= 0; --digit) {
+        const __m128i bytes = _mm512_cvtepi32_epi8(rest);
+        const __m512i value = _mm512_cvtepi8_epi32(bytes);
+        rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, value), 8);
+        if (p.engine == Engine::kVnni) {
+          _mm_store_si128(reinterpret_cast<__m128i*>(w.query_digits + (row * 3 + digit) * p.key_width + d), bytes);
+          w.query_offsets[row * 3 + digit] -= 128 * _mm512_reduce_add_epi32(value);
+          continue;
+        }
+        int8_t* out = w.query_digits + tile * 16 * p.key_width + d * 16 + (digit * 4 + column) * 4;
+        alignas(16) int32_t words[4];
+        _mm_store_si128(reinterpret_cast<__m128i*>(words), bytes);
+        for (int j = 0; j < 4; ++j) std::memcpy(out + j * 64, words + j, 4);
+      }
+    }
+  }
+}
+
+inline __m512 combine_digits(__m512i d2, __m512i d1, __m512i d0, __m512 scale) {
+  const __m512 low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d1), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(d0));
+  return _mm512_mul_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(d2), _mm512_set1_ps(65536.0f), low), scale);
+}
+
+inline void interleave_rows(__m512i r0, __m512i r1, __m512i r2, __m512i r3, int8_t* out) {
+  const __m512i t0 = _mm512_unpacklo_epi8(r0, r1), t1 = _mm512_unpackhi_epi8(r0, r1);
+  const __m512i t2 = _mm512_unpacklo_epi8(r2, r3), t3 = _mm512_unpackhi_epi8(r2, r3);
+  _mm512_store_si512(out, _mm512_unpacklo_epi16(t0, t2));
+  _mm512_store_si512(out + 64, _mm512_unpackhi_epi16(t0, t2));
+  _mm512_store_si512(out + 128, _mm512_unpacklo_epi16(t1, t3));
+  _mm512_store_si512(out + 192, _mm512_unpackhi_epi16(t1, t3));
+}
+
+// Interleaves four rows each of positions [begin, end) and channels [d, d + 64), so that the four bytes of a channel
+// are one 32-bit word: [position / 4][64][4], channels in the order that `copy_row` undoes. Position i goes to place
+// i & ring: what is used once fits a ring of 8 KiB that stays in the first-level cache.
+inline void interleave_values(const Problem& p, Workspace& w, const int8_t* value, int64_t d, int64_t begin,
+                              int64_t end, int64_t ring) {
+  const int64_t width = std::min<int64_t>(64, p.value_dim - d), stride = p.value.row;
+  int8_t* const out = w.interleaved;
+  int64_t i = begin;
+  if (width == 64) {
+    for (; i + 4 <= end; i += 4) {
+      const int8_t* row = value + i * stride + d;
+      interleave_rows(_mm512_loadu_si512(row), _mm512_loadu_si512(row + stride), _mm512_loadu_si512(row + 2 * stride),
+                      _mm512_loadu_si512(row + 3 * stride), out + (i & ring) * 64);
+    }
+  }
+  const __mmask64 lanes = ~uint64_t(0) >> (64 - width);
+  for (; i < end; i += 4) {
+    __m512i r[4];
+    for (int j = 0; j < 4; ++j)
+      r[j] = i + j < end ? _mm512_maskz_loadu_epi8(lanes, value + (i + j) * stride + d) : _mm512_setzero_si512();
+    interleave_rows(r[0], r[1], r[2], r[3], out + (i & ring) * 64);
+  }
+}
+
+// Splits the weights of a block (in `scores`) into unsigned digits over the row's largest one: rows of kBlock bytes,
+// the digits of a row together, tiles of 16 rows. Positions up to a multiple of 64 are filled with zeros.
+template <int kDigits>
+void make_weight_digits(const Problem& p, Workspace& w, int64_t count) {
+  constexpr int64_t kRows = 16 / kDigits;
+  // Not quite 2^24 - 1: the product is rounded, and must not carry into a fourth digit.
+  constexpr float kLargest = kDigits == 3 ? 16777088.0f : 65535.0f;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    uint8_t* out = w.weight_digits + (row / kRows * 16 + row % kRows * kDigits) * kBlock;
+    const float largest = w.weight_scale[row];
+    if (!(largest > 0)) {
+      std::memset(out, 0, kDigits * kBlock);
+      continue;
+    }
+    const float* weights = w.scores + row * kBlock;
+    const __m512 inverse = _mm512_set1_ps(kLargest / largest);
+    w.weight_scale[row] = largest / kLargest;
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int64_t i = 0; i < count; i += 64) {
+      __m512i q[4];
+      for (int j = 0; j < 4; ++j) {
+        const int64_t left = count - i - j * 16;
+        const __mmask16 lanes = left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+        q[j] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, weights + i + j * 16), inverse));
+      }
+      for (int digit = 0; digit < kDigits; ++digit) {
+        __m512i part[4];
+        for (int j = 0; j < 4; ++j)
+          part[j] = _mm512_and_si512(_mm512_srli_epi32(q[j], 8 * (kDigits - 1 - digit)), _mm512_set1_epi32(255));
+        // Packing interleaves 128-bit lanes; `order` undoes it. Whole lines, so that a tile load need not wait.
+        const __m512i bytes =
+            _mm512_packus_epi16(_mm512_packus_epi32(part[0], part[1]), _mm512_packus_epi32(part[2], part[3]));
+        _mm512_store_si512(out + digit * kBlock + i, _mm512_permutexvar_epi32(order, bytes));
+      }
+    }
+  }
+}
+
+template <int kDigits>
+inline void accumulate_16(float* out, const int32_t* digits, int64_t digit_stride, __m512 correction, __m512 scale) {
+  __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(digits));
+  for (int digit = 1; digit < kDigits; ++digit)
+    sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f),
+                          _mm512_cvtepi32_ps(_mm512_loadu_si512(digits + digit * digit_stride)));
+  _mm512_store_ps(out, _mm512_fmadd_ps(sum, scale, _mm512_mul_ps(_mm512_load_ps(out), correction)));
+}
+
+// ---- AVX-512 VNNI
+
+template <int kRows>
+void scores_vnni_rows(const Problem& p, Workspace& w, int64_t row, const int32_t* key, int64_t i) {
+  __m512i sums[kRows * 3];
+  for (int r = 0; r < kRows * 3; ++r) sums[r] = _mm512_set1_epi32(w.query_offsets[row * 3 + r]);
+  const int8_t* digits = w.query_digits + row * 3 * p.key_width;
+  for (int64_t d = 0; d < p.head_dim; d += 4) {
+    const __m512i k = _mm512_load_si512(key + d * 4);
+    for (int r = 0; r < kRows * 3; ++r) {
+      int32_t word;
+      std::memcpy(&word, digits + r * p.key_width + d, 4);
+      sums[r] = _mm512_dpbusd_epi32(sums[r], k, _mm512_set1_epi32(word));
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    _mm512_store_ps(
+        w.scores + (row + r) * kBlock + i,
+        combine_digits(sums[r * 3], sums[r * 3 + 1], sums[r * 3 + 2], _mm512_set1_ps(w.query_scale[row + r])));
+}
+
+void scores_vnni(const Problem& p, Workspace& w, const int8_t* key, int64_t count) {
+  int32_t* transposed = w.products;  // [depth / 4][16 keys], 128 added to make the bytes unsigned.
+  for (int64_t i = 0; i < count; i += 16) {
+    for (int64_t d = 0; d < p.head_dim; d += 64) {
+      const __mmask64 lanes = ~uint64_t(0) >> (64 - std::min<int64_t>(64, p.head_dim - d));
+      __m512i r[16];
+      for (int j = 0; j < 16; ++j)
+        r[j] = _mm512_xor_si512(
+            _mm512_maskz_loadu_epi8(i + j < count ? lanes : 0, i + j < count ? key + (i + j) * p.key.row + d : key),
+            _mm512_set1_epi8(-128));
+      transpose_16x16(r);
+      for (int j = 0; j < 16; ++j) _mm512_store_si512(transposed + d * 4 + j * 16, r[j]);
+    }
+    int64_t row = 0;
+    for (; row + 4 <= p.rows; row += 4) scores_vnni_rows<4>(p, w, row, transposed, i);
+    for (; row + 2 <= p.rows; row += 2) scores_vnni_rows<2>(p, w, row, transposed, i);
+    for (; row < p.rows; ++row) scores_vnni_rows<1>(p, w, row, transposed, i);
+  }
+}
+
+template <int kDigits, int kRows>
+void values_vnni_rows(const Problem& p, Workspace& w, int64_t row, int64_t d, int64_t count) {
+  constexpr int64_t kRowsPerTile = 16 / kDigits;
+  alignas(64) int32_t results[kRows * kDigits * 16];
+  const uint8_t* digits[kRows];
+  for (int r = 0; r < kRows; ++r)
+    digits[r] = w.weight_digits + ((row + r) / kRowsPerTile * 16 + (row + r) % kRowsPerTile * kDigits) * kBlock;
+  for (int64_t k = 0; k < 64; k += 16) {
+    __m512i sums[kRows * kDigits];
+    for (int r = 0; r < kRows * kDigits; ++r) sums[r] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += 4) {
+      const __m512i v = _mm512_load_si512(w.interleaved + i * 64 + k * 4);
+      for (int r = 0; r < kRows; ++r)
+        for (int digit = 0; digit < kDigits; ++digit) {
+          int32_t word;
+          std::memcpy(&word, digits[r] + digit * kBlock + i, 4);
+          sums[r * kDigits + digit] = _mm512_dpbusd_epi32(sums[r * kDigits + digit], _mm512_set1_epi32(word), v);
+        }
+    }
+    for (int r = 0; r < kRows * kDigits; ++r) _mm512_store_si512(results + r * 16, sums[r]);
+    for (int r = 0; r < kRows; ++r)
+      accumulate_16<kDigits>(w.accumulated + (row + r) * p.value_width + d + k, results + r * kDigits * 16, 16,
+                             _mm512_set1_ps(w.correction[row + r]), _mm512_set1_ps(w.weight_scale[row + r]));
+  }
+}
+
+template <int kDigits>
+void values_vnni(const Problem& p, Workspace& w, const int8_t* value, int64_t count) {
+  for (int64_t d = 0; d < p.value_width; d += 64) {
+    interleave_values(p, w, value, d, 0, count, kBlock - 1);
+    int64_t row = 0;
+    for (; row + 4 <= p.rows; row += 4) values_vnni_rows<kDigits, 4>(p, w, row, d, count);
+    for (; row + 2 <= p.rows; row += 2) values_vnni_rows<kDigits, 2>(p, w, row, d, count);
+    for (; row < p.rows; ++row) values_vnni_rows<kDigits, 1>(p, w, row, d, count);
+  }
+}
+
+#endif  // ICW_VNNI
+
+#ifdef ICW_AMX
+
+// Linux gives a process the tile registers on request.
+bool amx_allowed() {
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  return allowed;
+}
+
+// The load intrinsics of some compilers do not say that they read memory: keeps earlier stores before them.
+inline void before_tile_load() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+
+// Tiles 0-5 are full (16 rows of 64 bytes); 6 and 7 hold the last, perhaps narrower, slice of the head size.
+void configure_tiles(const Problem& p) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = 16;
+  }
+  const int64_t last = p.head_dim - (p.head_dim - 1) / 64 * 64;
+  config.row_bytes[6] = uint16_t(last);
+  config.rows[7] = uint8_t(last / 4);
+  _tile_loadconfig(&config);
+}
+
+// products[16 keys][16 columns] = key . one column tile of query digits, whose slices lie in tiles 3, 4, 5 and 7. A
+// macro, because the intrinsics spell the number of the accumulator into the instruction.
+#define ICW_SCORE_TILE(accumulator, key, stride, products)      \
+  do {                                                          \
+    const int8_t* key_ = key;                                   \
+    const int64_t stride_ = stride;                             \
+    before_tile_load();                                         \
+    _tile_zero(accumulator);                                    \
+    if constexpr (kSlices > 1) {                                \
+      _tile_loadd(2, key_, stride_);                            \
+      _tile_dpbssd(accumulator, 2, 3);                          \
+    }                                                           \
+    if constexpr (kSlices > 2) {                                \
+      _tile_loadd(2, key_ + 64, stride_);                       \
+      _tile_dpbssd(accumulator, 2, 4);                          \
+    }                                                           \
+    if constexpr (kSlices > 3) {                                \
+      _tile_loadd(2, key_ + 128, stride_);                      \
+      _tile_dpbssd(accumulator, 2, 5);                          \
+    }                                                           \
+    _tile_loadd(6, key_ + (kSlices - 1) * 64, stride_);         \
+    _tile_dpbssd(accumulator, 6, 7);                            \
+    _tile_stored(accumulator, products, 64);                    \
+  } while (false)
+
+// The products of 16 keys with a column tile, as the scores of its rows. A key's products are three 128-bit lanes, one
+// per digit, of four rows each.
+inline void finish_scores(const int32_t* products, const float* query_scale, int64_t rows, float* scores) {
+  __m512 sums[4];
+  for (int m = 0; m < 4; ++m) {
+    __m512i digits[3];
+    // Lane l: key 4 * l + m. Broadcast loads under a mask cost no shuffle.
+    for (int digit = 0; digit < 3; ++digit) {
+      const int32_t* in = products + m * 16 + digit * 4;
+      __m512i lanes = _mm512_castsi128_si512(_mm_load_si128(reinterpret_cast<const __m128i*>(in)));
+      for (int l = 1; l < 4; ++l)
+        lanes = _mm512_mask_broadcast_i32x4(lanes, __mmask16(15 << 4 * l),
+                                            _mm_load_si128(reinterpret_cast<const __m128i*>(in + l * 64)));
+      digits[digit] = lanes;
+    }
+    sums[m] = combine_digits(digits[0], digits[1], digits[2], _mm512_broadcast_f32x4(_mm_loadu_ps(query_scale)));
+  }
+  const __m512 t0 = _mm512_unpacklo_ps(sums[0], sums[1]), t1 = _mm512_unpackhi_ps(sums[0], sums[1]);
+  const __m512 t2 = _mm512_unpacklo_ps(sums[2], sums[3]), t3 = _mm512_unpackhi_ps(sums[2], sums[3]);
+  _mm512_store_ps(scores, _mm512_shuffle_ps(t0, t2, 0x44));
+  if (rows > 1) _mm512_store_ps(scores + kBlock, _mm512_shuffle_ps(t0, t2, 0xee));
+  if (rows > 2) _mm512_store_ps(scores + 2 * kBlock, _mm512_shuffle_ps(t1, t3, 0x44));
+  if (rows > 3) _mm512_store_ps(scores + 3 * kBlock, _mm512_shuffle_ps(t1, t3, 0xee));
+}
+
+// Asks for `count` rows of `width` bytes. Hardware follows neither the alternation of keys and values nor page borders.
+inline void prefetch_rows(const int8_t* row, int64_t stride, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < width; d += 64) _mm_prefetch(row + i * stride + d, _MM_HINT_T1);
+}
+
+// kSlices = ceil(head_dim / 64). The vector unit finishes a pair of tiles while the tile unit makes the next, and the
+// block's values are on their way.
+template <int kSlices>
+void scores_amx(const Problem& p, Workspace& w, const int8_t* key, const int8_t* value, int64_t count) {
+  const int64_t stride = p.key.row, full = count / 16, groups = (count + 15) / 16;
+  if (full < groups) {
+    // A tile reads 16 rows, which may not all exist.
+    for (int64_t i = full * 16; i < count; ++i)
+      std::memcpy(w.tail + (i - full * 16) * p.key_width, key + i * stride, p.head_dim);
+  }
+  for (int64_t row = 0; row < p.rows; row += kRowsPerColumnTile) {
+    const int8_t* digits = w.query_digits + row / kRowsPerColumnTile * 16 * p.key_width;
+    const float* query_scale = w.query_scale + row;
+    const int64_t rows = std::min<int64_t>(kRowsPerColumnTile, p.rows - row);
+    float* scores = w.scores + row * kBlock;
+    before_tile_load();
+    if constexpr (kSlices > 1) _tile_loadd(3, digits, 64);
+    if constexpr (kSlices > 2) _tile_loadd(4, digits + 1024, 64);
+    if constexpr (kSlices > 3) _tile_loadd(5, digits + 2048, 64);
+    _tile_loadd(7, digits + (kSlices - 1) * 1024, 64);
+    int64_t group = 0, finished = 0;
+    for (; group + 2 <= full; group += 2) {
+      if (row == 0) prefetch_rows(value + group * 16 * p.value.row, p.value.row, 32, p.value_dim);
+      int32_t* products = w.products + group % 4 * 256;
+      ICW_SCORE_TILE(0, key + group * 16 * stride, stride, products);
+      ICW_SCORE_TILE(1, key + (group + 1) * 16 * stride, stride, products + 256);
+      for (; finished < group; ++finished)
+        finish_scores(w.products + finished % 4 * 256, query_scale, rows, scores + finished * 16);
+    }
+    for (; group < groups; ++group) {
+      for (; finished < group; ++finished)
+        finish_scores(w.products + finished % 4 * 256, query_scale, rows, scores + finished * 16);
+      const bool whole = group < full;
+      ICW_SCORE_TILE(0, whole ? key + group * 16 * stride : w.tail, whole ? stride : p.key_width,
+                     w.products + group % 4 * 256);
+    }
+    for (; finished < groups; ++finished)
+      finish_scores(w.products + finished % 4 * 256, query_scale, rows, scores + finished * 16);
+  }
+}
+
+inline void value_tiles(const uint8_t* digits, const int8_t* value) {
+  before_tile_load();
+  _tile_loadd(4, digits, kBlock);
+  _tile_loadd(5, value, 256);
+  _tile_dpbusd(0, 4, 5);
+  _tile_loadd(5, value + 64, 256);
+  _tile_dpbusd(1, 4, 5);
+  _tile_loadd(5, value + 128, 256);
+  _tile_dpbusd(2, 4, 5);
+  _tile_loadd(5, value + 192, 256);
+  _tile_dpbusd(3, 4, 5);
+}
+
+// For the first tile of rows, the vector unit interleaves 64 positions while the tile unit multiplies the 64 before,
+// and `next_key`, the keys of the next block (or null), are on their way.
+template <int kDigits>
+void values_amx(const Problem& p, Workspace& w, const int8_t* value, const int8_t* next_key, int64_t count) {
+  constexpr int64_t kRows = 16 / kDigits;
+  const int64_t ring = p.rows <= kRows ? 127 : kBlock - 1;
+  for (int64_t d = 0; d < p.value_width; d += 64) {
+    interleave_values(p, w, value, d, 0, std::min<int64_t>(count, 64), ring);
+    for (int64_t row = 0; row < p.rows; row += kRows) {
+      const uint8_t* digits = w.weight_digits + row / kRows * 16 * kBlock;
+      const int64_t rows = std::min<int64_t>(kRows, p.rows - row);
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t i = 0; i < count; i += 64) {
+        value_tiles(digits + i, w.interleaved + (i & ring) * 64);
+        if (row == 0 && next_key != nullptr && d < p.head_dim)
+          prefetch_rows(next_key + i * p.key.row + d, p.key.row, 64, 1);
+        if (row == 0 && i + 64 < count)
+          interleave_values(p, w, value, d, i + 64, std::min<int64_t>(count, i + 128), ring);
+      }
+      _tile_stored(0, w.products, 256);
+      _tile_stored(1, w.products + 16, 256);
+      _tile_stored(2, w.products + 32, 256);
+      _tile_stored(3, w.products + 48, 256);
+      for (int64_t j = 0; j < rows; ++j)
+        for (int64_t k = 0; k < 64; k += 16)
+          accumulate_16<kDigits>(w.accumulated + (row + j) * p.value_width + d + k, w.products + j * kDigits * 64 + k,
+                                 64, _mm512_set1_ps(w.correction[row + j]), _mm512_set1_ps(w.weight_scale[row + j]));
+    }
+  }
+}
+
+#endif  // ICW_AMX
+
+// --------------------------------------------------------------------------------------------------- one unit of work
+
+void load_query(const Problem& p, Workspace& w, int64_t b, int64_t h) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const int64_t group = row / p.tokens, token = row % p.tokens;
+    float* out = w.query + row * p.key_width;
+    load_run(p.query.data, b * p.query.batch + (h * p.groups + group) * p.query.head + token * p.query.row,
+             p.query.last, p.head_dim, p.query.type, out);
+    float broken = 0;
+#pragma omp simd reduction(+ : broken)
+    for (int64_t d = 0; d < p.head_dim; ++d) broken += out[d] * 0.0f;
+    w.query_broken[row] = broken != 0.0f;
+  }
+}
+
+// Raw products to scores: scale, softcap, mask; then the weights exp(score - largest) * value scale in their place.
+void softmax_block(const Problem& p, Workspace& w, const MaskRows& masks, int64_t count) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    float* __restrict x = w.scores + row * kBlock;
+    const float* __restrict key_scale = w.key_scale;
+    const float* __restrict value_scale = w.value_scale;
+    float largest = -kInf;
+    if (p.has_softcap) {
+      const float softcap = p.softcap, inverse = 1.0f / p.softcap;
+      for (int64_t i = 0; i < count; ++i) x[i] = softcap * tanh_accurate(x[i] * key_scale[i] * inverse);
+    } else {
+      for (int64_t i = 0; i < count; ++i) x[i] *= key_scale[i];
+    }
+    if (masks.count) {
+      const float* __restrict mask = w.mask + masks.of(row / p.tokens, row % p.tokens) * kBlock;
+#pragma omp simd reduction(max : largest)
+      for (int64_t i = 0; i < count; ++i) {
+        x[i] += mask[i];
+        largest = x[i] > largest ? x[i] : largest;
+      }
+    } else {
+#pragma omp simd reduction(max : largest)
+      for (int64_t i = 0; i < count; ++i) largest = x[i] > largest ? x[i] : largest;
+    }
+    const float before = w.largest[row], now = largest > before ? largest : before;
+    // No score so far: nothing to subtract, every weight is exp(-inf) = 0.
+    const float shift = now == -kInf ? 0.0f : now;
+    float sum = 0, weight = 0;
+#pragma omp simd reduction(+ : sum) reduction(max : weight)
+    for (int64_t i = 0; i < count; ++i) {
+      const float e = exp_nonpositive(x[i] - shift);
+      sum += e;
+      const float scaled = e * value_scale[i];
+      x[i] = scaled;
+      weight = scaled > weight ? scaled : weight;
+    }
+    const float correction = before == now ? 1.0f : exp_nonpositive(before - shift);
+    w.largest[row] = now;
+    w.sum[row] = w.sum[row] * correction + sum;
+    w.correction[row] = correction;
+    w.weight_scale[row] = weight;
+  }
+}
+
+// Scales of a block as float32, the key's with the softmax scale folded in. Non-finite ones become 0 here and make the
+// sum of every query row that they take part in NaN. Returns false for a negative value scale: integer weights have no
+// sign.
+bool load_scales(const Problem& p, Workspace& w, const MaskRows& masks, int64_t b, int64_t h, int64_t start,
+                 int64_t count) {
+  load_run(p.key_scale.data, b * p.key_scale.batch + h * p.key_scale.head + start * p.key_scale.row, p.key_scale.row,
+           count, p.key_scale.type, w.key_scale);
+  load_run(p.value_scale.data, b * p.value_scale.batch + h * p.value_scale.head + start * p.value_scale.row,
+           p.value_scale.row, count, p.value_scale.type, w.value_scale);
+  float broken = 0, smallest = 0;
+#pragma omp simd reduction(+ : broken) reduction(min : smallest)
+  for (int64_t i = 0; i < count; ++i) {
+    broken += w.key_scale[i] * 0.0f + w.value_scale[i] * 0.0f;
+    smallest = w.value_scale[i] < smallest ? w.value_scale[i] : smallest;
+    w.key_scale[i] *= p.scale;
+  }
+  if (broken != 0.0f) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (std::isfinite(w.key_scale[i]) && std::isfinite(w.value_scale[i])) continue;
+      w.key_scale[i] = w.value_scale[i] = 0.0f;
+      for (int64_t row = 0; row < p.rows; ++row)
+        if (!masks.count || w.mask[masks.of(row / p.tokens, row % p.tokens) * kBlock + i] != -kInf) w.sum[row] = kNaN;
+    }
+  }
+  return smallest >= 0.0f;
+}
+
+bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t start, int64_t end) {
+  const MaskRows masks = mask_rows(p);
+  find_live_masks(p, w, masks, b, h);
+  std::fill(w.largest, w.largest + p.rows, -kInf);
+  std::fill(w.sum, w.sum + p.rows, 0.0f);
+  std::fill(w.accumulated, w.accumulated + p.rows * p.value_width, 0.0f);
+  bool prepared = false;
+  for (int64_t position = start; position < end; position += kBlock) {
+    const int64_t count = load_mask(p, w, masks, b, h, position, std::min(kBlock, end - position));
+    if (count == 0) continue;
+    if (!prepared) {
+      load_query(p, w, b, h);
+#ifdef ICW_VNNI
+      if (p.engine != Engine::kPortable) make_query_digits(p, w);
+#endif
+      prepared = true;
+    }
+    if (!load_scales(p, w, masks, b, h, position, count) && p.engine != Engine::kPortable) return false;
+    const int8_t* key =
+        static_cast<const int8_t*>(p.key.data) + b * p.key.batch + h * p.key.head + position * p.key.row;
+    const int8_t* value =
+        static_cast<const int8_t*>(p.value.data) + b * p.value.batch + h * p.value.head + position * p.value.row;
+    switch (p.engine) {
+      case Engine::kPortable: scores_portable(p, w, key, count); break;
+#ifdef ICW_VNNI
+      case Engine::kVnni: scores_vnni(p, w, key, count); break;
+#endif
+#ifdef ICW_AMX
+      case Engine::kAmx:
+        if (p.head_dim <= 64) scores_amx<1>(p, w, key, value, count);
+        else if (p.head_dim <= 128) scores_amx<2>(p, w, key, value, count);
+        else if (p.head_dim <= 192) scores_amx<3>(p, w, key, value, count);
+        else scores_amx<4>(p, w, key, value, count);
+        break;
+#endif
+      default: break;
+    }
+    softmax_block(p, w, masks, count);
+    if (p.engine == Engine::kPortable) {
+      values_portable(p, w, value, count);
+      continue;
+    }
+#ifdef ICW_VNNI
+    p.weight_digits == 2 ? make_weight_digits<2>(p, w, count) : make_weight_digits<3>(p, w, count);
+    if (p.engine == Engine::kVnni)
+      p.weight_digits == 2 ? values_vnni<2>(p, w, value, count) : values_vnni<3>(p, w, value, count);
+#ifdef ICW_AMX
+    if (p.engine == Engine::kAmx) {
+      const int8_t* next_key = position + 2 * kBlock <= end ? key + kBlock * p.key.row : nullptr;
+      p.weight_digits == 2 ? values_amx<2>(p, w, value, next_key, count) : values_amx<3>(p, w, value, next_key, count);
+    }
+#endif
+#endif
+  }
+  if (prepared)
+    for (int64_t row = 0; row < p.rows; ++row)
+      if (w.query_broken[row] && w.sum[row] != 0.0f) w.sum[row] = kNaN;
+  return true;
+}
+
+// What a chunk leaves for each row: largest score, sum, then value_dim weighted values, in the natural order.
+void write_partial(const Problem& p, const Workspace& w, Engine engine, float* out) {
+  for (int64_t row = 0; row < p.rows; ++row, out += p.value_dim + 2) {
+    out[0] = w.largest[row];
+    out[1] = w.sum[row];
+    copy_row(engine, w.accumulated + row * p.value_width, p.value_dim, out + 2);
+  }
+}
+
+void write_output(const Problem& p, int64_t b, int64_t h, int64_t row, const float* values, float sum) {
+  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  const int64_t offset = ((b * p.query_heads + h * p.groups) * p.tokens + row) * p.value_dim;
+  store_run(p.out, offset, p.value_dim, p.query.type, values, inverse);
+}
+
+void merge_partials(const Problem& p, int64_t b, int64_t h, const float* partials, std::vector<float>& values) {
+  const int64_t row_size = p.value_dim + 2, chunk_size = p.rows * row_size;
+  values.resize(p.value_dim);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    float largest = -kInf, sum = 0;
+    for (int64_t c = 0; c < p.chunks; ++c) largest = std::max(largest, partials[c * chunk_size + row * row_size]);
+    std::fill(values.begin(), values.end(), 0.0f);
+    for (int64_t c = 0; c < p.chunks; ++c) {
+      const float* partial = partials + c * chunk_size + row * row_size;
+      if (partial[1] == 0.0f) continue;  // A NaN is not 0.
+      const float factor = partial[0] == largest ? 1.0f : exp_nonpositive(partial[0] - largest);
+      sum += partial[1] * factor;
+      for (int64_t d = 0; d < p.value_dim; ++d) values[d] += factor * partial[2 + d];
+    }
+    write_output(p, b, h, row, values.data(), sum);
+  }
+}
+
+Engine best_engine(const Problem& p) {
+#ifdef ICW_VNNI
+  // Digit sums stay exact in float32 up to 2^24 / 127^2 channels; tiles hold four slices of 64.
+  if (p.head_dim % 4 == 0 && p.head_dim <= 256) {
+#ifdef ICW_AMX
+    if (amx_allowed()) return Engine::kAmx;
+#endif
+    return Engine::kVnni;
+  }
+#endif
+  return Engine::kPortable;
+}
+
+void run(Problem& p, int threads, int engine) {
+  p.groups = p.query_heads / p.heads;
+  p.rows = p.groups * p.tokens;
+  p.key_width = round_up(p.head_dim, 64);
+  p.value_width = round_up(p.value_dim, 64);
+  p.weight_digits = p.query.type == Type::kFloat32 ? 3 : 2;
+  p.engine = best_engine(p);
+  if (engine >= 0) p.engine = std::min(p.engine, Engine(engine));
+  const int64_t length = p.is_causal ? std::min(p.length, p.tokens) : p.length;
+  const int64_t pairs = p.batch * p.heads;
+  if (pairs * length * (p.head_dim + p.value_dim) < 128 * 1024) threads = 1;
+  // Enough units for the threads to even out, large enough for the merge not to matter.
+  p.chunk = round_up(std::max<int64_t>(length, 1), kBlock);
+  if (threads > 1)
+    p.chunk = std::min(p.chunk, round_up(std::max<int64_t>(pairs * length / (16 * threads), 4 * kBlock), kBlock));
+  p.chunks = std::max<int64_t>((length + p.chunk - 1) / p.chunk, 1);
+
+  const int64_t partial_size = p.rows * (p.value_dim + 2);
+  std::unique_ptr<float[]> partials(p.chunks > 1 ? new float[pairs * p.chunks * partial_size] : nullptr);
+  std::unique_ptr<std::atomic<int64_t>[]> finished(p.chunks > 1 ? new std::atomic<int64_t>[pairs] : nullptr);
+  for (int64_t i = 0; finished && i < pairs; ++i) finished[i].store(0, std::memory_order_relaxed);
+  std::atomic<int64_t> next{0};
+  const int64_t units = pairs * p.chunks;
+  threads = int(std::min<int64_t>(threads, units));
+
+  auto work = [&] {
+    static thread_local Workspace workspace;
+    workspace.reserve(p);
+    std::vector<float> values(p.value_dim);
+#ifdef ICW_AMX
+    if (p.engine == Engine::kAmx) configure_tiles(p);
+#endif
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
+      const int64_t pair = unit / p.chunks, c = unit % p.chunks, b = pair / p.heads, h = pair % p.heads;
+      const int64_t start = c * p.chunk, end = std::min(length, start + p.chunk);
+      Engine used = p.engine;
+      if (!run_unit(p, workspace, b, h, start, end)) {
+        Problem portable = p;
+        portable.engine = used = Engine::kPortable;
+        run_unit(portable, workspace, b, h, start, end);
+      }
+      if (p.chunks == 1) {
+        for (int64_t row = 0; row < p.rows; ++row) {
+          copy_row(used, workspace.accumulated + row * p.value_width, p.value_dim, values.data());
+          write_output(p, b, h, row, values.data(), workspace.sum[row]);
+        }
+        continue;
+      }
+      write_partial(p, workspace, used, partials.get() + unit * partial_size);
+      if (finished[pair].fetch_add(1, std::memory_order_acq_rel) + 1 == p.chunks)
+        merge_partials(p, b, h, partials.get() + pair * p.chunks * partial_size, values);
+    }
+#ifdef ICW_AMX
+    if (p.engine == Engine::kAmx) _tile_release();
+#endif
+  };
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    work();
+    return;
+  }
+#endif
+  work();
+}
+
+}  // namespace
+
+// --------------------------------------------------------------------------------------------------- the torch operator
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Type type_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Type::kFloat32;
+    case ScalarType::BFloat16: return Type::kBFloat16;
+    case ScalarType::Half: return Type::kFloat16;
+    case ScalarType::Double: return Type::kFloat64;
+    case ScalarType::Bool: return Type::kBool;
+    default: STD_TORCH_CHECK(false, "icw_int8kv_cpu::attention: unsupported dtype of ", name);
+  }
+}
+
+Strided strided(const Tensor& tensor, const char* name, bool is_int8) {
+  STD_TORCH_CHECK(tensor.dim() == 4, "icw_int8kv_cpu::attention: ", name, " must have 4 dimensions, got ", tensor.dim());
+  const auto strides = tensor.strides();
+  Strided out;
+  out.data = tensor.data_ptr();
+  out.batch = strides[0];
+  out.head = strides[1];
+  out.row = strides[2];
+  out.last = strides[3];
+  if (!is_int8) {
+    out.type = type_of(tensor, name);
+  } else {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Char, "icw_int8kv_cpu::attention: ", name, " must be int8");
+    STD_TORCH_CHECK(out.last == 1 || tensor.size(3) == 1, "icw_int8kv_cpu::attention: the channels of ", name,
+                    " must be contiguous, got stride ", out.last);
+  }
+  return out;
+}
+
+void check_shape(const Tensor& tensor, const char* name, int64_t b, int64_t h, int64_t s, int64_t d) {
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(sizes[0] == b && sizes[1] == h && sizes[2] == s && sizes[3] == d, "icw_int8kv_cpu::attention: ", name,
+                  " must be [", b, ", ", h, ", ", s, ", ", d, "], got [", sizes[0], ", ", sizes[1], ", ", sizes[2],
+                  ", ", sizes[3], "]");
+}
+
+Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
+                 const Tensor& value_scale, const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
+                 std::optional<double> softcap, int64_t engine) {
+  Problem p;
+  p.query = strided(query, "query", false);
+  p.key = strided(key_qdata, "key_qdata", true);
+  p.key_scale = strided(key_scale, "key_scale", false);
+  p.value = strided(value_qdata, "value_qdata", true);
+  p.value_scale = strided(value_scale, "value_scale", false);
+  const auto sizes = query.sizes();
+  p.batch = sizes[0];
+  p.query_heads = sizes[1];
+  p.tokens = sizes[2];
+  p.head_dim = sizes[3];
+  p.heads = key_qdata.size(1);
+  p.length = key_qdata.size(2);
+  p.value_dim = value_qdata.size(3);
+  check_shape(key_qdata, "key_qdata", p.batch, p.heads, p.length, p.head_dim);
+  check_shape(value_qdata, "value_qdata", p.batch, p.heads, p.length, p.value_dim);
+  check_shape(key_scale, "key_scale", p.batch, p.heads, p.length, 1);
+  check_shape(value_scale, "value_scale", p.batch, p.heads, p.length, 1);
+  STD_TORCH_CHECK(p.heads > 0 && p.query_heads % p.heads == 0, "icw_int8kv_cpu::attention: ", p.query_heads,
+                  " query heads cannot be grouped on ", p.heads, " key/value heads");
+  STD_TORCH_CHECK(p.query.type != Type::kBool && p.query.type != Type::kFloat64,
+                  "icw_int8kv_cpu::attention: query must be float32, bfloat16 or float16");
+  if (attn_mask.has_value()) {
+    const Tensor& mask = *attn_mask;
+    p.mask = strided(mask, "attn_mask", false);
+    const int64_t full[4] = {p.batch, p.query_heads, p.tokens, p.length};
+    int64_t* strides[4] = {&p.mask.batch, &p.mask.head, &p.mask.row, &p.mask.last};
+    for (int i = 0; i < 4; ++i) {
+      const int64_t size = mask.size(i);
+      STD_TORCH_CHECK(size == full[i] || size == 1, "icw_int8kv_cpu::attention: attn_mask does not broadcast to [",
+                      full[0], ", ", full[1], ", ", full[2], ", ", full[3], "]: dimension ", i, " is ", size);
+      if (size == 1) *strides[i] = 0;
+    }
+    p.mask_by_head = p.mask.head != 0;
+    p.mask_by_token = p.mask.row != 0;
+  }
+  p.is_causal = is_causal;
+  p.scale = float(scale);
+  p.has_softcap = softcap.has_value();
+  p.softcap = float(softcap.value_or(0.0));
+
+  const int64_t out_sizes[4] = {p.batch, p.query_heads, p.tokens, p.value_dim};
+  const int64_t out_strides[4] = {p.query_heads * p.tokens * p.value_dim, p.tokens * p.value_dim, p.value_dim, 1};
+  int32_t dtype;
+  aoti_torch_get_dtype(query.get(), &dtype);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, out_sizes, out_strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor out(handle);
+  p.out = out.data_ptr();
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  if (p.batch * p.query_heads * p.tokens * p.value_dim > 0) run(p, int(threads), int(engine));
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }

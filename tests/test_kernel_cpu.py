@@ -1,0 +1,319 @@
+"""The CPU kernel against ``icw_int8kv::attention``, the pure-torch reference, on every engine that this machine has."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from icw_compile import ops
+from icw_compile.kernels import cpu
+
+if not cpu.is_available():
+    pytest.skip("no C++ compiler", allow_module_level=True)
+
+ENGINES = {"plain": 0, "vnni": 1, "best": -1}
+#: Relative norm of the difference from float32: rounding of the output, and for float32 that of exp and sums.
+TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 3e-6}
+HEADS = [(1, 1), (4, 4), (8, 2), (6, 2), (9, 1)]
+
+
+def make(batch, query_heads, heads, tokens, length, head_dim, value_dim, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    scale_dtype = ops.scale_dtype_for(dtype)
+    key = random(batch, heads, length, head_dim) * 2
+    value = random(batch, heads, length, value_dim) * torch.rand(length, 1, generator=generator).to(dtype)
+    query = random(batch, query_heads, tokens, head_dim)
+    return [query, *ops.quantize_per_head(key, scale_dtype), *ops.quantize_per_head(value, scale_dtype)]
+
+
+def reference(tensors, mask=None, is_causal=False, scale=None, softcap=None):
+    scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    return ops.attention(tensors[0].float(), *tensors[1:], mask, is_causal, scale, softcap)
+
+
+def kernel(tensors, mask=None, is_causal=False, scale=None, softcap=None, engine=-1):
+    scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.icw_int8kv_cpu.attention(*tensors, mask, is_causal, scale, softcap, engine)
+
+
+def check(tensors, *args, tolerance=None, **kwargs):
+    expected = reference(tensors, *args, **kwargs)
+    for engine in ENGINES.values():
+        actual = kernel(tensors, *args, **kwargs, engine=engine)
+        assert actual.dtype == tensors[0].dtype
+        assert actual.shape == expected.shape
+        assert actual.is_contiguous()
+        assert actual.isfinite().all()
+        error = (actual.float() - expected).norm() / expected.norm().clamp(min=1e-30)
+        assert error <= (tolerance or TOLERANCE[tensors[0].dtype]), (engine, error.item())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "head_dim,value_dim",
+    [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (128, 64), (40, 72), (192, 128), (30, 13), (320, 64)],
+)
+def test_shapes(dtype, head_dim, value_dim):
+    for index, ((query_heads, heads), tokens) in enumerate(itertools.product(HEADS, (1, 2, 5, 16))):
+        length = (1, 15, 16, 63, 257, 300, 517, 1030)[index % 8]
+        check(make(1 + index % 2, query_heads, heads, tokens, length, head_dim, value_dim, dtype, index))
+
+
+@pytest.mark.parametrize("length", [1, 3, 17, 64, 255, 256, 257, 2047, 9000])
+def test_lengths(length):
+    check(make(2, 8, 2, 1, length, 128, 128, torch.bfloat16))
+    check(make(1, 4, 1, 3, length, 64, 96, torch.float32))
+
+
+def masks(batch, query_heads, tokens, length):
+    generator = torch.Generator().manual_seed(1)
+
+    def boolean(*shape):
+        return torch.rand(shape, generator=generator) > 0.4
+
+    full = (batch, query_heads, tokens, length)
+    for dims in itertools.product((False, True), repeat=3):
+        shape = [size if keep else 1 for size, keep in zip(full[:3], dims, strict=True)] + [length]
+        mask = boolean(*shape)
+        yield "boolean", mask
+        yield "additive", torch.randn(shape, generator=generator).masked_fill(~mask, -torch.inf)
+        yield "finfo.min", torch.zeros(shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    mask = boolean(batch, 1, tokens, length)
+    yield "all dead but finfo.min", torch.full((1, 1, tokens, length), torch.finfo(torch.float32).min)
+    yield "bfloat16", torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+    yield "float16", torch.zeros(mask.shape, dtype=torch.float16).masked_fill(~mask, torch.finfo(torch.float16).min)
+    yield "float64", torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    yield "quarter", (torch.arange(length) < length // 4).view(1, 1, 1, -1)
+    yield "window", ((torch.arange(length) > length // 3) & (torch.arange(length) < length // 2)).view(1, 1, 1, -1)
+    yield "transposed", boolean(length, tokens, query_heads, batch).permute(3, 2, 1, 0)
+    yield "every second", boolean(batch, 1, tokens, 2 * length)[..., ::2]
+    yield "expanded", boolean(1, 1, tokens, 1).logical_or(torch.tensor(True)).expand(batch, query_heads, tokens, length)
+    yield "one column", torch.full((1, 1, 1, 1), 0.5)
+    empty = boolean(batch, 1, tokens, length)
+    empty[:, :, 0] = False
+    yield "empty row", empty
+    yield "empty", torch.zeros(1, 1, 1, length, dtype=torch.bool)
+    yield "empty additive", torch.full((1, 1, 1, length), -torch.inf)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_masks(dtype, tokens):
+    batch, query_heads, length = 2, 8, 1100
+    tensors = make(batch, query_heads, 2, tokens, length, 64, 64, dtype)
+    for name, mask in masks(batch, query_heads, tokens, length):
+        try:
+            check(tensors, mask)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def test_empty_rows_are_zero():
+    tensors = make(1, 4, 2, 2, 600, 64, 64, torch.bfloat16)
+    mask = torch.ones(1, 1, 2, 600, dtype=torch.bool)
+    mask[:, :, 1] = False
+    for engine in ENGINES.values():
+        output = kernel(tensors, mask, engine=engine)
+        assert (output[:, :, 1] == 0).all()
+        assert (output[:, :, 0] != 0).any()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_causal_and_softcap(tokens):
+    for length in (4, 40, 700):
+        tensors = make(1, 8, 2, tokens, length, 128, 128, torch.float32)
+        check(tensors, is_causal=True)
+        check(tensors, None, False, 1.0, 20.0)
+        check(tensors, torch.rand(1, 1, tokens, length) > 0.3, True, 0.2, 5.0)
+
+
+def test_strides():
+    tensors = make(2, 8, 4, 2, 900, 128, 128, torch.bfloat16)
+    query, key, key_scale, value, value_scale = tensors
+    # A slice along the positions, every second position, heads behind the positions, a slice of the heads.
+    check([query, key[:, :, 100:633], key_scale[:, :, 100:633], value[:, :, 7:540], value_scale[:, :, 7:540]])
+    check([query, *(t[:, :, ::2] for t in tensors[1:])])
+    check(
+        [
+            query.transpose(1, 2).contiguous().transpose(1, 2),
+            *(t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors[1:]),
+        ]
+    )
+    check([query[:, ::2], *(t[:, 1:3] for t in tensors[1:])])
+    check([query[..., :64], key[..., 17:81], key_scale, value[..., 3:100], value_scale])
+    check([query, *(t[:, :1].expand(-1, 4, -1, -1) for t in tensors[1:])])
+
+
+def test_scales_of_any_magnitude():
+    for magnitude in (1e-12, 1e12):
+        tensors = make(1, 8, 2, 1, 700, 128, 128, torch.float32)
+        tensors[0], tensors[2] = tensors[0] * magnitude, tensors[2] / magnitude
+        tensors[4] = tensors[4] * magnitude
+        check(tensors)
+
+
+def test_sharp_and_flat_weights():
+    tensors = make(1, 8, 2, 1, 5000, 128, 128, torch.float32)
+    # Float32 cannot do better than this on scores in the hundreds.
+    check(tensors, scale=3.0, tolerance=1e-4)
+    check(tensors, scale=1e-6)
+    tensors = make(1, 8, 2, 1, 5000, 128, 128, torch.bfloat16)
+    check(tensors, scale=3.0)
+    check(tensors, scale=1e-6)
+    # One value row dwarfs the others of its block, and has no weight.
+    tensors[4][:, :, 17] *= 1000
+    mask = torch.zeros(1, 1, 1, 5000)
+    mask[..., 17] = -20.0
+    check(tensors, mask)
+
+
+def test_outlier_channels():
+    """Keys and queries with channels a hundred times the others keep the small channels' part of the score."""
+    tensors = make(1, 8, 2, 1, 700, 128, 128, torch.bfloat16)
+    tensors[0][..., 5] = 300.0
+    tensors[1][..., 5] = 0
+    check(tensors)
+
+
+def test_negative_scales():
+    tensors = make(1, 8, 2, 2, 700, 128, 128, torch.float32)
+    tensors[4][:, :, 300] *= -1
+    tensors[2][:, :, 400] *= -1
+    check(tensors)
+
+
+@pytest.mark.parametrize("which", [2, 4])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_non_finite_rows(which, bad):
+    for length in (600, 9000):
+        tensors = make(1, 4, 2, 2, length, 64, 64, torch.bfloat16)
+        position = length - 50
+        tensors[which][:, 1, position] = bad
+        tensors[which - 1][:, 1, position] = 0
+        for engine in ENGINES.values():
+            output = kernel(tensors, engine=engine)
+            assert output[:, :2].isfinite().all()
+            assert not output[:, 2:].isfinite().any()
+            # Masked for the first token only.
+            mask = torch.ones(1, 1, 2, length, dtype=torch.bool)
+            mask[:, :, 0, position] = False
+            output = kernel(tensors, mask, engine=engine)
+            assert output[:, :, 0].isfinite().all()
+            assert not output[:, 2:, 1].isfinite().any()
+
+
+def test_non_finite_query_and_mask():
+    tensors = make(1, 4, 2, 2, 600, 64, 64, torch.bfloat16)
+    tensors[0][0, 1, 1, 3] = torch.nan
+    tensors[0][0, 2, 0, 3] = torch.inf
+    mask = torch.zeros(1, 4, 2, 600)
+    mask[0, 3, 0, 5] = torch.nan
+    for engine in ENGINES.values():
+        broken = ~kernel(tensors, mask, engine=engine).isfinite()
+        expected = torch.zeros(1, 4, 2, dtype=torch.bool)
+        expected[0, 1, 1] = expected[0, 2, 0] = expected[0, 3, 0] = True
+        assert torch.equal(broken, expected.unsqueeze(-1).expand_as(broken))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_the_result(threads):
+    tensors = make(1, 8, 2, 1, 20000, 64, 64, torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check(tensors)
+        first = kernel(tensors)
+        assert all(torch.equal(first, kernel(tensors)) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_empty_cache_and_batch():
+    tensors = make(1, 4, 2, 1, 8, 64, 64, torch.bfloat16)
+    output = kernel([tensors[0], *(t[:, :, :0] for t in tensors[1:])])
+    assert (output == 0).all()
+    assert kernel([t[:0] for t in tensors]).shape == (0, 4, 1, 64)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda t: t.__setitem__(1, t[1][:, :, :, :32]), "key_qdata must be"),
+        (lambda t: t.__setitem__(1, t[1].float()), "must be int8"),
+        (lambda t: t.__setitem__(1, t[1].transpose(2, 3).contiguous().transpose(2, 3)), "contiguous"),
+        (lambda t: t.__setitem__(2, t[2][:, :, 1:]), "key_scale must be"),
+        (lambda t: t.__setitem__(0, t[0][:, :3]), "cannot be grouped"),
+        (lambda t: t.__setitem__(0, t[0].double()), "query must be"),
+        (lambda t: t.__setitem__(0, t[0][0]), "4 dimensions"),
+    ],
+)
+def test_errors(change, message):
+    tensors = make(1, 4, 2, 1, 100, 64, 64, torch.bfloat16)
+    change(tensors)
+    with pytest.raises(RuntimeError, match=message):
+        kernel(tensors)
+
+
+def test_mask_that_does_not_broadcast():
+    tensors = make(1, 4, 2, 1, 100, 64, 64, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="does not broadcast"):
+        kernel(tensors, torch.ones(1, 1, 1, 99, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="unsupported dtype of attn_mask"):
+        kernel(tensors, torch.ones(1, 1, 1, 100, dtype=torch.int32))
+
+
+def test_operator_registration():
+    tensors = make(1, 4, 2, 2, 100, 64, 32, torch.bfloat16)
+    mask = torch.rand(1, 1, 2, 100) > 0.5
+    torch.library.opcheck(torch.ops.icw_int8kv_cpu.attention.default, (*tensors, mask, False, 0.1, None))
+
+
+def test_compiles_with_symbolic_length():
+    @torch.compile(dynamic=True, fullgraph=True)
+    def step(query, key, key_scale, value, value_scale):
+        return kernel([query * 2, key, key_scale, value, value_scale], scale=0.1) + 1
+
+    for length in (100, 130):
+        tensors = make(1, 4, 2, 1, length, 64, 64, torch.bfloat16)
+        expected = kernel([tensors[0] * 2, *tensors[1:]], scale=0.1) + 1
+        assert torch.equal(step(*tensors), expected)
+
+
+def test_supports():
+    tensors = make(1, 4, 2, 1, 100, 64, 64, torch.bfloat16)
+    assert cpu.supports(tensors[0], tensors[1], tensors[3]) is None
+    assert "query tokens" in cpu.supports(tensors[0].expand(-1, -1, 17, -1), tensors[1], tensors[3])
+    assert "dtype" in cpu.supports(tensors[0].double(), tensors[1], tensors[3])
+    assert "cuda" not in (cpu.supports(tensors[0].to("meta"), tensors[1], tensors[3]) or "")
+
+
+LOAD = "import sys; from icw_compile.kernels import cpu; print(cpu.is_available())\n" + (
+    "try: cpu.load()\nexcept cpu.KernelUnavailableError as error: print(error)\n"
+)
+
+
+def run_loader(monkeypatch, **environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-c", LOAD]
+    return subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_processes_build_at_once(monkeypatch, tmp_path):
+    processes = [run_loader(monkeypatch, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    assert [process.communicate()[0].strip() for process in processes] == ["True", "True"]
+    assert len(list((tmp_path / "icw_int8kv").iterdir())) == 1
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/g++", "/bin/false"])
+def test_no_compiler(monkeypatch, tmp_path, compiler):
+    process = run_loader(monkeypatch, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), CXX=compiler)
+    output = process.communicate()[0]
+    assert "False" in output
+    assert "compiler" in output
