@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find icw_compile passes -type f -not -name '*.pyc')
 # Two test workers and their thread pools share the cores: waiting threads must not spin.
-export OMP_WAIT_POLICY := passive
+test test-all: export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test test-all lint types notebooks format clean
 

@@ -222,7 +222,7 @@ def _cpu_description() -> str:
 def _register() -> None:
     torch.library.define("icw_int8kv_cpu::attention", _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
-    @torch.library.register_fake("icw_int8kv_cpu::attention")
+    @torch.library.register_fake("icw_int8kv_cpu::attention")  # type: ignore[untyped-decorator]
     def _(
         query: Tensor,
         key_qdata: Tensor,
