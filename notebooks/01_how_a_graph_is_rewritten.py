@@ -21,6 +21,9 @@
 
 # %%
 import re
+import warnings
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, about a widget that is not used here
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
