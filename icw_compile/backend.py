@@ -53,7 +53,8 @@ def icw_int8kv(
     """
     ours, inductor_options = split_options(options, mode)
     started = time.perf_counter()
-    graph = capture(dynamo_graph, partial(find_kernel, choice=ours.attention))
+    graph = capture(dynamo_graph)
+    graph.find_kernel = partial(find_kernel, choice=ours.attention)
     report = GraphReport(next_name(), nodes=len(graph.graph.nodes))
     report.family, report.expected_sites = _family(graph)
     dropout = next(filter(_drops_out, graph.graph.nodes), None)

@@ -5,7 +5,6 @@ and what AOTAutograd reads of it.
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +14,14 @@ from torch._guards import TracingContext
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from icw_compile.passes import Kernel, KVGraph
+from icw_compile.passes import KVGraph
 from icw_compile.rows import Quantized
 from icw_compile.tensor import QuantizedKV
 
 __all__ = ["capture", "example_inputs", "forward_dynamo_metadata"]
 
 
-def capture(dynamo_graph: GraphModule, find_kernel: Callable[[str], Kernel | str]) -> KVGraph:
+def capture(dynamo_graph: GraphModule) -> KVGraph:
     """Retrace Dynamo's graph into pre-dispatch ATen, where each operation has one spelling.
 
     In-place writes stay visible, sizes stay symbolic, and a `QuantizedKV` input is traced as the plain float tensor
@@ -50,7 +49,7 @@ def capture(dynamo_graph: GraphModule, find_kernel: Callable[[str], Kernel | str
             with fake_mode:
                 quantized[new] = Quantized(_fresh(example.qdata), _fresh(example.scale), example.dtype)
     module.recompile()
-    return KVGraph(module, fake_mode, quantized, _sliding_layers(context), find_kernel)
+    return KVGraph(module, fake_mode, quantized, _sliding_layers(context))
 
 
 def example_inputs(graph: KVGraph) -> list[Any]:

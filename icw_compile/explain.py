@@ -61,7 +61,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     graphs: list[ExplainedGraph] = []
 
     def backend(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = capture(dynamo_graph, find_kernel)
+        graph = capture(dynamo_graph)
+        graph.find_kernel = find_kernel
         captured = graph.readable()
         results = run_passes(graph, PASSES, keep_text=True)
         graphs.append(ExplainedGraph(captured, tuple(results), tuple(graph.sites), tuple(graph.skipped)))

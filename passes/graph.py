@@ -91,9 +91,10 @@ class KVGraph:
         quantized: the placeholders that stand for a quantized tensor, each with the fake tensors of its parts. In
             the graph such a placeholder is an ordinary float tensor until the ``storage`` pass takes it apart.
         sliding_layers: indices of the cache layers that are sliding windows, for the report.
-        find_kernel: device type -> the attention kernel there, or why there is none (empty: none is wanted).
 
     Attributes:
+        find_kernel: device type -> the attention kernel there, or why there is none (empty: none is wanted). Set it to
+            offer kernels to the ``lower`` pass.
         sites: the key/value storages found, in graph order.
         skipped: what looks like one and stays float.
         input_names: the placeholders of the graph as captured: the signature that the caller sees.
@@ -108,13 +109,12 @@ class KVGraph:
         fake_mode: Any = None,
         quantized: dict[Node, Quantized] | None = None,
         sliding_layers: frozenset[int] = frozenset(),
-        find_kernel: Callable[[str], Kernel | str] = _no_kernel,
     ) -> None:
         self.module = module
         self.fake_mode = fake_mode
         self.quantized = quantized or {}
         self.sliding_layers = sliding_layers
-        self.find_kernel = find_kernel
+        self.find_kernel: Callable[[str], Kernel | str] = _no_kernel
         self.sites: list[Site] = []
         self.skipped: list[Skipped] = []
         self.input_names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
