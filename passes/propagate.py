@@ -55,7 +55,8 @@ def propagate(graph: KVGraph) -> int:
             _write_back(graph, node, values)
             _note(site.writes, node)
         else:
-            _refuse_writes_through(node, site)
+            if node.args and node.args[0] in operands:
+                _refuse_writes_through(node, site)
             _give_values(graph, node, values)
 
     for node in reversed(values):

@@ -83,13 +83,22 @@ def reset(keys: Tensor, new: Tensor) -> Tensor:
     return keys * 1.0
 
 
+def copy_into_a_float(keys: Tensor, new: Tensor) -> Tensor:
+    """The cache is only read: what is written is the caller's own tensor."""
+    keys.index_copy_(2, torch.tensor([3]), new)
+    window = torch.zeros_like(keys)
+    window[:, :, :4].copy_(keys[:, :, 2:6])
+    window.index_copy_(2, torch.tensor([7]), keys[:, :, 3:4])
+    return window
+
+
 def slice_of_heads(keys: Tensor, new: Tensor) -> Tensor:
     keys.index_copy_(2, torch.tensor([3]), new)
     return keys[..., : HEAD_DIM // 2].sum(-1)
 
 
 @pytest.mark.parametrize(
-    "function", [slide, chunk, stale_view, snapshot, write_through_view, reset, slice_of_heads, step]
+    "function", [slide, chunk, stale_view, snapshot, write_through_view, reset, copy_into_a_float, slice_of_heads, step]
 )
 def test_equals_quantized_rows(function: Callable[..., object]) -> None:
     new = kv(1)
