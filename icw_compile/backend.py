@@ -20,7 +20,7 @@ from icw_compile.families import family_of
 from icw_compile.kernels import find_kernel
 from icw_compile.options import Options, split_options
 from icw_compile.passes import PASSES, KVGraph, run_passes
-from icw_compile.passes.graph import layer_of
+from icw_compile.passes.graph import arguments, layer_of
 from icw_compile.report import GraphReport, next_name, record
 
 __all__ = ["icw_int8kv"]
@@ -131,9 +131,9 @@ def _check_inference(dynamo_graph: GraphModule, dropout: Node | None) -> None:
 
 def _drops_out(node: Node) -> bool:
     if node.target is aten.dropout.default:
-        return bool(node.args[2]) and node.args[1] != 0
+        return bool(arguments(node)["train"]) and arguments(node)["p"] != 0
     if node.target is aten.scaled_dot_product_attention.default:
-        return (len(node.args) > 4 and node.args[4] != 0) or node.kwargs.get("dropout_p", 0) != 0
+        return bool(arguments(node)["dropout_p"] != 0)
     return False
 
 
