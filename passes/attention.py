@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from icw_compile.passes.graph import arguments
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from icw_compile.passes.graph import arguments
 
 __all__ = ["Attention", "match_attention", "strip_repeat_kv"]
 

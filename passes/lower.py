@@ -14,9 +14,10 @@ hands it to torch's attention. All compute the same function (`icw_compile.ops`)
 """
 
 import torch
-from icw_compile.passes.graph import SITE, Kernel, KVGraph, Site, Skipped, layer_of
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from icw_compile.passes.graph import SITE, Kernel, KVGraph, Site, Skipped, layer_of
 
 __all__ = ["lower"]
 

@@ -20,9 +20,9 @@ value, taken right where it is used, so that it sees every write before it. Orde
 from typing import Any
 
 import torch
-from icw_compile.passes.graph import SITE, KVGraph, Output, Site, aliases, is_mutation
 from torch.fx import Node
 
+from icw_compile.passes.graph import SITE, KVGraph, Output, Site, aliases, is_mutation
 from icw_compile.rows import RULES, Quantized
 
 __all__ = ["propagate"]

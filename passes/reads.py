@@ -13,9 +13,10 @@ is the same up to the order of floating-point operations.
 """
 
 import torch
+from torch.fx import Node
+
 from icw_compile.passes.attention import match_attention, strip_repeat_kv
 from icw_compile.passes.graph import SITE, KVGraph, is_mutation
-from torch.fx import Node
 
 __all__ = ["fuse_reads"]
 

@@ -24,11 +24,11 @@ import re
 from collections.abc import Iterable
 
 import torch
-from icw_compile.passes.attention import Attention, match_attention
-from icw_compile.passes.graph import KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
 from torch.fx import Node
 
 from icw_compile.ops import scale_dtype_for
+from icw_compile.passes.attention import Attention, match_attention
+from icw_compile.passes.graph import KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
 from icw_compile.rows import RULES, Quantized
 
 __all__ = ["find_storage"]

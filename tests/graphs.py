@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from icw_compile.passes import KVGraph
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from icw_compile.passes import KVGraph
 from icw_compile.rows import Quantized
 from icw_compile.tensor import QuantizedKV
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from icw_compile.passes import KVGraph
 from support import compiled, graphs, run, tiny_model, tokens
 from torch.fx import GraphModule
 from transformers import StaticCache
 
 import icw_compile
 from icw_compile.capture import capture, example_inputs, source_name
+from icw_compile.passes import KVGraph
 
 
 def captured(model: Any, cache: Any, *lengths: int, **options: Any) -> list[tuple[KVGraph, GraphModule]]:

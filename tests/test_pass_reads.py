@@ -7,15 +7,15 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import BATCH, HEAD_DIM, HEADS, QUERY_HEADS, TOKENS, counts, kv, query, run, text, trace
-from icw_compile.passes import PASSES, Kernel, KVGraph, run_passes
-from icw_compile.passes.attention import match_attention
-from icw_compile.passes.lower import lower
-from icw_compile.passes.reads import fuse_reads
 from support import quantize_dequantize, relative_distance
 from torch import Tensor
 from torch.nn.functional import dropout, softmax
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from icw_compile.passes import PASSES, Kernel, KVGraph, run_passes
+from icw_compile.passes.attention import match_attention
+from icw_compile.passes.lower import lower
+from icw_compile.passes.reads import fuse_reads
 from icw_compile.tensor import QuantizedKV
 
 SCALE = 0.3

@@ -2,10 +2,11 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import BATCH, HEAD_DIM, HEADS, TOKENS, counts, kv, query, text, trace
-from icw_compile.passes import PASSES, KVGraph, run_passes
-from icw_compile.passes.storage import find_storage
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from icw_compile.passes import PASSES, KVGraph, run_passes
+from icw_compile.passes.storage import find_storage
 
 STORAGE = PASSES[:1]
 POSITION = torch.tensor([3])
