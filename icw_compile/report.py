@@ -25,6 +25,7 @@ class GraphReport:
         passes: matches of each pass.
         nodes: nodes of the captured graph.
         capture_seconds, passes_seconds, compile_seconds: the time that capture, the passes and Inductor took.
+        kernel_seconds: the time to load the attention kernel, and to build it where a machine does not have it yet.
     """
 
     name: str
@@ -37,6 +38,7 @@ class GraphReport:
     capture_seconds: float = 0.0
     passes_seconds: float = 0.0
     compile_seconds: float = 0.0
+    kernel_seconds: float = 0.0
 
     @property
     def float_bytes_per_token(self) -> int:
@@ -62,6 +64,7 @@ class GraphReport:
             "capture_seconds": self.capture_seconds,
             "passes_seconds": self.passes_seconds,
             "compile_seconds": self.compile_seconds,
+            "kernel_seconds": self.kernel_seconds,
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -81,9 +84,10 @@ class GraphReport:
             yield f"  [yellow]not int8[/]: {skipped.layer} {skipped.what}: {skipped.reason}"
         ours = self.capture_seconds + self.passes_seconds
         share = f" ({ours / self.compile_seconds:.0%} of it)" if self.compile_seconds else ""
+        kernel = f"; kernel {self.kernel_seconds:.2f} s" if self.kernel_seconds >= 0.005 else ""
         yield (
             f"  {self.nodes:,} nodes; capture {self.capture_seconds:.2f} s, passes {self.passes_seconds:.2f} s, "
-            f"Inductor {self.compile_seconds:.2f} s{share}"
+            f"Inductor {self.compile_seconds:.2f} s{share}{kernel}"
         )
 
 
