@@ -8,16 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
-    EAGER,
-    compiled,
-    graphs,
-    reference_cache,
-    relative_distance,
-    run,
-    tiny_model,
-    tokens,
-)
+from support import EAGER, compiled, graphs, relative_distance, run, tiny_model, tokens
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
@@ -27,6 +18,7 @@ import icw_compile
 from icw_compile import QuantizedKV, UnquantizedCacheWarning
 from icw_compile.kernels import cpu
 from icw_compile.kernels.cpu import KernelUnavailableError
+from icw_compile.reference import reference_cache
 
 
 def test_found_by_name_without_an_import() -> None:

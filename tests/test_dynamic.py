@@ -4,22 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
-    EAGER,
-    MODEL_ATTENTIONS,
-    SLIDING,
-    compiled,
-    dynamic_reference_cache,
-    graphs,
-    relative_distance,
-    run,
-    tiny_model,
-    tokens,
-)
+from support import EAGER, MODEL_ATTENTIONS, SLIDING, compiled, graphs, relative_distance, run, tiny_model, tokens
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from icw_compile import QuantizedKV
+from icw_compile.reference import dynamic_reference_cache
 
 
 @pytest.mark.parametrize(("name", "attention"), MODEL_ATTENTIONS)

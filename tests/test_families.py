@@ -9,7 +9,6 @@ from support import (
     WINDOW,
     compiled,
     graphs,
-    reference_cache,
     relative_distance,
     run,
     tiny_model,
@@ -20,6 +19,7 @@ from transformers import StaticCache
 
 import icw_compile
 from icw_compile.families import FAMILIES
+from icw_compile.reference import reference_cache
 
 DECODE = (1,) * 24
 LENGTH = 48

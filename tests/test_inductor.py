@@ -5,22 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
-    MODEL_ATTENTIONS,
-    SLIDING,
-    graphs,
-    reference_cache,
-    relative_distance,
-    run,
-    tiny_model,
-    tokens,
-)
+from support import MODEL_ATTENTIONS, SLIDING, graphs, relative_distance, run, tiny_model, tokens
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from transformers import StaticCache
 
 import icw_compile
 from icw_compile import QuantizedKV
+from icw_compile.reference import reference_cache
 
 #: Small enough to compile quickly; each number in a shape of the cache is one that no weight has.
 TOKENS, HEAD_DIM, KV_HEADS = 320, 40, 2

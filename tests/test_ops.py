@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import quantize_dequantize, relative_distance
+from support import relative_distance
 from torch import Tensor
 
 from icw_compile import ops
+from icw_compile.reference import quantize_dequantize
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = ["attention", "attention_prefill"]

@@ -4,11 +4,12 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import HEAD_DIM, counts, kv, query, run, text, trace
-from support import quantize_dequantize, relative_distance
+from support import relative_distance
 from torch import Tensor
 
 from icw_compile.passes import PASSES, run_passes
 from icw_compile.passes.propagate import propagate
+from icw_compile.reference import quantize_dequantize
 from icw_compile.tensor import QuantizedKV
 
 PROPAGATE = PASSES[:2]

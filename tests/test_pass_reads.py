@@ -7,7 +7,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import BATCH, HEAD_DIM, HEADS, QUERY_HEADS, TOKENS, counts, kv, query, run, text, trace
-from support import quantize_dequantize, relative_distance
+from support import relative_distance
 from torch import Tensor
 from torch.nn.functional import dropout, softmax
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -16,6 +16,7 @@ from icw_compile.passes import PASSES, Kernel, KVGraph, run_passes
 from icw_compile.passes.attention import match_attention
 from icw_compile.passes.lower import lower
 from icw_compile.passes.reads import fuse_reads
+from icw_compile.reference import quantize_dequantize
 from icw_compile.tensor import QuantizedKV
 
 SCALE = 0.3

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import quantize_dequantize, reference_cache, relative_distance, run, tiny_model, tokens
+from support import relative_distance, run, tiny_model, tokens
 from torch import Tensor
 from transformers import StaticCache
 
 from icw_compile import QuantizedKV, cache_bytes, static_cache
+from icw_compile.reference import quantize_dequantize, reference_cache
 
 SHAPE = (2, 3, 7, 8)
 
