@@ -3,7 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from icw_compile.passes import KVGraph, Output
+import torch
+from torch import Tensor
+
+from icw_compile.passes import KVGraph
 from icw_compile.tensor import QuantizedKV
 
 __all__ = ["bind"]
@@ -17,26 +20,43 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
         compiled: takes the rewritten graph's inputs and returns its outputs.
 
     A quantized input keeps the position of its tensor for its first part, and its other parts follow after all
-    inputs. This runs at every call: nothing in it looks at an ordinary input or output.
+    inputs. Where the graph appends rows to one, it is given room for them first, and the same tensor is returned. This
+    runs at every call: nothing in it looks at an ordinary input or output.
     """
-    unwrap = [position for position, name in enumerate(graph.input_names) if name in graph.inputs]
-    outputs = graph.outputs
-    plain_outputs = all(output.dtype is None for output in outputs)
+    at = {name: position for position, name in enumerate(graph.input_names)}
+    taken = [(at[name], each, at.get(each.rows)) for name, each in graph.inputs.items()]
+    outputs = [(each.positions, each.dtype, at.get(each.input)) for each in graph.outputs]
+    plain_outputs = all(output.dtype is None for output in graph.outputs)
 
     def call(*args: Any) -> list[Any]:
         inputs = list(args)
-        for position in unwrap:
-            tensor = inputs[position]
+        grown = {}
+        for position, each, rows_at in taken:
+            tensor = args[position]
+            if each.spare is not None:
+                tensor = grown[position] = tensor.reserve(each.rows if rows_at is None else args[rows_at])
+                inputs += (tensor.scale, tensor.spare_rows)
+            else:
+                if each.written:
+                    tensor.separate()
+                inputs.append(tensor.scale)
             inputs[position] = tensor.qdata
-            inputs.append(tensor.scale)
         returned = compiled(*inputs)
-        return list(returned) if plain_outputs else [_wrap(returned, output) for output in outputs]
+        if plain_outputs:
+            return list(returned)
+        return [
+            grown[source]
+            if source is not None
+            else returned[positions[0]]
+            if dtype is None
+            else _wrap(*[returned[position] for position in positions], dtype)
+            for positions, dtype, source in outputs
+        ]
 
     return call
 
 
-def _wrap(returned: Sequence[Any], output: Output) -> Any:
-    if output.dtype is None:
-        return returned[output.positions[0]]
-    qdata, scale = (returned[position] for position in output.positions)
-    return QuantizedKV(qdata, scale, output.dtype)
+def _wrap(qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantizedKV:
+    if qdata.is_contiguous() and scale.is_contiguous() and qdata.dim() == 4:
+        return QuantizedKV.growing(qdata, scale, dtype)
+    return QuantizedKV(qdata, scale, dtype)

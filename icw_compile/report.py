@@ -1,12 +1,13 @@
 """What was compiled, and what became of each key/value cache in it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from icw_compile.growth import Growth, growth, reset_growth
 from icw_compile.passes import Site, Skipped
 
 __all__ = ["GraphReport", "Report", "report", "reset_report"]
@@ -95,18 +96,28 @@ class Report:
     """Every graph that the backend compiled since the start or the last `reset_report`.
 
     ``print(report)`` gives a table, `to_dict` plain data.
+
+    Attributes:
+        graphs: what was compiled, in order.
+        growth: what growing caches have copied, and the spare rows that they hold now.
     """
 
-    def __init__(self, graphs: Sequence[GraphReport]) -> None:
+    def __init__(self, graphs: Sequence[GraphReport], growth: Growth) -> None:
         self.graphs = tuple(graphs)
+        self.growth = growth
 
     def to_dict(self) -> dict[str, Any]:
-        return {"graphs": [graph.to_dict() for graph in self.graphs]}
+        return {"graphs": [graph.to_dict() for graph in self.graphs], "growth": asdict(self.growth)}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not self.graphs:
             yield 'no graph was compiled with backend="icw_int8kv"'
         yield from self.graphs
+        if self.growth.moves:
+            yield (
+                f"growing caches: {self.growth.moves:,} moves to larger storage, {self.growth.bytes_copied:,} bytes "
+                f"copied; {self.growth.spare_bytes:,} bytes spare now"
+            )
 
     def __str__(self) -> str:
         console = Console(width=140, color_system=None)
@@ -161,9 +172,10 @@ def report() -> Report:
     Returns:
         a `Report`: print it for a table; ``to_dict()`` gives plain data.
     """
-    return Report(_graphs)
+    return Report(_graphs, growth())
 
 
 def reset_report() -> None:
-    """Forget the graphs compiled so far."""
+    """Forget the graphs compiled so far, and what growing caches have cost."""
     _graphs.clear()
+    reset_growth()

@@ -45,6 +45,10 @@ class Quantized(NamedTuple):
 class Evaluator(Protocol):
     """How a rule runs an operation, and how it sees the metadata of an operand."""
 
+    #: The operation that gives parts another shape. Spare rows may lie between the heads of a part, where there are
+    #: none between those of the tensor that it stands for, so that ``view`` will not always do.
+    view: Any
+
     def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
 
     def tensor(self, operand: Any) -> torch.Tensor:
@@ -121,7 +125,8 @@ def _to_shape(target: Any) -> Rule:
         if last != head_dim and not (last == -1 and target is aten.expand.default):
             return None
         leading = list(sizes[:-1])
-        return x.of([run.call(target, x.qdata, [*leading, last]), run.call(target, x.scale, [*leading, 1])])
+        move = run.view if target is aten.view.default else target
+        return x.of([run.call(move, x.qdata, [*leading, last]), run.call(move, x.scale, [*leading, 1])])
 
     return rule
 

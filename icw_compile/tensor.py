@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from icw_compile.growth import MIN_SPARE, Claim, Room, capacity_for
 from icw_compile.ops import dequantize_per_head, quantize_per_head, scale_dtype_for
 from icw_compile.rows import RULES, Quantized
 
@@ -25,6 +26,9 @@ class QuantizedKV(Tensor):
     operation of that kind quantizes its result again. A view that cuts through head_dim (``x[..., :8]``,
     ``x.transpose(2, 3)``) is a dequantized copy: writing into it does not reach the cache.
 
+    ``cat([x, new], -2)`` grows like a vector: ``new`` is written behind ``x``, in spare rows of its storage, wherever
+    no other tensor can notice (`icw_compile.growth`).
+
     Args:
         qdata: int8, ``[batch, kv_heads, tokens, head_dim]``, in ``[-127, 127]``.
         scale: ``[batch, kv_heads, tokens, 1]``; bfloat16 for 16-bit values, float32 for float32 ones.
@@ -36,20 +40,32 @@ class QuantizedKV(Tensor):
 
     qdata: Tensor
     scale: Tensor
+    _claim: Claim | None
 
     @staticmethod
-    def __new__(cls, qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> "QuantizedKV":
+    def __new__(
+        cls,
+        qdata: Tensor,
+        scale: Tensor,
+        dtype: torch.dtype,
+        claim: Claim | None = None,
+        stride: Sequence[int] | None = None,
+    ) -> "QuantizedKV":
         scale_dtype_for(dtype)
+        if stride is None and (claim is None or claim.is_view):
+            stride = qdata.stride()
+        # Else contiguous, as what `cat` returns: the spare rows behind each head do not show.
         self: QuantizedKV = torch.Tensor._make_wrapper_subclass(
             cls,
             qdata.shape,
-            strides=qdata.stride(),
-            storage_offset=qdata.storage_offset(),
+            strides=stride,
+            storage_offset=None if stride is None else qdata.storage_offset(),
             dtype=dtype,
             device=qdata.device,
         )
         self.qdata = qdata
         self.scale = scale
+        self._claim = claim
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -70,6 +86,45 @@ class QuantizedKV(Tensor):
         scale = torch.zeros((*size[:-1], 1), dtype=scale_dtype_for(dtype), device=device)
         return cls(qdata, scale, dtype)
 
+    @classmethod
+    def growing(cls, qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> "QuantizedKV":
+        """A tensor that alone owns the storage of its contiguous parts ``[batch, kv_heads, tokens, ...]``."""
+        return cls._on(Room([qdata, scale]), qdata.shape[2], dtype)
+
+    @classmethod
+    def _on(cls, room: Room, rows: int, dtype: torch.dtype) -> "QuantizedKV":
+        """A new tensor that shows the first ``rows`` rows of ``room``, independent of the others there."""
+        return cls(*room.first(rows), dtype, Claim(room, rows))
+
+    def reserve(self, rows: int) -> "QuantizedKV":
+        """This tensor with ``rows`` more, whose content is not specified, as a tensor independent of this one.
+
+        The new rows lie in spare storage behind this tensor's where no other tensor has taken them. Otherwise the
+        whole moves to a larger storage, and this tensor moves along, so that the old storage is freed, if it was the
+        only one there.
+        """
+        tokens = self.shape[2]
+        total = tokens + rows
+        claim = self._claim
+        if claim is None or not claim.may_extend() or total + MIN_SPARE > claim.room.capacity:
+            room = Room.copy_of((self.qdata, self.scale), capacity_for(total))
+            if claim is not None and not claim.others():
+                self._move_to(room)
+        else:
+            room = claim.room
+        return self._on(room, total, self.dtype)
+
+    def _move_to(self, room: Room) -> None:
+        tokens = self.shape[2]
+        self.qdata, self.scale = room.first(tokens)
+        self._claim = Claim(room, tokens)
+
+    def separate(self) -> None:
+        """Make sure that a write into this tensor reaches it and its views alone, not what grew out of it."""
+        claim = self._claim
+        if claim is not None and any(other.owner is not claim.owner for other in claim.others()):
+            self._move_to(Room.copy_of((self.qdata, self.scale), self.shape[2]))
+
     def dequantize(self) -> Tensor:
         """The values as an ordinary float tensor, of this tensor's dtype."""
         return dequantize_per_head(self.qdata, self.scale, self.dtype)
@@ -80,8 +135,15 @@ class QuantizedKV(Tensor):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the stored parts (``nbytes`` counts the float tensor that they stand for)."""
+        """Bytes of the stored parts with their spare rows (``nbytes`` counts the float tensor that they stand for)."""
+        if self._claim is not None:
+            return self._claim.room.nbytes
         return sum(getattr(self, name).nbytes for name in self.__tensor_flatten__()[0])
+
+    @property
+    def spare_rows(self) -> int:
+        """Rows that lie free, or are taken by tensors that grew out of this one, behind its own."""
+        return 0 if self._claim is None else self._claim.room.capacity - self.shape[2]
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
         return ["qdata", "scale"], self.dtype
@@ -90,7 +152,7 @@ class QuantizedKV(Tensor):
     def __tensor_unflatten__(
         parts: dict[str, Tensor], dtype: torch.dtype, outer_size: Any, outer_stride: Any
     ) -> "QuantizedKV":
-        return QuantizedKV(parts["qdata"], parts["scale"], dtype)
+        return QuantizedKV(parts["qdata"], parts["scale"], dtype, stride=outer_stride)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         dtype = str(self.dtype).removeprefix("torch.")
@@ -100,6 +162,14 @@ class QuantizedKV(Tensor):
             f"stored=int8 + {scale_dtype} scale per head and token)"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedKV":
+        copied: QuantizedKV = self.clone()
+        return memo.setdefault(id(self), copied)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Without spare rows.
+        return QuantizedKV, (self.qdata.contiguous(), self.scale.contiguous(), self.dtype)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -107,17 +177,87 @@ class QuantizedKV(Tensor):
         kwargs = kwargs or {}
         if func in _OWN:
             return _OWN[func](*args, **kwargs)
+        if func is aten.cat.default and (grown := _append(*args, **kwargs)) is not None:
+            return grown
         rule = RULES.get(func)
-        if rule is not None:
-            parts = rule(_EAGER, *_to_parts(args), **_to_parts(kwargs))
-            if parts is not None:
-                result = args[0] if func._schema.is_mutable else cls(*parts)
-                return return_and_correct_aliasing(func, args, kwargs, result)
-        return _on_values(func, args, kwargs)
+        if rule is None:
+            return _on_values(func, args, kwargs)
+        x = args[0]
+        claim = x._claim if isinstance(x, QuantizedKV) else None
+        if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:], **kwargs):
+            return x._batchwise(rule, args, kwargs)
+        first = func._schema.arguments[0]
+        if claim is not None and first.alias_info is not None:  # a write into x, or a view of it
+            x.separate()
+            claim = x._claim
+            if func is aten.view.default and not claim.others() and not x.qdata.is_contiguous():
+                x._move_to(Room.copy_of((x.qdata, x.scale), x.shape[2]))
+                claim = x._claim
+        parts = rule(_EAGER, *_to_parts(args), **_to_parts(kwargs))
+        if parts is None:
+            return _on_values(func, args, kwargs)
+        if func._schema.is_mutable:
+            result = x
+        elif claim is not None and first.alias_info is not None:
+            result = cls(*parts, claim.of_view(_first_rows(func, args)))
+        else:
+            result = cls(*parts)
+        return return_and_correct_aliasing(func, args, kwargs, result)
+
+    def _batchwise(self, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedKV":
+        """An operation on whole sequences, done to the spare rows as well: the result keeps room to grow."""
+        assert self._claim is not None
+        whole = Quantized(*self._claim.room.parts, self.dtype)
+        parts = rule(_EAGER, whole, *args[1:], **kwargs)
+        return self._on(Room(parts.parts), self.shape[2], self.dtype)
+
+
+def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
+    """``cat([x, new, ...], -2)`` where ``new`` is whole rows for ``x``, written behind it; else ``None``."""
+    x = tensors[0]
+    if type(x) is not QuantizedKV or type(x.qdata) is not Tensor or x.dim() != 4 or dim not in (-2, 2):
+        return None
+    expected = (x.dtype, x.device, x.shape[:2], x.shape[3:])
+    if any((new.dtype, new.device, new.shape[:2], new.shape[3:]) != expected for new in tensors[1:]):
+        return None
+    grown = x.reserve(sum(new.shape[2] for new in tensors[1:]))
+    start = x.shape[2]
+    for new in tensors[1:]:
+        rows = new if isinstance(new, QuantizedKV) else QuantizedKV.quantize(new)
+        end = start + new.shape[2]
+        grown.qdata[:, :, start:end].copy_(rows.qdata)
+        grown.scale[:, :, start:end].copy_(rows.scale)
+        start = end
+    return grown
+
+
+def _is_batchwise(func: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether an operation copies or picks whole sequences of a batch, with these arguments after the first."""
+    if func is aten.clone.default:
+        return True
+    if func is aten.index_select.default:
+        return args[0] == 0
+    if func is aten.index.Tensor:
+        return len(args[0]) == 1 and args[0][0].dim() == 1
+    if func is aten.repeat_interleave.self_int:
+        return args[1:] == (0,) or kwargs.get("dim") == 0
+    return False
+
+
+def _first_rows(func: Any, args: tuple[Any, ...]) -> int | None:
+    """The number of rows where a view is of the first rows of a tensor."""
+    if func is not aten.slice.Tensor:
+        return None
+    x, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    if x.dim() != 4 or dim not in (2, -2) or start not in (None, 0) or step != 1:
+        return None
+    return len(range(x.shape[2])[:end])
 
 
 class _Eager:
     """The `icw_compile.rows.Evaluator` that runs each operation."""
+
+    view = aten.view.default
 
     def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)

@@ -7,16 +7,33 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch._dynamo.source import ConstantSource
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, statically_known_true
 
 from icw_compile.rows import Quantized
 
-__all__ = ["SITE", "KVGraph", "Kernel", "Output", "Site", "Skipped", "aliases", "arguments", "is_mutation", "layer_of"]
+__all__ = [
+    "SITE",
+    "Input",
+    "KVGraph",
+    "Kernel",
+    "Output",
+    "Site",
+    "Skipped",
+    "aliases",
+    "arguments",
+    "is_mutation",
+    "layer_of",
+]
 
 Role = Literal["key", "value"]
 
 #: ``meta`` key of a ``dequantize_per_head`` node: the `Site` whose rows it reads.
 SITE = "icw_site"
+
+#: What Inductor takes a size of `KVGraph.new_size` to be where it has to choose.
+_SIZE_HINT = 256
 
 
 @dataclass
@@ -57,14 +74,31 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Input:
+    """A quantized input of the original graph in terms of the rewritten one's placeholders.
+
+    ``parts`` are the names of the placeholders that take its parts. Where the graph appends rows to it, they take the
+    grown tensor, ``rows`` longer (a number, or the placeholder that carries it), and ``spare`` is the placeholder for
+    the rows that are still free behind it. ``written`` says that the graph writes into rows that are there already.
+    """
+
+    parts: tuple[str, ...]
+    rows: int | str = 0
+    spare: str | None = None
+    written: bool = False
+
+
+@dataclass(frozen=True)
 class Output:
     """One output of the original graph in terms of the rewritten one's: positions of its parts, or of itself.
 
-    ``dtype`` is the float dtype of a quantized output and ``None`` for an ordinary one.
+    ``dtype`` is the float dtype of a quantized output and ``None`` for an ordinary one. A quantized output that is one
+    of the inputs, appended to, has no positions but that input's name.
     """
 
-    positions: tuple[int, ...]
+    positions: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
+    input: str | None = None
 
 
 class Kernel(NamedTuple):
@@ -98,10 +132,12 @@ class KVGraph:
         sites: the key/value storages found, in graph order.
         skipped: what looks like one and stays float.
         input_names: the placeholders of the graph as captured: the signature that the caller sees.
-        inputs: placeholder name -> its parts' placeholder names, of the inputs that are passed in as parts.
+        inputs: placeholder name -> the `Input` that takes its place, of the inputs that are passed in as parts.
         outputs: the original outputs in terms of the present ones.
         storage: the ``dequantize_per_head`` node that stands for a storage -> its site.
     """
+
+    view = torch.ops.aten.reshape.default
 
     def __init__(
         self,
@@ -118,7 +154,7 @@ class KVGraph:
         self.sites: list[Site] = []
         self.skipped: list[Skipped] = []
         self.input_names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
-        self.inputs: dict[str, tuple[str, ...]] = {}
+        self.inputs: dict[str, Input] = {}
         self.outputs = [Output((i,)) for i in range(len(self.output_nodes))]
         self.storage: dict[Node, Site] = {}
 
@@ -161,6 +197,28 @@ class KVGraph:
             item.meta = {**node.meta, "val": element}
             elements.append(item)
         return tuple(elements)
+
+    def number(self, size: int | torch.SymInt) -> int | Node | None:
+        """``size`` as an argument of a node: itself, or the placeholder that carries it; ``None`` if there is none."""
+        if isinstance(size, int):
+            return size
+        for node in self.graph.find_nodes(op="placeholder"):
+            value = node.meta["val"]
+            if isinstance(value, torch.SymInt) and statically_known_true(value == size):
+                return node
+        return None
+
+    def new_size(self, name: str) -> torch.SymInt | None:
+        """A size that the compiled code learns at each call, at least 2; ``None`` where sizes cannot be symbolic.
+
+        It is no size of any tensor that Dynamo guards on.
+        """
+        shape_env = getattr(self.fake_mode, "shape_env", None)
+        if shape_env is None:
+            return None
+        source = ConstantSource(name)
+        symbol = shape_env.create_symbol(_SIZE_HINT, source, dynamic_dim=DimDynamic.DYNAMIC)
+        return shape_env.create_symintnode(symbol, hint=_SIZE_HINT, source=source)
 
     def _call_function(self, target: Any, args: Any, kwargs: Any, name: str | None) -> Node:
         return self.graph.create_node("call_function", target, args, kwargs, name)

@@ -121,9 +121,13 @@ def _return_parts(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized
     """Return the parts of a quantized output, one after the other, and say so in ``graph.outputs``."""
     returned: list[Any] = []
     outputs = []
+    appended = {taken.parts: name for name, taken in graph.inputs.items() if taken.spare}
     for value in graph.output_nodes:
         if value in values:
             parts = values[value][0]
+            if (source := appended.get(tuple(part.name for part in parts.parts))) is not None:
+                outputs.append(Output(dtype=parts.dtype, input=source))
+                continue
             outputs.append(Output(tuple(range(len(returned), len(returned) + len(parts.parts))), parts.dtype))
             returned += parts.parts
         else:

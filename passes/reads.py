@@ -30,10 +30,11 @@ def fuse_reads(graph: KVGraph) -> int:
         found = match_attention(node)
         if found is None or found.key.target is not _dequantize or found.value.target is not _dequantize:
             continue
-        parts = [strip_repeat_kv(part) for operand in (found.key, found.value) for part in operand.args[:2]]
-        if any(_written_between(part, node) for part in parts):
+        repeated = [*found.key.args[:2], *found.value.args[:2]]
+        parts = [strip_repeat_kv(part) for part in repeated]
+        if any(copy is not part and _written_between(part, copy, node) for part, copy in zip(parts, repeated)):
             continue
-        form = found.form + (" + repeat_kv" if parts[0] is not found.key.args[0] else "")
+        form = found.form + (" + repeat_kv" if parts[0] is not repeated[0] else "")
         with graph.before(node):
             fused = graph.call(
                 torch.ops.icw_int8kv.attention.default,
@@ -52,10 +53,10 @@ def fuse_reads(graph: KVGraph) -> int:
     return matches
 
 
-def _written_between(part: Node, reader: Node) -> bool:
-    """Whether storage that ``part`` is a view of is written after ``part`` and before ``reader``."""
+def _written_between(part: Node, copy: Node, reader: Node) -> bool:
+    """Whether storage that ``part`` is a view of is written after ``copy`` was taken of it and before ``reader``."""
     root = _root(part)
-    node = part.next
+    node = copy.next
     while node is not reader:
         if is_mutation(node) and _root(node.args[0]) is root:
             return True

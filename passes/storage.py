@@ -15,6 +15,13 @@
                                                qdata, scale = quantize_per_head(grown)
                                                keys = dequantize_per_head(qdata, scale)
 
+    # before: one that grows, passed in         # after: the caller passes it with room for the new rows
+    previous = placeholder                     qdata, scale, spare = placeholders
+                                               new_qdata, new_scale = quantize_per_head(new)
+                                               copy_(slice(qdata, 2, start), new_qdata)
+                                               copy_(slice(scale, 2, start), new_scale)
+    keys = cat([previous, new], -2)            keys = dequantize_per_head(qdata, scale)
+
 The ``dequantize_per_head`` node only *stands for* the storage: nothing reads it in the end. ``propagate`` carries the
 parts to every operation that can use them, and replaces the rest. What looks like storage and is not taken is
 recorded with its reason. Meaning is preserved up to the quantization of what is written.
@@ -22,19 +29,22 @@ recorded with its reason. Meaning is preserved up to the quantization of what is
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
 
 from icw_compile.ops import scale_dtype_for
 from icw_compile.passes.attention import Attention, match_attention
-from icw_compile.passes.graph import KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
+from icw_compile.passes.graph import Input, KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
 from icw_compile.rows import RULES, Quantized
 
 __all__ = ["find_storage"]
 
 aten = torch.ops.aten
 
+#: The end of a slice that takes all there is.
+_END = 2**63 - 1
 _ZEROS = (aten.zeros.default, aten.new_zeros.default)
 #: Operations through which a value stays recognisably the same keys or values, besides those of `RULES`.
 _SAME_VALUES = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
@@ -153,17 +163,85 @@ def _why_not(node: Node) -> str | None:
 
 def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     fakes = graph.quantized[node]
+    append = _find_append(graph, node)
+    if append is not None:
+        fakes = append.grown
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
-    names = [f"{node.name}_{part}" for part in ("qdata", "scale")]
     with graph.graph.inserting_before(node):
-        qdata = graph.graph.placeholder(names[0])
+        qdata = graph.graph.placeholder(f"{node.name}_qdata")
     with graph.graph.inserting_after(last):
-        scale = graph.graph.placeholder(names[1])
+        scale = graph.graph.placeholder(f"{node.name}_scale")
     for part, fake in zip((qdata, scale), fakes.parts, strict=True):
         part.meta = {**node.meta, "val": fake}
-    graph.inputs[node.name] = (qdata.name, scale.name)
-    cache = "static" if any(is_mutation(alias) for alias in aliases(node)) else "dynamic"
-    _stand_for(graph, node, Quantized(qdata, scale, fakes.dtype), uses, before=scale.next, cache=cache)
+    parts = Quantized(qdata, scale, fakes.dtype)
+    name = node.meta.get("source_name")
+    if append is None:
+        written = any(is_mutation(alias) for alias in aliases(node))
+        graph.inputs[node.name] = Input((qdata.name, scale.name), written=written)
+        cache = "static" if written else "dynamic"
+        _stand_for(graph, node, parts, uses, before=scale.next, cache=cache, name=name)
+        return
+    with graph.graph.inserting_after(scale):
+        spare = graph.graph.placeholder(f"{node.name}_spare")
+    spare.meta = {"val": append.spare, "dynamo_placeholder": node.meta.get("dynamo_placeholder")}
+    rows = append.rows if isinstance(append.rows, int) else append.rows.name
+    graph.inputs[node.name] = Input((qdata.name, scale.name), rows, spare.name)
+    with graph.before(append.cat):
+        new = graph.call(torch.ops.icw_int8kv.quantize_per_head.default, append.new, fakes.scale.dtype)
+        for part, written in zip(parts.parts, new, strict=True):
+            end = graph.call(aten.slice.Tensor, part, 2, append.start, _END)
+            graph.call(aten.copy_.default, end, written)
+    _stand_for(graph, append.cat, parts, uses, before=append.cat, cache="dynamic", name=name)
+    graph.sites[-1].writes.append("append")
+    graph.graph.erase_node(node)
+
+
+class _Append(NamedTuple):
+    """``cat([previous, new], -2)`` that can write ``new`` behind the rows of ``previous``, where there is room.
+
+    ``start`` and ``rows`` are the lengths of the two, ``grown`` the fake parts of the result: ``spare`` rows lie
+    between the end of one head and the start of the next.
+    """
+
+    cat: Node
+    new: Node
+    start: int | Node
+    rows: int | Node
+    spare: torch.SymInt
+    grown: Quantized
+
+
+def _find_append(graph: KVGraph, node: Node) -> _Append | None:
+    """The append to the quantized input ``node``, if that is all the graph does with it.
+
+    Who holds the result must not be able to tell it from a copy: it is returned whole, and nothing writes into it.
+    """
+    cat = next(iter(node.users)) if len(node.users) == 1 else None
+    if cat is None or cat.target is not aten.cat.default or len(cat.args[0]) != 2 or cat.args[0][0] is not node:
+        return None
+    new, dim = cat.args[0][1], cat.args[1] if len(cat.args) > 1 else 0
+    value, grown = node.meta["val"], cat.meta["val"]
+    if new is node or value.dim() != 4 or dim not in (-2, 2) or new.meta["val"].dtype != value.dtype:
+        return None
+    views = list(aliases(cat))
+    if [view for view in graph.output_nodes if view in views] != [cat] or any(map(is_mutation, views)):
+        return None
+    start, rows = graph.number(value.shape[2]), graph.number(new.meta["val"].shape[2])
+    spare = graph.new_size(f"{node.name}_spare")
+    if start is None or rows is None or spare is None:
+        return None
+    fakes = graph.quantized[node]
+    batch, heads, tokens = grown.shape[:3]
+    capacity = tokens + spare
+    parts = []
+    for part in fakes.parts:
+        size = part.shape[-1]
+        strides = (heads * capacity * size, capacity * size, size, 1)
+        with graph.fake_mode:
+            parts.append(
+                torch.empty_strided((batch, heads, tokens, size), strides, dtype=part.dtype, device=part.device)
+            )
+    return _Append(cat, new, start, rows, spare, fakes.of(parts))
 
 
 def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
@@ -188,7 +266,15 @@ def _take_grown(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
 
 
 def _stand_for(
-    graph: KVGraph, node: Node, parts: Quantized, uses: _AttentionUses, *, before: Node, cache: str, note: str = ""
+    graph: KVGraph,
+    node: Node,
+    parts: Quantized,
+    uses: _AttentionUses,
+    *,
+    before: Node,
+    cache: str,
+    name: str | None = None,
+    note: str = "",
 ) -> None:
     """Replace ``node`` by a node that stands for the storage made of ``parts``, and record the site."""
     use = uses.of(node)
@@ -197,7 +283,7 @@ def _stand_for(
     value, scale = graph.tensor(parts.qdata), graph.tensor(parts.scale)
     heads, head_dim = value.shape[1], value.shape[-1]
     layer = layer_of(use[0].node) if use else ""
-    name = node.meta.get("source_name") or (f"{layer} {use[1]}s" if use else node.name)
+    name = name or (f"{layer} {use[1]}s" if use else node.name)
     index = re.search(r"\blayers\W(\d+)", name)  # past_key_values.layers[3].keys, model.layers.3.self_attn
     sliding = index is not None and int(index[1]) in graph.sliding_layers
     site = Site(

@@ -5,7 +5,7 @@ from graphs import BATCH, HEAD_DIM, HEADS, TOKENS, counts, kv, query, text, trac
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from icw_compile.passes import PASSES, KVGraph, run_passes
+from icw_compile.passes import PASSES, Input, KVGraph, run_passes
 from icw_compile.passes.storage import find_storage
 
 STORAGE = PASSES[:1]
@@ -57,8 +57,8 @@ return scaled_dot_product_attention
 """,
     )
     assert graph.inputs == {
-        "keys_1": ("keys_1_qdata", "keys_1_scale"),
-        "values_1": ("values_1_qdata", "values_1_scale"),
+        "keys_1": Input(("keys_1_qdata", "keys_1_scale"), written=True),
+        "values_1": Input(("values_1_qdata", "values_1_scale"), written=True),
     }
     assert [(s.role, s.cache, s.shape) for s in graph.sites] == [
         ("key", "static", (2, 2, 8, 16)),
