@@ -7,6 +7,7 @@ reads back (`icw_compile.reference`). Each type runs in a process of its own: a 
 
 import inspect
 import json
+import logging
 import multiprocessing
 import os
 import warnings
@@ -94,11 +95,15 @@ class Swept:
 
     @property
     def status(self) -> str:
-        """The worst status of its runs; a cache that the model itself does not run with counts if it is the only one."""
+        """The worst status of its runs; a cache that the model itself does not run with counts if nothing else does."""
         order = list(STATUSES)
         found = sorted((run.status for run in self.runs.values()), key=order.index)
         ran = [status for status in found if status != "eager fails"]
         return (ran or found)[-1]
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(dict.fromkeys(run.reason for run in self.runs.values() if run.reason))
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "status": self.status}
@@ -120,7 +125,9 @@ def run_sweep(
         task = progress.add_task("model types", total=len(types))
         for result in sweep(types, attention=attention, jobs=jobs):
             results.append(result)
-            progress.update(task, advance=1, description=f"{result.model_type}: {result.status}")
+            said = ": ".join((result.model_type, result.status, *filter(None, [result.reason])))
+            progress.console.print(said, style=_STYLES.get(result.status), markup=False, highlight=False)
+            progress.advance(task)
     results.sort(key=lambda result: result.model_type)
     if json_file is not None:
         json_file.write_text(json.dumps([result.to_dict() for result in results], indent=1) + "\n")
@@ -143,7 +150,7 @@ def sweep(types: Sequence[str] | None = None, *, attention: str | None = None, j
     context: Any = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
     if os.name != "nt":
         # torch and transformers are imported once, and every process is forked from there.
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, "icw_compile.backend"])
     with ThreadPoolExecutor(jobs) as pool:
         pending = [pool.submit(_isolated, context, name, attention) for name in types or causal_lm_types()]
         for done in as_completed(pending):
@@ -171,7 +178,9 @@ def _isolated(context: Any, model_type: str, attention: str | None) -> Swept:
 
 def _send(connection: Connection, model_type: str, attention: str | None) -> None:
     torch.set_num_threads(1)
+    # What would be warned about is a row of the table.
     warnings.simplefilter("ignore")
+    torch._logging.set_logs(all=logging.ERROR)
     transformers.logging.set_verbosity_error()
     connection.send(sweep_type(model_type, attention=attention))
 
@@ -201,14 +210,14 @@ def run_model(model: PreTrainedModel, kind: Kind) -> Run:
         return Run("eager fails", _said(error))
 
     cache = _stock_cache(model, kind)
-    logits, breaks, error = _compiled(model, cache, ids, "icw_int8kv", {"icw.compiler": "eager"})
+    logits, breaks, failure = _compiled(model, cache, ids, "icw_int8kv", {"icw.compiler": "eager"})
     graphs = report().graphs
     run = Run("", graphs=len(graphs), graph_breaks=breaks, sites=[len(g.sites) for g in graphs if g.sites])
-    if error is not None or breaks:
+    if failure is not None or breaks:
         _, run.stock_graph_breaks, stock_error = _compiled(model, _stock_cache(model, kind), ids, "eager")
-    if error is not None:
+    if failure is not None:
         run.status = "failed" if stock_error is None else "stock fails"
-        run.reason = _said(error)
+        run.reason = _said(failure)
         return run
     holding = [i for i, layer in enumerate(cache.layers) if isinstance(getattr(layer, "keys", None), Tensor)]
     int8 = [
@@ -314,7 +323,6 @@ def _row(result: Swept) -> tuple[str, ...]:
     runs = result.runs
     distances = [run.distance for run in runs.values() if run.distance is not None]
     first = next(iter(runs.values()))
-    notes = dict.fromkeys(run.reason for run in runs.values() if run.reason)
     breaks = max((run.graph_breaks for run in runs.values()), default=0)
     return (
         result.model_type,
@@ -323,5 +331,5 @@ def _row(result: Swept) -> tuple[str, ...]:
         runs["static"].status if "static" in runs else "",
         f"{first.int8_layers} of {first.kv_layers}" if first.kv_layers else "",
         f"{max(distances):.0e}" if distances else "",
-        "; ".join([*([f"{breaks} graph breaks"] if breaks else []), *notes]),
+        "; ".join(filter(None, [f"{breaks} graph breaks" if breaks else "", result.reason])),
     )

@@ -50,8 +50,9 @@ SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16,
     "v_head_dim": 24,
+    "rotary_dim": 8,
     # Encoder-decoder models, of which only the decoder is built.
-    "encoder_layers": 1,
+    "encoder_layers": 2,
     "decoder_layers": 2,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
@@ -85,9 +86,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
-    "longcat_flash": {"ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2},
+    "longcat_flash": {
+        "num_layers": 1,
+        "ffn_hidden_size": 64,
+        "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 3,
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
@@ -143,6 +152,9 @@ def _shrunk(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> 
             inner[name] = _shrunk(sub_class, of_sub)
     names = {f.name for f in fields(config_class)}
     sizes = {config_class.attribute_map.get(name, name): value for name, value in SIZES.items()}
+    if "kv_lora_rank" in names:
+        # Latent attention expands its keys and values to every query head before they are cached.
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     if "layer_types" in names:
         # One layer of each kind that the architecture mixes, two if there is but one.
         kinds = list(dict.fromkeys(config_class().layer_types or ["full_attention"]))
