@@ -1,5 +1,6 @@
 """The command line, ``icw-compile``."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -30,3 +31,23 @@ def demo(
     from icw_compile.demo import run_demo  # torch and transformers take seconds to import
 
     run_demo(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, device=device, rounds=rounds)
+
+
+@app.command()
+def sweep(
+    types: Annotated[str | None, typer.Option(help="Model types, separated by commas. Left out: all.")] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="attn_implementation, such as eager. Left out: each model's default.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
+) -> None:
+    """Try the backend on a tiny model of every architecture that transformers has, and compare with a reference.
+
+    Exits with 1 if an answer is wrong, or if something fails that stock torch.compile can do.
+    """
+    from icw_compile.sweep import run_sweep  # torch and transformers take seconds to import
+
+    chosen = types.split(",") if types else None
+    raise typer.Exit(run_sweep(chosen, attention=attention, jobs=jobs, json_file=json, as_markdown=markdown))

@@ -1,0 +1,335 @@
+"""What the backend does with each architecture of transformers: one tiny model of each, checked against a reference.
+
+Every model type is built small (`icw_compile.tiny`), fed a prompt and a few single tokens through the compiled model,
+its rewritten graphs run as they are, and compared with the same model run eagerly on a cache that stores what int8
+reads back (`icw_compile.reference`). Each type runs in a process of its own: a crash is a row of the table.
+"""
+
+import inspect
+import json
+import logging
+import multiprocessing
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+
+from icw_compile.reference import dynamic_reference_cache, reference_cache
+from icw_compile.report import GraphReport, report, reset_report
+from icw_compile.tensor import QuantizedKV
+from icw_compile.tiny import VOCABULARY, causal_lm_types, tiny_causal_lm
+
+__all__ = ["Run", "Swept", "markdown", "run_sweep", "sweep", "sweep_type", "table"]
+
+#: Tokens of each call: a prompt, then steps that cross the window of a sliding layer.
+CHUNKS = (9, 1, 1, 1, 1, 1, 1)
+BATCH = 2
+MAX_CACHE_LEN = 24
+#: Largest relative distance of the logits from the reference, in a float32 model.
+TOLERANCE = 2e-3
+SECONDS_PER_TYPE = 600
+
+Kind = Literal["dynamic", "static"]
+#: Every status, best first.
+STATUSES = {
+    "int8": "every key and value is stored and read as int8",
+    "partly int8": "right, but a layer stays float or is read through a dequantized copy",
+    "no kv cache": "right; the model keeps no keys and values",
+    "float": "right, but nothing is int8",
+    "stock fails": "stock torch.compile fails in the same place",
+    "eager fails": "the model does not run with this cache, compiled or not",
+    "not built": "the model cannot be built",
+    "failed": "fails, and stock torch.compile does not",
+    "wrong": "the logits are not the reference's",
+}
+
+
+@dataclass
+class Run:
+    """One model type with one kind of cache.
+
+    Attributes:
+        status: a key of `STATUSES`.
+        reason: the error, or what stays float and why.
+        kv_layers: layers of the cache that hold keys and values.
+        int8_layers: those of them that hold `QuantizedKV` in the end.
+        graphs: graphs compiled.
+        graph_breaks, stock_graph_breaks: with our backend; with ``backend="eager"``, if ours has any.
+        sites: the storages that are int8, in each graph that has any.
+        distance: relative distance of the logits from the reference.
+    """
+
+    status: str
+    reason: str = ""
+    kv_layers: int = 0
+    int8_layers: int = 0
+    graphs: int = 0
+    graph_breaks: int = 0
+    stock_graph_breaks: int | None = None
+    sites: list[int] = field(default_factory=list)
+    distance: float | None = None
+
+
+@dataclass
+class Swept:
+    """One model type: its class, and what became of it with each kind of cache."""
+
+    model_type: str
+    model_class: str = ""
+    attention: str = ""
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        """The worst status of its runs; a cache that the model itself does not run with counts if nothing else does."""
+        order = list(STATUSES)
+        found = sorted((run.status for run in self.runs.values()), key=order.index)
+        ran = [status for status in found if status != "eager fails"]
+        return (ran or found)[-1]
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(dict.fromkeys(run.reason for run in self.runs.values() if run.reason))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "status": self.status}
+
+
+def run_sweep(
+    types: Sequence[str] | None = None,
+    *,
+    attention: str | None = None,
+    jobs: int = 1,
+    json_file: Path | None = None,
+    as_markdown: bool = False,
+) -> int:
+    """Sweep, print a table, write ``json_file``; returns the exit code: 1 for a wrong answer or a failure of ours."""
+    types = list(types or causal_lm_types())
+    console = Console()
+    results = []
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("model types", total=len(types))
+        for result in sweep(types, attention=attention, jobs=jobs):
+            results.append(result)
+            said = ": ".join((result.model_type, result.status, *filter(None, [result.reason])))
+            progress.console.print(said, style=_STYLES.get(result.status), markup=False, highlight=False)
+            progress.advance(task)
+    results.sort(key=lambda result: result.model_type)
+    if json_file is not None:
+        json_file.write_text(json.dumps([result.to_dict() for result in results], indent=1) + "\n")
+    if as_markdown:
+        print(markdown(results))
+    else:
+        console.print(table(results))
+        console.print(_counts(results))
+    return int(any(result.status in ("failed", "wrong") for result in results))
+
+
+def sweep(types: Sequence[str] | None = None, *, attention: str | None = None, jobs: int = 1) -> Iterator[Swept]:
+    """Sweep model types, each in a process of its own; yields each result as it comes.
+
+    Args:
+        types: model types; every one that transformers knows if left out.
+        attention: ``attn_implementation``; each model's own default if left out.
+        jobs: processes at a time.
+    """
+    context: Any = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+    if os.name != "nt":
+        # torch and transformers are imported once, and every process is forked from there.
+        context.set_forkserver_preload([__name__, "icw_compile.backend"])
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = [pool.submit(_isolated, context, name, attention) for name in types or causal_lm_types()]
+        for done in as_completed(pending):
+            yield done.result()
+
+
+def _isolated(context: Any, model_type: str, attention: str | None) -> Swept:
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, model_type, attention), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(SECONDS_PER_TYPE):
+            reason = f"no result after {SECONDS_PER_TYPE} s"
+        else:
+            return ours.recv()
+    except EOFError:
+        process.join()
+        reason = f"the process ended with exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+    return Swept(model_type, runs={"dynamic": Run("failed", reason)})
+
+
+def _send(connection: Connection, model_type: str, attention: str | None) -> None:
+    torch.set_num_threads(1)
+    # What would be warned about is a row of the table.
+    warnings.simplefilter("ignore")
+    torch._logging.set_logs(all=logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    connection.send(sweep_type(model_type, attention=attention))
+
+
+def sweep_type(model_type: str, *, attention: str | None = None) -> Swept:
+    """Sweep one model type in this process; never raises for what the model or the backend does."""
+    try:
+        model = tiny_causal_lm(model_type, attention=attention)
+    except Exception as error:
+        return Swept(model_type, runs={"dynamic": Run("not built", _said(error))})
+    result = Swept(model_type, type(model).__name__, model.config._attn_implementation)
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        result.runs["dynamic"] = Run("no kv cache", "the model takes no past_key_values")
+        return result
+    for kind in ("dynamic", "static"):
+        result.runs[kind] = run_model(model, kind)
+    return result
+
+
+def run_model(model: PreTrainedModel, kind: Kind) -> Run:
+    """Run ``model`` eagerly and compiled with one kind of cache, and compare."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (BATCH, sum(CHUNKS)), generator=generator)
+    try:
+        _logits(model, model, _stock_cache(model, kind), ids)
+    except Exception as error:
+        return Run("eager fails", _said(error))
+
+    cache = _stock_cache(model, kind)
+    logits, breaks, failure = _compiled(model, cache, ids, "icw_int8kv", {"icw.compiler": "eager"})
+    graphs = report().graphs
+    run = Run("", graphs=len(graphs), graph_breaks=breaks, sites=[len(g.sites) for g in graphs if g.sites])
+    if failure is not None or breaks:
+        _, run.stock_graph_breaks, stock_error = _compiled(model, _stock_cache(model, kind), ids, "eager")
+    if failure is not None:
+        run.status = "failed" if stock_error is None else "stock fails"
+        run.reason = _said(failure)
+        return run
+    holding = [i for i, layer in enumerate(cache.layers) if isinstance(getattr(layer, "keys", None), Tensor)]
+    int8 = [
+        i for i in holding if all(isinstance(x, QuantizedKV) for x in (cache.layers[i].keys, cache.layers[i].values))
+    ]
+    run.kv_layers, run.int8_layers = len(holding), len(int8)
+    run.distance = _distance(logits, _logits(model, model, _reference(model, kind, int8), ids))
+    run.status, run.reason = _judge(run, graphs)
+    return run
+
+
+def _judge(run: Run, graphs: Sequence[GraphReport]) -> tuple[str, str]:
+    skipped = {f"{s.what}: {s.reason}" for graph in graphs for s in graph.skipped}
+    if run.distance is None or not run.distance <= TOLERANCE:
+        return "wrong", "; ".join(sorted(skipped))
+    if not run.kv_layers:
+        return "no kv cache", ""
+    # After a graph break each graph holds some of the layers.
+    complete = run.graph_breaks or all(sites == 2 * run.kv_layers for sites in run.sites)
+    if skipped or run.int8_layers < run.kv_layers or not complete:
+        found = f"{run.int8_layers} of {run.kv_layers} layers, sites {run.sites}"
+        return ("partly int8" if run.int8_layers else "float"), "; ".join([found, *sorted(skipped)])
+    unread = {site.name for graph in graphs for site in graph.sites if not site.reads}
+    if unread and not run.graph_breaks:
+        return "partly int8", f"not read: {', '.join(sorted(unread))}"
+    return "int8", ""
+
+
+def _stock_cache(model: PreTrainedModel, kind: Kind) -> Cache:
+    return (
+        DynamicCache(config=model.config)
+        if kind == "dynamic"
+        else StaticCache(model.config, max_cache_len=MAX_CACHE_LEN)
+    )
+
+
+def _reference(model: PreTrainedModel, kind: Kind, layers: list[int]) -> Cache:
+    if kind == "dynamic":
+        return dynamic_reference_cache(model, layers)
+    return reference_cache(model, MAX_CACHE_LEN, layers)
+
+
+def _compiled(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, backend: str, options: dict[str, Any] | None = None
+) -> tuple[Tensor | None, int, Exception | None]:
+    """The logits through ``torch.compile``, the number of graph breaks, and what was raised."""
+    torch._dynamo.reset()
+    counters.clear()
+    reset_report()
+    try:
+        logits = _logits(model, torch.compile(model, backend=backend, options=options), cache, ids)
+        return logits, sum(counters["graph_break"].values()), None
+    except Exception as error:
+        return None, sum(counters["graph_break"].values()), error
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, call: Callable[..., Any], cache: Cache, ids: Tensor) -> Tensor:
+    pieces = torch.split(ids, list(CHUNKS), dim=1)
+    return torch.cat([call(piece, past_key_values=cache, use_cache=True).logits for piece in pieces], dim=1)
+
+
+def _distance(actual: Tensor | None, expected: Tensor) -> float:
+    if actual is None:
+        return float("inf")
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).strip().split("\n\nSet TORCHDYNAMO_VERBOSE")[0]
+    return f"{type(error).__name__}: {' '.join(text.split())}"[:400]
+
+
+_STYLES = {"int8": "green", "failed": "red", "wrong": "bold red", "partly int8": "yellow", "float": "yellow"}
+_COLUMNS = ("model type", "attention", "dynamic", "static", "layers", "distance", "note")
+
+
+def table(results: Iterable[Swept]) -> Table:
+    """A rich table, one row for each model type."""
+    made = Table(*_COLUMNS, title="int8 key/value caches by model type")
+    for result in results:
+        made.add_row(*_row(result), style=_STYLES.get(result.status))
+    return made
+
+
+def markdown(results: Iterable[Swept]) -> str:
+    """The same table in Markdown, below the counts of each status."""
+    results = list(results)
+    lines = [_counts(results), ""]
+    lines += [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _row(result)) + " |" for result in results]
+    return "\n".join(lines)
+
+
+def _counts(results: Sequence[Swept]) -> str:
+    counts = Counter(result.status for result in results)
+    return f"{len(results)} model types: " + ", ".join(
+        f"{status} {counts[status]}" for status in STATUSES if counts[status]
+    )
+
+
+def _row(result: Swept) -> tuple[str, ...]:
+    runs = result.runs
+    distances = [run.distance for run in runs.values() if run.distance is not None]
+    first = next(iter(runs.values()))
+    breaks = max((run.graph_breaks for run in runs.values()), default=0)
+    return (
+        result.model_type,
+        result.attention,
+        runs["dynamic"].status if "dynamic" in runs else "",
+        runs["static"].status if "static" in runs else "",
+        f"{first.int8_layers} of {first.kv_layers}" if first.kv_layers else "",
+        f"{max(distances):.0e}" if distances else "",
+        "; ".join(filter(None, [f"{breaks} graph breaks" if breaks else "", result.reason])),
+    )
