@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icw_compile.adopt import adopt, find_owners
 from icw_compile.passes import KVGraph
 from icw_compile.tensor import QuantizedKV
 
@@ -25,14 +26,19 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
     """
     at = {name: position for position, name in enumerate(graph.input_names)}
     taken = [(at[name], each, at.get(each.rows)) for name, each in graph.inputs.items()]
+    adopted = [position for position, each, _ in taken if each.adopted]
     outputs = [(each.positions, each.dtype, at.get(each.input)) for each in graph.outputs]
     plain_outputs = all(output.dtype is None for output in graph.outputs)
 
     def call(*args: Any) -> list[Any]:
         inputs = list(args)
+        if adopted:
+            owners = find_owners(args[position] for position in adopted)
+            for position in adopted:
+                inputs[position] = adopt(args[position], owners.get(id(args[position])))
         grown = {}
         for position, each, rows_at in taken:
-            tensor = args[position]
+            tensor = inputs[position]
             if each.spare is not None:
                 tensor = grown[position] = tensor.reserve(each.rows if rows_at is None else args[rows_at])
                 inputs += (tensor.scale, tensor.spare_rows)

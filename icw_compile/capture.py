@@ -14,6 +14,7 @@ from torch._guards import TracingContext
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from icw_compile.adopt import find_owners
 from icw_compile.passes import KVGraph
 from icw_compile.rows import Quantized
 from icw_compile.tensor import QuantizedKV
@@ -41,7 +42,11 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         # `Interpreter` carries each node's layer and stack trace over to what it is traced into.
         module = make_fx(lambda *args: Interpreter(dynamo_graph).run(*args), pre_dispatch=True)(*inputs)
     quantized = {}
-    for old, new, example in zip(placeholders, module.graph.find_nodes(op="placeholder"), examples, strict=True):
+    news = module.graph.find_nodes(op="placeholder")
+    reals = [_real(node) for node in placeholders]
+    owners = find_owners(x for x in reals if type(x) is torch.Tensor and x.dim() == 4 and x.is_floating_point())
+    adoptable = frozenset(new for new, real in zip(news, reals, strict=True) if id(real) in owners)
+    for old, new, example in zip(placeholders, news, examples, strict=True):
         _rename(new, _readable_name(old.name))
         new.meta["dynamo_placeholder"] = old
         new.meta["source_name"] = source_name(old)
@@ -49,7 +54,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
             with fake_mode:
                 quantized[new] = Quantized(_fresh(example.qdata), _fresh(example.scale), example.dtype)
     module.recompile()
-    return KVGraph(module, fake_mode, quantized, _sliding_layers(context))
+    return KVGraph(module, fake_mode, quantized, _sliding_layers(context), adoptable)
 
 
 def example_inputs(graph: KVGraph) -> list[Any]:
@@ -88,6 +93,12 @@ def source_name(placeholder: Node) -> str:
     name = re.sub(r"^L(?:\['(?:args|kwargs)'\])?\['?(\w+)'?\]", r"\1", source.name)
     # self._modules['norm']._parameters['weight'] -> self.norm.weight
     return re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
+
+
+def _real(placeholder: Node) -> Any:
+    """What the caller passes here in the call that is being compiled; ``None`` if Dynamo does not say."""
+    argument = placeholder.meta.get("grapharg")
+    return None if argument is None else argument.example
 
 
 def _fresh(example: Any) -> Any:

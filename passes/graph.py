@@ -79,13 +79,15 @@ class Input:
 
     ``parts`` are the names of the placeholders that take its parts. Where the graph appends rows to it, they take the
     grown tensor, ``rows`` longer (a number, or the placeholder that carries it), and ``spare`` is the placeholder for
-    the rows that are still free behind it. ``written`` says that the graph writes into rows that are there already.
+    the rows that are still free behind it. ``written`` says that the graph writes into rows that are there already, and
+    ``adopted`` that the caller holds a float tensor, to be replaced by a quantized one at the call.
     """
 
     parts: tuple[str, ...]
     rows: int | str = 0
     spare: str | None = None
     written: bool = False
+    adopted: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class KVGraph:
         quantized: the placeholders that stand for a quantized tensor, each with the fake tensors of its parts. In
             the graph such a placeholder is an ordinary float tensor until the ``storage`` pass takes it apart.
         sliding_layers: indices of the cache layers that are sliding windows, for the report.
+        adoptable: the placeholders of float tensors that their owner would let us replace by quantized ones.
 
     Attributes:
         find_kernel: device type -> the attention kernel there, or why there is none (empty: none is wanted). Set it to
@@ -145,11 +148,13 @@ class KVGraph:
         fake_mode: Any = None,
         quantized: dict[Node, Quantized] | None = None,
         sliding_layers: frozenset[int] = frozenset(),
+        adoptable: frozenset[Node] = frozenset(),
     ) -> None:
         self.module = module
         self.fake_mode = fake_mode
         self.quantized = quantized or {}
         self.sliding_layers = sliding_layers
+        self.adoptable = adoptable
         self.find_kernel: Callable[[str], Kernel | str] = _no_kernel
         self.sites: list[Site] = []
         self.skipped: list[Skipped] = []

@@ -14,12 +14,14 @@ is the same up to the order of floating-point operations.
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from icw_compile.passes.attention import match_attention, strip_repeat_kv
 from icw_compile.passes.graph import SITE, KVGraph, is_mutation
 
 __all__ = ["fuse_reads"]
 
+aten = torch.ops.aten
 _dequantize = torch.ops.icw_int8kv.dequantize_per_head.default
 
 
@@ -48,9 +50,22 @@ def fuse_reads(graph: KVGraph) -> int:
         fused.meta[SITE] = tuple(operand.meta[SITE] for operand in (found.key, found.value))
         for site in fused.meta[SITE]:
             site.reads.append(form)
-        node.replace_all_uses_with(fused)
+        node.replace_all_uses_with(_in_layout_of(graph, node, fused))
         matches += 1
     return matches
+
+
+def _in_layout_of(graph: KVGraph, node: Node, fused: Node) -> Node:
+    """``fused`` in the memory layout that ``node`` has where the two can differ: ``[B, T, heads, size]``.
+
+    torch's kernels return their heads behind the tokens, and what was captured after them may ``view`` that.
+    """
+    expected, given = node.meta["val"], fused.meta["val"]
+    if statically_known_true(given.shape[2] == 1) or not expected.transpose(1, 2).is_contiguous():
+        return fused
+    with graph.before(node):
+        swapped = graph.call(aten.transpose.int, fused, 1, 2)
+        return graph.call(aten.transpose.int, graph.call(aten.contiguous.default, swapped), 1, 2)
 
 
 def _written_between(part: Node, copy: Node, reader: Node) -> bool:

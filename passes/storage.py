@@ -29,6 +29,7 @@ recorded with its reason. Meaning is preserved up to the quantization of what is
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,8 @@ def find_storage(graph: KVGraph) -> int:
     for node in list(graph.graph.nodes):
         if node in graph.quantized:
             _take_input(graph, node, uses)
+        elif node in graph.adoptable and _is_written_storage(node, uses):
+            _adopt_input(graph, node, uses)
         elif node.target in _ZEROS and _is_created_storage(graph, node, uses):
             _take_zeros(graph, node, uses)
         elif node.target is aten.cat.default and _is_grown_storage(graph, node, uses):
@@ -134,6 +137,11 @@ def _is_created_storage(graph: KVGraph, node: Node, uses: _AttentionUses) -> boo
     return any(v in returned for v in views) and any(map(is_mutation, views)) and uses.of(node) is not None
 
 
+def _is_written_storage(node: Node, uses: _AttentionUses) -> bool:
+    """Whether this float input is a cache that was filled before the first compiled call, and is written in place."""
+    return any(map(is_mutation, aliases(node))) and uses.of(node) is not None
+
+
 def _is_grown_storage(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
     """Whether this is ``cat([previous, new], -2)`` of a DynamicCache that is not quantized yet.
 
@@ -155,13 +163,23 @@ def _why_not(node: Node) -> str | None:
         return None
     if node.op == "placeholder" and any(is_mutation(alias) for alias in aliases(node)):
         return (
-            f"`{node.name}` is a float cache that was filled before the first compiled call; compile the prefill as "
-            "well, or build the cache with icw_compile.static_cache(...)"
+            f"`{node.name}` is a float cache that was filled before the first compiled call, and no cache layer of "
+            "transformers holds it; compile the prefill as well, or build the cache with icw_compile.static_cache(...)"
         )
     return None
 
 
-def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
+def _adopt_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
+    value = node.meta["val"]
+    with graph.fake_mode:
+        qdata = torch.empty(value.shape, dtype=torch.int8, device=value.device)
+        scale = torch.empty((*value.shape[:-1], 1), dtype=scale_dtype_for(value.dtype), device=value.device)
+    graph.quantized[node] = Quantized(qdata, scale, value.dtype)
+    _take_input(graph, node, uses, note=", quantized here")
+    graph.inputs[node.name] = replace(graph.inputs[node.name], adopted=True)
+
+
+def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses, note: str = "") -> None:
     fakes = graph.quantized[node]
     append = _find_append(graph, node)
     if append is not None:
@@ -179,7 +197,7 @@ def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
         written = any(is_mutation(alias) for alias in aliases(node))
         graph.inputs[node.name] = Input((qdata.name, scale.name), written=written)
         cache = "static" if written else "dynamic"
-        _stand_for(graph, node, parts, uses, before=scale.next, cache=cache, name=name)
+        _stand_for(graph, node, parts, uses, before=scale.next, cache=cache, name=name, note=note)
         return
     with graph.graph.inserting_after(scale):
         spare = graph.graph.placeholder(f"{node.name}_spare")
