@@ -184,7 +184,7 @@ class QuantizedKV(Tensor):
             return _on_values(func, args, kwargs)
         x = args[0]
         claim = x._claim if isinstance(x, QuantizedKV) else None
-        if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:], **kwargs):
+        if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:]):
             return x._batchwise(rule, args, kwargs)
         first = func._schema.arguments[0]
         if claim is not None and first.alias_info is not None:  # a write into x, or a view of it
@@ -231,17 +231,13 @@ def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
     return grown
 
 
-def _is_batchwise(func: Any, *args: Any, **kwargs: Any) -> bool:
+def _is_batchwise(func: Any, *args: Any) -> bool:
     """Whether an operation copies or picks whole sequences of a batch, with these arguments after the first."""
     if func is aten.clone.default:
         return True
     if func is aten.index_select.default:
         return args[0] == 0
-    if func is aten.index.Tensor:
-        return len(args[0]) == 1 and args[0][0].dim() == 1
-    if func is aten.repeat_interleave.self_int:
-        return args[1:] == (0,) or kwargs.get("dim") == 0
-    return False
+    return func is aten.index.Tensor and len(args[0]) == 1 and args[0][0].dim() == 1
 
 
 def _first_rows(func: Any, args: tuple[Any, ...]) -> int | None:
