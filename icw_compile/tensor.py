@@ -162,6 +162,13 @@ class QuantizedKV(Tensor):
             f"stored=int8 + {scale_dtype} scale per head and token)"
         )
 
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        if isinstance(part, QuantizedKV) and type(part.qdata) is Tensor and part._is_view():
+            # A cropped cache: autograd would keep the longer one alive, and Dynamo would guard on its shape.
+            return QuantizedKV(part.qdata, part.scale, part.dtype, part._claim, part.stride())
+        return part
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedKV":
         copied: QuantizedKV = self.clone()
         return memo.setdefault(id(self), copied)

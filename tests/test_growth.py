@@ -42,6 +42,7 @@ def shares(a: QuantizedKV, b: QuantizedKV) -> bool:
 
 def test_appending_costs_the_new_rows() -> None:
     icw_compile.reset_report()
+    elsewhere = growth().spare_bytes
     q, x = pair()
     for _ in range(2000):
         new = rows()
@@ -50,7 +51,7 @@ def test_appending_costs_the_new_rows() -> None:
             assert q.spare_rows <= q.shape[2] / 4
     assert same(q, x)
     assert growth().bytes_copied <= 5 * q.stored_bytes
-    assert growth().spare_bytes == q.stored_bytes * q.spare_rows // (q.shape[2] + q.spare_rows)
+    assert growth().spare_bytes - elsewhere == q.stored_bytes * q.spare_rows // (q.shape[2] + q.spare_rows)
 
 
 def test_capacity() -> None:
@@ -71,7 +72,6 @@ def test_the_shorter_tensor_stays() -> None:
     assert all(torch.equal(each.dequantize(), before) for each, before in zip((q, first, other), kept, strict=True))
 
 
-@torch.inference_mode()  # elsewhere autograd keeps what a view was taken of alive
 def test_append_after_crop_is_in_place_only_if_nobody_can_see_it() -> None:
     q, _ = pair()
     q = torch.cat([q, rows(4)], dim=-2)

@@ -1,0 +1,162 @@
+"""Everything that `generate` does with a cache, on every family: the tokens of the reference, and int8 in the end.
+
+One family for each kind of cache layer runs always, the others are marked slow. A graph break, or a recompilation
+too many, is an error: the models are compiled with ``fullgraph=True``.
+"""
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from support import EAGER, MODELS, graphs, tiny_model, tokens
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from icw_compile import QuantizedKV
+from icw_compile.assets import MODEL
+from icw_compile.families import FAMILIES
+from icw_compile.reference import dynamic_reference_cache, reference_cache
+
+LENGTH = 64
+NEW = 12
+
+
+@dataclass
+class Side:
+    """A model that generates: ours, compiled, or the reference."""
+
+    model: PreTrainedModel
+    kind: str
+    reference: bool = False
+    assistant: PreTrainedModel | None = None
+
+    def generate(self, ids: Tensor, cache: Any = None, **arguments: Any) -> Any:
+        if cache is None and self.reference:
+            dynamic = self.kind == "dynamic"
+            cache = dynamic_reference_cache(self.model) if dynamic else reference_cache(self.model, LENGTH)
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        elif self.kind == "static":
+            arguments |= {"cache_implementation": "static", "max_cache_len": LENGTH}
+        torch.manual_seed(0)
+        defaults = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+        return self.model.generate(ids, **{**defaults, **arguments})
+
+
+def padded(side: Side) -> list[Any]:
+    ids, mask = tokens(10, batch=4), torch.ones(4, 10, dtype=torch.long)
+    for row, padding in enumerate((0, 3, 5, 7)):
+        ids[row, :padding] = mask[row, :padding] = 0
+    return [side.generate(ids, attention_mask=mask)]
+
+
+def two_turns(side: Side) -> list[Any]:
+    first = side.generate(tokens(9))
+    turn = torch.cat([first.sequences, tokens(4, seed=2)], dim=1)
+    return [first, side.generate(turn, cache=first.past_key_values)]
+
+
+def prefix(side: Side) -> list[Any]:
+    """The cache of a prompt, copied for each continuation."""
+    prompt = side.generate(tokens(9), max_new_tokens=1)
+    before = [layer.keys.clone() + 0 for layer in prompt.past_key_values.layers]
+    continued = [
+        side.generate(torch.cat([tokens(9), tokens(4, seed=seed)], dim=1), cache=copy.deepcopy(prompt.past_key_values))
+        for seed in (2, 3)
+    ]
+    after = [layer.keys + 0 for layer in prompt.past_key_values.layers]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    return [prompt, *continued]
+
+
+def reset(side: Side) -> list[Any]:
+    cache = side.generate(tokens(9)).past_key_values
+    cache.reset()
+    return [side.generate(tokens(9, seed=3), cache=cache)]
+
+
+def saved(side: Side) -> list[Any]:
+    first = side.generate(tokens(9))
+    cache = first.past_key_values
+    if not side.reference:
+        file = io.BytesIO()
+        torch.save(cache, file)
+        file.seek(0)
+        cache = torch.load(file, weights_only=False)
+    return [side.generate(torch.cat([first.sequences, tokens(4, seed=2)], dim=1), cache=cache)]
+
+
+def crop(side: Side) -> list[Any]:
+    first = side.generate(tokens(9), max_new_tokens=5)
+    first.past_key_values.crop(-3)
+    kept = first.sequences[:, : first.past_key_values.get_seq_length()]
+    return [side.generate(torch.cat([kept, tokens(4, seed=2)], dim=1), cache=first.past_key_values)]
+
+
+MODES: dict[str, Callable[[Side], list[Any]]] = {
+    "greedy": lambda side: [side.generate(tokens(9, batch=2))],
+    "sampling": lambda side: [side.generate(tokens(9, batch=2), do_sample=True, temperature=1.5)],
+    "beams": lambda side: [side.generate(tokens(9, batch=2), num_beams=4)],
+    "assisted": lambda side: [side.generate(tokens(9), assistant_model=side.assistant)],
+    "prompt lookup": lambda side: [side.generate(tokens(6).repeat(1, 2), prompt_lookup_num_tokens=3)],
+    "two turns": two_turns,
+    "padded batch": padded,
+    "several sequences": lambda side: [side.generate(tokens(9, batch=2), do_sample=True, num_return_sequences=3)],
+    "chunked prefill": lambda side: [side.generate(tokens(14), prefill_chunk_size=5)],
+    "kept prefix": prefix,
+    "reset": reset,
+    "saved": saved,
+    "crop": crop,
+}
+#: transformers refuses these with a static cache.
+DYNAMIC_ONLY = {"assisted", "prompt lookup", "crop"}
+CASES = [
+    pytest.param(
+        name,
+        kind,
+        mode,
+        marks=()
+        if (name, kind) == ("llama", "dynamic") or (name, mode) == ("mistral", "assisted")
+        else pytest.mark.slow,
+    )
+    for name in (*MODELS, "trained")
+    for kind in ("dynamic", "static")
+    for mode in MODES
+    if kind == "dynamic" or mode not in DYNAMIC_ONLY
+]
+
+
+def model_for(name: str, **overrides: Any) -> PreTrainedModel:
+    if name == "trained":
+        return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    return tiny_model(name, attention=FAMILIES[name.removesuffix("-full")].attentions[0], **overrides)
+
+
+def assistant_for(name: str) -> PreTrainedModel:
+    """A smaller model of the same kind, which guesses a few tokens at a time, some of them wrong."""
+    layers = {"layer_types": ["sliding_attention"]} if name == "gemma3_text" else {}
+    model = model_for(name, num_hidden_layers=1, **layers)
+    model.generation_config.num_assistant_tokens = 4
+    model.generation_config.num_assistant_tokens_schedule = "constant"
+    model.generation_config.assistant_confidence_threshold = 0
+    return model
+
+
+@pytest.mark.parametrize(("name", "kind", "mode"), CASES)
+def test_tokens_of_the_reference(name: str, kind: str, mode: str) -> None:
+    assistant = assistant_for(name) if mode == "assisted" else None
+    expected = MODES[mode](Side(model_for(name), kind, True, assistant))
+    model = model_for(name)
+    model.compile(backend="icw_int8kv", fullgraph=True, options=EAGER)
+    actual = MODES[mode](Side(model, kind, assistant=assistant))
+    for ours, reference in zip(actual, expected, strict=True):
+        assert torch.equal(ours.sequences, reference.sequences)
+        for layer in ours.past_key_values.layers:
+            assert isinstance(layer.keys, QuantizedKV) and isinstance(layer.values, QuantizedKV)
+    assert graphs() and not counters["graph_break"]
+    assert all(len(graph.sites) == graph.expected_sites and not graph.skipped for graph in graphs())
