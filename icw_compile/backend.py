@@ -13,12 +13,19 @@ from torch.fx import GraphModule, Node
 
 from icw_compile import ops
 from icw_compile.binding import bind
-from icw_compile.capture import capture, example_inputs, forward_dynamo_metadata, source_name
+from icw_compile.capture import (
+    NotCapturedError,
+    capture,
+    example_inputs,
+    forward_dynamo_metadata,
+    source_name,
+    works_on_a_cache,
+)
 from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
 from icw_compile.families import family_of
 from icw_compile.kernels import find_kernel
 from icw_compile.options import Options, split_options
-from icw_compile.passes import PASSES, Kernel, KVGraph, run_passes
+from icw_compile.passes import PASSES, Kernel, KVGraph, Skipped, run_passes
 from icw_compile.passes.graph import arguments, layer_of
 from icw_compile.report import GraphReport, next_name, record
 
@@ -52,7 +59,11 @@ def icw_int8kv(
     """
     ours, inductor_options = split_options(options, mode)
     started = time.perf_counter()
-    graph = capture(dynamo_graph)
+    try:
+        graph = capture(dynamo_graph)
+    except NotCapturedError as error:
+        reason = f"{error}, and is compiled as it is"
+        return _compile_unchanged(dynamo_graph, inputs, reason, ours, inductor_options)
     report = GraphReport(next_name(), nodes=len(graph.graph.nodes))
 
     def timed_find_kernel(device_type: str) -> Kernel | str:
@@ -72,7 +83,7 @@ def icw_int8kv(
     report.passes = {result.name: result.matches for result in results}
     report.sites, report.skipped = graph.sites, graph.skipped
     report.capture_seconds, report.passes_seconds = captured - started, rewritten - captured - report.kernel_seconds
-    _complain(graph, ours)
+    _complain(report.skipped, ours)
     if graph.sites:
         _check_inference(dynamo_graph, dropout)
         forward_dynamo_metadata(dynamo_graph, graph)
@@ -102,12 +113,26 @@ def _cache_tag() -> str:
     return f"icw-compile {version('icw-compile')} {hashlib.sha256(source).hexdigest()[:16]}"
 
 
-def _complain(graph: KVGraph, options: Options) -> None:
+def _compile_unchanged(
+    dynamo_graph: GraphModule, inputs: Sequence[Any], reason: str, options: Options, inductor_options: dict[str, Any]
+) -> Callable[..., Any]:
+    report = GraphReport(next_name(), nodes=len(dynamo_graph.graph.nodes))
+    if works_on_a_cache():
+        report.skipped = [Skipped("", "what this graph writes to the cache", reason)]
+        _complain(report.skipped, options)
+    started = time.perf_counter()
+    compiled = _compile(dynamo_graph, inputs, options, inductor_options)
+    report.compile_seconds = time.perf_counter() - started
+    record(report)
+    return compiled
+
+
+def _complain(all_skipped: Sequence[Skipped], options: Options) -> None:
     """Say which caches are not int8, or not read as int8: once for each graph."""
-    if not graph.skipped:
+    if not all_skipped:
         return
     reasons: dict[str, list[str]] = {}
-    for skipped in graph.skipped:
+    for skipped in all_skipped:
         reasons.setdefault(skipped.reason, []).append(f"{skipped.layer} {skipped.what}".strip())
     lines = [
         f"{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}: {reason}"

@@ -11,6 +11,7 @@ import torch
 import torch.fx.traceback
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -19,7 +20,11 @@ from icw_compile.passes import KVGraph
 from icw_compile.rows import Quantized
 from icw_compile.tensor import QuantizedKV
 
-__all__ = ["capture", "example_inputs", "forward_dynamo_metadata"]
+__all__ = ["NotCapturedError", "capture", "example_inputs", "forward_dynamo_metadata", "works_on_a_cache"]
+
+
+class NotCapturedError(Exception):
+    """A graph cannot be retraced, and has to be compiled as it is; the message says why."""
 
 
 def capture(dynamo_graph: GraphModule) -> KVGraph:
@@ -27,6 +32,9 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
 
     In-place writes stay visible, sizes stay symbolic, and a `QuantizedKV` input is traced as the plain float tensor
     that it stands for. ``dynamo_graph`` is left as it is. Costs about 1 ms for each node.
+
+    Raises:
+        NotCapturedError: the graph holds something that cannot be retraced.
     """
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None:
@@ -34,6 +42,10 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
             "icw_int8kv compiles graphs that torch.compile captured; call it as a torch.compile backend."
         )
     fake_mode = context.fake_mode
+    for node in dynamo_graph.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            # It calls a graph of its own, which retracing would take apart.
+            raise NotCapturedError(f"the graph calls the higher-order operator `{node.target.name()}`")
     placeholders = dynamo_graph.graph.find_nodes(op="placeholder")
     examples = [node.meta["example_value"] for node in placeholders]
     with fake_mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
@@ -41,6 +53,10 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         inputs = [_fresh(example) for example in examples]
         # `Interpreter` carries each node's layer and stack trace over to what it is traced into.
         module = make_fx(lambda *args: Interpreter(dynamo_graph).run(*args), pre_dispatch=True)(*inputs)
+    for node in module.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(module, node.target, None), FakeTensor):
+            # As under `vmap`: a value of the trace that no node computes.
+            raise NotCapturedError(f"retracing loses track of a tensor that `{next(iter(node.users))}` reads")
     quantized = {}
     news = module.graph.find_nodes(op="placeholder")
     reals = [_real(node) for node in placeholders]
@@ -55,6 +71,13 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
                 quantized[new] = Quantized(_fresh(example.qdata), _fresh(example.scale), example.dtype)
     module.recompile()
     return KVGraph(module, fake_mode, quantized, _sliding_layers(context), adoptable)
+
+
+def works_on_a_cache() -> bool:
+    """Whether the graph that is being compiled reads a layer of a transformers cache: Dynamo guards on its state."""
+    context = TracingContext.try_get()
+    guards = context.guards_context.dynamo_guards if context is not None else ()
+    return any(re.search(r"\.layers\[\d+\]\.\w+$", guard.originating_source.name) for guard in guards)
 
 
 def example_inputs(graph: KVGraph) -> list[Any]:

@@ -4,7 +4,7 @@ Independent of the rest of the package on purpose: plain torch and transformers'
 ours. The tests, the sweep over model types and anyone who doubts a number compare with it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
-__all__ = ["dynamic_reference_cache", "quantize_dequantize", "reference_cache"]
+__all__ = ["dynamic_reference_cache", "quantize_dequantize", "reference_cache", "store_quantized"]
+
+_NAMES = ("keys", "values")
 
 
 def quantize_dequantize(x: Tensor) -> Tensor:
@@ -23,53 +25,53 @@ def quantize_dequantize(x: Tensor) -> Tensor:
     return (steps * scale).to(x.dtype)
 
 
-def _storing_quantized(stock: Any) -> Any:
-    """The cache layer class ``stock``, but what a layer is given is quantized and dequantized first."""
+def _storing_quantized(stock: Any, names: Collection[str]) -> Any:
+    """The cache layer class ``stock``, but those of its keys and values that ``names`` has are quantized first."""
+
+    def quantized(states: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return [quantize_dequantize(x) if name in names else x for name, x in zip(_NAMES, states, strict=True)]
 
     class Reference(stock):
         _layer_type = None  # stay out of transformers' table of layers
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            new = quantize_dequantize(key_states), quantize_dequantize(value_states)
-            return super().update(*new, *args, **kwargs)
-
-    return Reference
-
-
-def _storing_quantized_window(stock: Any) -> Any:
-    """The same for a static window, whose attention sees a prompt longer than it as it came."""
-
-    class Reference(_storing_quantized(stock)):
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            overflows = self.cumulative_length_int == 0 and key_states.shape[-2] > self.max_cache_len
-            if not overflows:
-                return super().update(key_states, value_states, *args, **kwargs)
-            # Attention sees the prompt itself, which is not in the cache: only its tail is.
-            states = stock.update(self, key_states, value_states, *args, **kwargs)
-            self.keys.copy_(quantize_dequantize(self.keys))
-            self.values.copy_(quantize_dequantize(self.values))
+            window = isinstance(self, StaticSlidingWindowLayer)
+            if not (window and self.cumulative_length_int == 0 and key_states.shape[-2] > self.max_cache_len):
+                return super().update(*quantized((key_states, value_states)), *args, **kwargs)
+            # Attention sees a prompt longer than a static window as it came; only its tail is in the cache.
+            states = super().update(key_states, value_states, *args, **kwargs)
+            for held, stored in zip((self.keys, self.values), quantized((self.keys, self.values)), strict=True):
+                held.copy_(stored)
             return states
 
     return Reference
 
 
-def reference_cache(model: PreTrainedModel, max_cache_len: int, layers: Collection[int] | None = None) -> StaticCache:
+def reference_cache(
+    model: PreTrainedModel, max_cache_len: int, stored: Mapping[int, Collection[str]] | None = None
+) -> StaticCache:
     """A float `StaticCache` in which every stored key and value has been quantized and dequantized.
 
-    Layers whose state is no keys and values (convolutions, linear attention) are the stock ones. ``layers``, if given,
-    are the indices of those to quantize.
+    Layers whose state is no keys and values (convolutions, linear attention) are the stock ones. ``stored``, if given,
+    says which to quantize: the index of a layer -> ``"keys"``, ``"values"`` or both.
     """
-    return _quantizing(StaticCache(model.config, max_cache_len=max_cache_len), layers)
+    return store_quantized(StaticCache(model.config, max_cache_len=max_cache_len), stored)
 
 
-def dynamic_reference_cache(model: PreTrainedModel, layers: Collection[int] | None = None) -> DynamicCache:
-    """A float `DynamicCache` in which every key and value has been quantized and dequantized; ``layers`` as above."""
-    return _quantizing(DynamicCache(config=model.config), layers)
+def dynamic_reference_cache(
+    model: PreTrainedModel, stored: Mapping[int, Collection[str]] | None = None
+) -> DynamicCache:
+    """A float `DynamicCache` in which every key and value has been quantized and dequantized; ``stored`` as above."""
+    return store_quantized(DynamicCache(config=model.config), stored)
 
 
-def _quantizing(cache: Any, layers: Collection[int] | None) -> Any:
+def store_quantized(cache: Any, stored: Mapping[int, Collection[str]] | None = None) -> Any:
+    """Make a float cache a reference from now on: what it holds is quantized and dequantized, and what it is given."""
     for i, layer in enumerate(cache.layers):
-        if isinstance(layer, (DynamicLayer, StaticLayer)) and (layers is None or i in layers):
-            window = isinstance(layer, StaticSlidingWindowLayer)
-            layer.__class__ = (_storing_quantized_window if window else _storing_quantized)(type(layer))
+        names = _NAMES if stored is None else stored.get(i, ())
+        if isinstance(layer, (DynamicLayer, StaticLayer)) and names:
+            layer.__class__ = _storing_quantized(type(layer), names)
+            for name in names:
+                if (held := getattr(layer, name)) is not None:
+                    setattr(layer, name, quantize_dequantize(held))
     return cache

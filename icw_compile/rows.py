@@ -80,6 +80,11 @@ def _same(target: Any) -> Rule:
     return rule
 
 
+def _to_dtype(run: Evaluator, x: Quantized, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Quantized | None:
+    """``x.to(dtype)`` is ``x`` where that is its dtype already."""
+    return x if dtype == x.dtype and not any(args) and not kwargs else None
+
+
 def _along(target: Any, *, adds_dim: bool = False) -> Rule:
     """``op(x, dim, ...)`` that moves whole rows along ``dim``."""
 
@@ -233,6 +238,7 @@ RULES: dict[Any, Rule] = {
     aten.detach.default: _same(aten.detach.default),
     aten.clone.default: _same(aten.clone.default),
     aten.contiguous.default: _same(aten.contiguous.default),
+    aten.to.dtype: _to_dtype,
     aten.slice.Tensor: _along(aten.slice.Tensor),
     aten.select.int: _along(aten.select.int),
     aten.narrow.default: _along(aten.narrow.default),

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from icw_compile.reference import dynamic_reference_cache, reference_cache
+from icw_compile.reference import store_quantized
 from icw_compile.report import GraphReport, report, reset_report
 from icw_compile.tensor import QuantizedKV
 from icw_compile.tiny import VOCABULARY, causal_lm_types, tiny_causal_lm
@@ -220,11 +220,12 @@ def run_model(model: PreTrainedModel, kind: Kind) -> Run:
         run.reason = _said(failure)
         return run
     holding = [i for i, layer in enumerate(cache.layers) if isinstance(getattr(layer, "keys", None), Tensor)]
-    int8 = [
-        i for i in holding if all(isinstance(x, QuantizedKV) for x in (cache.layers[i].keys, cache.layers[i].values))
-    ]
-    run.kv_layers, run.int8_layers = len(holding), len(int8)
-    run.distance = _distance(logits, _logits(model, model, _reference(model, kind, int8), ids))
+    stored = {
+        i: [name for name in ("keys", "values") if isinstance(getattr(cache.layers[i], name), QuantizedKV)]
+        for i in holding
+    }
+    run.kv_layers, run.int8_layers = len(holding), sum(len(names) == 2 for names in stored.values())
+    run.distance = _distance(logits, _reference_logits(model, kind, ids, stored, after=len(graphs[0].sites) == 0))
     run.status, run.reason = _judge(run, graphs)
     return run
 
@@ -254,10 +255,21 @@ def _stock_cache(model: PreTrainedModel, kind: Kind) -> Cache:
     )
 
 
-def _reference(model: PreTrainedModel, kind: Kind, layers: list[int]) -> Cache:
-    if kind == "dynamic":
-        return dynamic_reference_cache(model, layers)
-    return reference_cache(model, MAX_CACHE_LEN, layers)
+@torch.no_grad()
+def _reference_logits(
+    model: PreTrainedModel, kind: Kind, ids: Tensor, stored: dict[int, list[str]], *, after: bool
+) -> Tensor:
+    """The logits of the uncompiled model on a cache of quantized values: from the start, or after the prompt.
+
+    The second is a graph for the prompt that had to be compiled as it is: the next one quantizes what it left.
+    """
+    cache = _stock_cache(model, kind)
+    if not after:
+        return _logits(model, model, store_quantized(cache, stored), ids)
+    prompt = model(ids[:, : CHUNKS[0]], past_key_values=cache, use_cache=True).logits
+    steps = ids[:, CHUNKS[0] :].split(1, dim=1)
+    cache = store_quantized(cache, stored)
+    return torch.cat([prompt] + [model(i, past_key_values=cache, use_cache=True).logits for i in steps], dim=1)
 
 
 def _compiled(

@@ -27,6 +27,7 @@ parts to every operation that can use them, and replaces the rest. What looks li
 recorded with its reason. Meaning is preserved up to the quantization of what is written.
 """
 
+import operator
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -48,7 +49,19 @@ aten = torch.ops.aten
 _END = 2**63 - 1
 _ZEROS = (aten.zeros.default, aten.new_zeros.default)
 #: Operations through which a value stays recognisably the same keys or values, besides those of `RULES`.
-_SAME_VALUES = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
+_SAME_VALUES = (
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.chunk.default,
+    aten.split.Tensor,
+    operator.getitem,
+)
+#: Where transformers' caches keep keys and values.
+_CACHE_LAYER = r"\.layers\[\d+\]\.(keys|values)$"
+#: What an attention that `match_attention` does not know is made of.
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 
 def find_storage(graph: KVGraph) -> int:
@@ -68,8 +81,24 @@ def find_storage(graph: KVGraph) -> int:
             continue
         taken.add(node)
     graph.quantized = {}
-    graph.skipped += uses.unquantized(taken)
+    graph.skipped += uses.unquantized(taken) or _left_float(graph, taken)
     return len(taken)
+
+
+def _left_float(graph: KVGraph, taken: set[Node]) -> list[Skipped]:
+    """The float keys and values of a cache layer that are inputs, and that no attention was seen to read."""
+    reason = "no attention was found that reads it, as a latent cache is not read as keys and values; it stays float"
+    used = {source for node in taken for source in node.all_input_nodes}
+    parts = {name for each in graph.inputs.values() for name in each.parts}
+    return [
+        Skipped("", name, reason)
+        for node in graph.graph.find_nodes(op="placeholder")
+        if re.search(_CACHE_LAYER, name := node.meta.get("source_name", ""))
+        and node not in used
+        and node.name not in parts
+        and node.meta["val"].dim() == 4
+        and node.meta["val"].is_floating_point()
+    ]
 
 
 class _AttentionUses:
@@ -101,6 +130,20 @@ class _AttentionUses:
                         if node in self.readers:
                             return self.readers[node]
         return None
+
+    def read(self, storage: Node) -> bool:
+        """Whether attention reads ``storage``: one that we know, or a product with the values in it."""
+        if self.of(storage) is not None:
+            return True
+        pending, seen = [storage], {storage}
+        while pending:
+            for user in pending.pop().users:
+                if user.target in _PRODUCTS:
+                    return True
+                if user not in seen and (user.target in RULES or user.target in _SAME_VALUES):
+                    seen.add(user)
+                    pending.append(user)
+        return False
 
     def unquantized(self, taken: set[Node]) -> list[Skipped]:
         """The attentions that read something like a cache which was not taken, with the reason."""
@@ -134,12 +177,12 @@ def _is_created_storage(graph: KVGraph, node: Node, uses: _AttentionUses) -> boo
         return False
     returned = set(graph.output_nodes)
     views = list(aliases(node))
-    return any(v in returned for v in views) and any(map(is_mutation, views)) and uses.of(node) is not None
+    return any(v in returned for v in views) and any(map(is_mutation, views)) and uses.read(node)
 
 
 def _is_written_storage(node: Node, uses: _AttentionUses) -> bool:
     """Whether this float input is a cache that was filled before the first compiled call, and is written in place."""
-    return any(map(is_mutation, aliases(node))) and uses.of(node) is not None
+    return any(map(is_mutation, aliases(node))) and uses.read(node)
 
 
 def _is_grown_storage(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
@@ -152,7 +195,7 @@ def _is_grown_storage(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
     if value.dim() != 4 or not value.is_floating_point() or dim not in (-2, 2):
         return False
     returned = set(graph.output_nodes)
-    if not any(view in returned for view in aliases(node)) or uses.of(node) is None:
+    if not any(view in returned for view in aliases(node)) or not uses.read(node):
         return False
     return not any(previous in graph.storage for previous in _same_values(node.args[0]))
 
