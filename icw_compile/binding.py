@@ -40,8 +40,11 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
         for position, each, rows_at in taken:
             tensor = inputs[position]
             if each.spare is not None:
+                length = tensor.shape[2]
                 tensor = grown[position] = tensor.reserve(each.rows if rows_at is None else args[rows_at])
                 inputs += (tensor.scale, tensor.spare_rows)
+                if each.length is not None:
+                    inputs.append(length)
             else:
                 if each.written:
                     tensor.separate()

@@ -96,7 +96,7 @@ def forward_dynamo_metadata(dynamo_graph: GraphModule, graph: KVGraph) -> None:
     for name, _ in (*graph.module.named_buffers(), *graph.module.named_parameters()):
         sources.setdefault(name, ConstantSource(name))  # a constant of the graph, such as torch.tensor([-1])
     graph.module._param_name_to_source = sources  # type: ignore[assignment]
-    parts = {name for taken in graph.inputs.values() for name in (*taken.parts, taken.spare)}
+    parts = {name for taken in graph.inputs.values() for name in (*taken.parts, taken.spare, taken.length)}
     for node in graph.graph.find_nodes(op="placeholder"):
         old = node.meta.pop("dynamo_placeholder", None)
         if old is None:

@@ -78,14 +78,16 @@ class Input:
     """A quantized input of the original graph in terms of the rewritten one's placeholders.
 
     ``parts`` are the names of the placeholders that take its parts. Where the graph appends rows to it, they take the
-    grown tensor, ``rows`` longer (a number, or the placeholder that carries it), and ``spare`` is the placeholder for
-    the rows that are still free behind it. ``written`` says that the graph writes into rows that are there already, and
-    ``adopted`` that the caller holds a float tensor, to be replaced by a quantized one at the call.
+    grown tensor, ``rows`` longer (a number, or the placeholder that carries it); ``spare`` is then the placeholder for
+    the rows that are still free behind it, and ``length`` that for its length before, unless that is a constant.
+    ``written`` says that the graph writes into rows that are there already, and ``adopted`` that the caller holds a
+    float tensor, to be replaced by a quantized one at the call.
     """
 
     parts: tuple[str, ...]
     rows: int | str = 0
     spare: str | None = None
+    length: str | None = None
     written: bool = False
     adopted: bool = False
 
@@ -212,6 +214,17 @@ class KVGraph:
             if isinstance(value, torch.SymInt) and statically_known_true(value == size):
                 return node
         return None
+
+    def same_size(self, size: torch.SymInt) -> torch.SymInt | None:
+        """``size`` to be given to a placeholder of its own; ``None`` if it is no plain symbol.
+
+        Dynamo may know a size by several symbols that turned out to be equal, and Inductor looks for the one that all
+        of them were replaced by among the inputs.
+        """
+        symbol = size.node.expr
+        if not symbol.is_symbol:
+            return None
+        return self.fake_mode.shape_env.create_symintnode(symbol, hint=size.node.hint)
 
     def new_size(self, name: str) -> torch.SymInt | None:
         """A size that the compiled code learns at each call, at least 2; ``None`` where sizes cannot be symbolic.

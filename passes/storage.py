@@ -242,15 +242,21 @@ def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses, note: str = ""
         cache = "static" if written else "dynamic"
         _stand_for(graph, node, parts, uses, before=scale.next, cache=cache, name=name, note=note)
         return
-    with graph.graph.inserting_after(scale):
-        spare = graph.graph.placeholder(f"{node.name}_spare")
-    spare.meta = {"val": append.spare, "dynamo_placeholder": node.meta.get("dynamo_placeholder")}
+    extra = {}
+    after = scale
+    for name_of, value in (("spare", append.spare), ("length", append.start)):
+        if isinstance(value, torch.SymInt):
+            with graph.graph.inserting_after(after):
+                after = extra[name_of] = graph.graph.placeholder(f"{node.name}_{name_of}")
+            after.meta = {"val": value, "dynamo_placeholder": node.meta.get("dynamo_placeholder")}
     rows = append.rows if isinstance(append.rows, int) else append.rows.name
-    graph.inputs[node.name] = Input((qdata.name, scale.name), rows, spare.name)
+    names = {name_of: placeholder.name for name_of, placeholder in extra.items()}
+    graph.inputs[node.name] = Input((qdata.name, scale.name), rows, **names)
+    start = extra.get("length", append.start)
     with graph.before(append.cat):
         new = graph.call(torch.ops.icw_int8kv.quantize_per_head.default, append.new, fakes.scale.dtype)
         for part, written in zip(parts.parts, new, strict=True):
-            end = graph.call(aten.slice.Tensor, part, 2, append.start, _END)
+            end = graph.call(aten.slice.Tensor, part, 2, start, _END)
             graph.call(aten.copy_.default, end, written)
     _stand_for(graph, append.cat, parts, uses, before=append.cat, cache="dynamic", name=name)
     graph.sites[-1].writes.append("append")
@@ -266,7 +272,7 @@ class _Append(NamedTuple):
 
     cat: Node
     new: Node
-    start: int | Node
+    start: int | torch.SymInt
     rows: int | Node
     spare: torch.SymInt
     grown: Quantized
@@ -287,8 +293,10 @@ def _find_append(graph: KVGraph, node: Node) -> _Append | None:
     views = list(aliases(cat))
     if [view for view in graph.output_nodes if view in views] != [cat] or any(map(is_mutation, views)):
         return None
-    start, rows = graph.number(value.shape[2]), graph.number(new.meta["val"].shape[2])
-    spare = graph.new_size(f"{node.name}_spare")
+    spare, rows = graph.new_size(f"{node.name}_spare"), graph.number(new.meta["val"].shape[2])
+    start = value.shape[2]
+    if isinstance(start, torch.SymInt):
+        start = graph.same_size(start)
     if start is None or rows is None or spare is None:
         return None
     fakes = graph.quantized[node]

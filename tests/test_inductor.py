@@ -8,11 +8,11 @@ import torch
 from support import MODEL_ATTENTIONS, SLIDING, graphs, relative_distance, run, tiny_model, tokens
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import icw_compile
 from icw_compile import QuantizedKV
-from icw_compile.reference import reference_cache
+from icw_compile.reference import dynamic_reference_cache, reference_cache
 
 #: Small enough to compile quickly; each number in a shape of the cache is one that no weight has.
 TOKENS, HEAD_DIM, KV_HEADS = 320, 40, 2
@@ -87,6 +87,19 @@ def test_generation_in_bfloat16(name: str, attention: str) -> None:
         f"{name} {attention}: ours from the reference {distances[0]:.4f}, stock compiled from eager {distances[1]:.4f}"
     )
     assert distances[0] <= 2 * distances[1]
+
+
+def test_dynamic_cache_of_many_layers() -> None:
+    """Each layer's length is a symbol of its own to Dynamo; filled with floats, the cache has no graph that made it."""
+    model = tiny_model(num_hidden_layers=4)
+    ids = tokens(16)
+    cache, reference = DynamicCache(config=model.config), dynamic_reference_cache(model)
+    run(model, cache, ids, (12,))
+    run(model, reference, ids, (12,))
+    step = torch.compile(model, backend="icw_int8kv", fullgraph=True)
+    steps = ids[:, 12:], (1,) * 4
+    assert relative_distance(run(step, cache, *steps), run(model, reference, *steps)) < 3e-2
+    assert len(graphs()) == 3 and all(layer.keys.spare_rows for layer in cache.layers)
 
 
 def test_writing_past_the_end() -> None:
