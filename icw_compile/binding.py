@@ -58,14 +58,15 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
             if source is not None
             else returned[positions[0]]
             if dtype is None
-            else _wrap(*[returned[position] for position in positions], dtype)
+            else _wrap([returned[position] for position in positions], dtype)
             for positions, dtype, source in outputs
         ]
 
     return call
 
 
-def _wrap(qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> QuantizedKV:
+def _wrap(parts: Sequence[Tensor], dtype: torch.dtype) -> QuantizedKV:
+    qdata, scale = parts
     if qdata.is_contiguous() and scale.is_contiguous() and qdata.dim() == 4:
         return QuantizedKV.growing(qdata, scale, dtype)
     return QuantizedKV(qdata, scale, dtype)

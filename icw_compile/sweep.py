@@ -180,7 +180,7 @@ def _send(connection: Connection, model_type: str, attention: str | None) -> Non
     torch.set_num_threads(1)
     # What would be warned about is a row of the table.
     warnings.simplefilter("ignore")
-    torch._logging.set_logs(all=logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     connection.send(sweep_type(model_type, attention=attention))
 

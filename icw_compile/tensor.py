@@ -94,7 +94,8 @@ class QuantizedKV(Tensor):
     @classmethod
     def _on(cls, room: Room, rows: int, dtype: torch.dtype) -> "QuantizedKV":
         """A new tensor that shows the first ``rows`` rows of ``room``, independent of the others there."""
-        return cls(*room.first(rows), dtype, Claim(room, rows))
+        qdata, scale = room.first(rows)
+        return cls(qdata, scale, dtype, Claim(room, rows))
 
     def reserve(self, rows: int) -> "QuantizedKV":
         """This tensor with ``rows`` more, whose content is not specified, as a tensor independent of this one.
@@ -170,7 +171,7 @@ class QuantizedKV(Tensor):
         return part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedKV":
-        copied: QuantizedKV = self.clone()
+        copied: Any = self.clone()
         return memo.setdefault(id(self), copied)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -214,7 +215,8 @@ class QuantizedKV(Tensor):
     def _batchwise(self, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedKV":
         """An operation on whole sequences, done to the spare rows as well: the result keeps room to grow."""
         assert self._claim is not None
-        whole = Quantized(*self._claim.room.parts, self.dtype)
+        qdata, scale = self._claim.room.parts
+        whole = Quantized(qdata, scale, self.dtype)
         parts = rule(_EAGER, whole, *args[1:], **kwargs)
         return self._on(Room(parts.parts), self.shape[2], self.dtype)
 
@@ -251,7 +253,8 @@ def _first_rows(func: Any, args: tuple[Any, ...]) -> int | None:
     """The number of rows where a view is of the first rows of a tensor."""
     if func is not aten.slice.Tensor:
         return None
-    x, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    x, dim, start, end, step = args + defaults[len(args) - 1 :]
     if x.dim() != 4 or dim not in (2, -2) or start not in (None, 0) or step != 1:
         return None
     return len(range(x.shape[2])[:end])
