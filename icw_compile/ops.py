@@ -13,11 +13,13 @@ cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
     non-finite scale and reads back as non-finite in every channel.
 ``dequantize_per_head(qdata[..., D], scale[..., 1], dtype) -> [..., D]``
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
-value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap) -> [B, Hq, T, Dv]``
+value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None) -> [B, Hq, T, Dv]``
     Softmax attention over a quantized cache; grouped heads are never expanded. ``attn_mask`` is boolean (``True``
     takes part) or additive and broadcasts to ``[B, Hq, T, S]``; ``is_causal`` aligns the triangle at the upper left,
-    as ``torch.nn.functional.scaled_dot_product_attention`` does; ``softcap`` is Gemma 2's ``cap * tanh(x / cap)``. A
-    row that the boolean mask leaves empty gives zeros. This spelling is the reference and what passes match on.
+    as ``torch.nn.functional.scaled_dot_product_attention`` does; ``softcap`` is Gemma 2's ``cap * tanh(x / cap)``;
+    ``sinks[Hq]`` is GPT-OSS's one more score for each query head, which takes its share of the softmax and has no
+    value. A row that the boolean mask leaves empty gives zeros. This spelling is the reference and what passes match
+    on.
 ``attention_decode``, ``attention_prefill``
     The same function with the same arguments, as the ``lower`` pass chooses: ``attention_decode`` (``T`` = 1) reads
     the int8 rows inside two reductions and has no dequantized intermediate; ``attention_prefill`` dequantizes the
@@ -31,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["QMAX", "attention", "dequantize_per_head", "quantize_per_head", "scale_dtype_for"]
+__all__ = ["ATTENTION_ARGUMENTS", "QMAX", "attention", "dequantize_per_head", "quantize_per_head", "scale_dtype_for"]
 
 #: Largest magnitude of a quantized value. -128 is left out, so that the range is symmetric.
 QMAX = 127
@@ -43,9 +45,10 @@ SCALE_DTYPES: dict[torch.dtype, torch.dtype] = {
     torch.float16: torch.bfloat16,
 }
 
-_ATTENTION_SCHEMA = (
-    "(Tensor query, Tensor key_qdata, Tensor key_scale, Tensor value_qdata, Tensor value_scale, "
-    "Tensor? attn_mask, bool is_causal, float scale, float? softcap) -> Tensor"
+#: What every attention takes, here and in `icw_compile.kernels`.
+ATTENTION_ARGUMENTS = (
+    "Tensor query, Tensor key_qdata, Tensor key_scale, Tensor value_qdata, Tensor value_scale, "
+    "Tensor? attn_mask, bool is_causal, float scale, float? softcap, Tensor? sinks=None"
 )
 
 
@@ -93,10 +96,11 @@ def attention(
     is_causal: bool,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     key = dequantize_per_head(key_qdata, key_scale, torch.float32)
     value = dequantize_per_head(value_qdata, value_scale, torch.float32)
-    return _grouped_attention(query.float(), key, value, attn_mask, is_causal, scale, softcap).to(query.dtype)
+    return _grouped_attention(query.float(), key, value, attn_mask, is_causal, scale, softcap, sinks).to(query.dtype)
 
 
 def _attention_decode(
@@ -109,6 +113,7 @@ def _attention_decode(
     is_causal: bool,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     batch, query_heads, _, head_dim = query.shape
     heads, tokens = key_qdata.shape[1:3]
@@ -116,8 +121,8 @@ def _attention_decode(
     # Elementwise product and sum, not a matmul: Inductor reads the int8 rows inside the reduction, where a matmul
     # would need its operand as a float tensor in memory. The scale of a row leaves the sum.
     scores = (grouped * key_qdata.unsqueeze(2).float()).sum(dim=-1) * key_scale.float().view(batch, heads, 1, tokens)
-    scores = _masked(scores.unsqueeze(-2), attn_mask, is_causal, scale, softcap).squeeze(-2)
-    weights = _softmax(scores) * value_scale.float().view(batch, heads, 1, tokens)
+    scores = _masked(scores.unsqueeze(-2), attn_mask, is_causal, scale, softcap)
+    weights = _softmax(scores, sinks).squeeze(-2) * value_scale.float().view(batch, heads, 1, tokens)
     output = (weights.unsqueeze(-1) * value_qdata.unsqueeze(2).float()).sum(dim=-2)
     return output.reshape(batch, query_heads, 1, -1).to(query.dtype)
 
@@ -132,12 +137,13 @@ def _attention_prefill(
     is_causal: bool,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     key = dequantize_per_head(key_qdata, key_scale, query.dtype)
     value = dequantize_per_head(value_qdata, value_scale, query.dtype)
-    if softcap is not None or key.shape[-1] != value.shape[-1]:
-        # torch's fused kernels have no softcap, and outside them it expands grouped heads.
-        return _grouped_attention(query, key, value, attn_mask, is_causal, scale, softcap)
+    if softcap is not None or sinks is not None or key.shape[-1] != value.shape[-1]:
+        # torch's fused kernels have none of these, and outside them it expands grouped heads.
+        return _grouped_attention(query, key, value, attn_mask, is_causal, scale, softcap, sinks)
     groups = query.shape[1] // key.shape[1]
     if attn_mask is not None and groups > 1 and query.device.type != "cpu":
         return _folded_attention(query, key, value, attn_mask, scale)
@@ -172,6 +178,7 @@ def _grouped_attention(
     is_causal: bool,
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention in two matmuls on ``[B, H, groups * T, ...]``: the heads of a group share one key/value head."""
     batch, query_heads, length, _ = query.shape
@@ -179,7 +186,7 @@ def _grouped_attention(
     groups = query_heads // heads
     scores = torch.matmul(query.reshape(batch, heads, groups * length, -1), key.transpose(-1, -2)).float()
     scores = _masked(scores.reshape(batch, heads, groups, length, tokens), attn_mask, is_causal, scale, softcap)
-    weights = _softmax(scores).to(value.dtype).reshape(batch, heads, groups * length, tokens)
+    weights = _softmax(scores, sinks).to(value.dtype).reshape(batch, heads, groups * length, tokens)
     return torch.matmul(weights, value).reshape(batch, query_heads, length, -1)
 
 
@@ -200,15 +207,22 @@ def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: fl
     return scores
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension in which a row of minus infinities gives zeros instead of NaN."""
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of ``[B, H, groups, T, S]`` over the last dimension; a row of minus infinities gives zeros, not NaN."""
     largest = scores.amax(dim=-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(largest == -torch.inf, 0.0, largest))
+    if sinks is not None:
+        sinks = sinks.float().view(*scores.shape[1:3], 1, 1)
+        largest = torch.maximum(largest, sinks)
+    shift = torch.where(largest == -torch.inf, 0.0, largest)
+    weights = torch.exp(scores - shift)
     total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - shift)
     return weights / torch.where(total == 0, 1.0, total)
 
 
 def _register() -> None:
+    attention_schema = f"({ATTENTION_ARGUMENTS}) -> Tensor"
     schemas: dict[str, tuple[str, Callable[..., Any]]] = {
         "quantize_per_head": (
             "(Tensor x, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)",
@@ -218,9 +232,9 @@ def _register() -> None:
             "(Tensor qdata, Tensor scale, ScalarType dtype) -> Tensor",
             dequantize_per_head,
         ),
-        "attention": (_ATTENTION_SCHEMA, attention),
-        "attention_decode": (_ATTENTION_SCHEMA, _attention_decode),
-        "attention_prefill": (_ATTENTION_SCHEMA, _attention_prefill),
+        "attention": (attention_schema, attention),
+        "attention_decode": (attention_schema, _attention_decode),
+        "attention_prefill": (attention_schema, _attention_prefill),
     }
     for name, (schema, function) in schemas.items():
         torch.library.define(f"icw_int8kv::{name}", schema)

@@ -32,14 +32,14 @@ def make(batch, query_heads, heads, tokens, length, head_dim, value_dim, dtype, 
     return [query, *ops.quantize_per_head(key, scale_dtype), *ops.quantize_per_head(value, scale_dtype)]
 
 
-def reference(tensors, mask=None, is_causal=False, scale=None, softcap=None):
+def reference(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None):
     scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
-    return ops.attention(tensors[0].float(), *tensors[1:], mask, is_causal, scale, softcap)
+    return ops.attention(tensors[0].float(), *tensors[1:], mask, is_causal, scale, softcap, sinks)
 
 
-def kernel(tensors, mask=None, is_causal=False, scale=None, softcap=None, engine=-1):
+def kernel(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None, engine=-1):
     scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.icw_int8kv_cpu.attention(*tensors, mask, is_causal, scale, softcap, engine)
+    return torch.ops.icw_int8kv_cpu.attention(*tensors, mask, is_causal, scale, softcap, sinks, engine)
 
 
 def check(tensors, *args, tolerance=None, **kwargs):
@@ -112,6 +112,21 @@ def test_masks(dtype, tokens):
             check(tensors, mask)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("length", [7, 9000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sinks(dtype, length):
+    for tokens in (1, 3):
+        tensors = make(2, 8, 2, tokens, length, 64, 64, dtype)
+        # From none to most of the softmax, and beyond what the cache's own scores could be scaled by.
+        for sinks in (torch.randn(8), torch.randn(8).to(dtype) * 4 + 8, torch.tensor([-torch.inf, -200, 0, 200] * 2)):
+            check(tensors, sinks=sinks)
+            mask = torch.rand(2, 1, tokens, length, generator=torch.Generator().manual_seed(1)) > 0.5
+            mask[1, :, 0] = False
+            check(tensors, mask, sinks=sinks, softcap=5.0)
+    with pytest.raises(RuntimeError, match=r"sinks must be \[8\]"):
+        kernel(tensors, sinks=torch.zeros(4))
 
 
 def test_empty_rows_are_zero():

@@ -178,6 +178,7 @@ struct Problem {
   bool mask_by_head = false, mask_by_token = false, is_causal = false;
   bool has_softcap = false;
   float scale = 1.0f, softcap = 0.0f;
+  std::vector<float> sinks;  // One for each query head, or none.
   void* out = nullptr;  // Contiguous [B, Hq, T, Dv] of the query's type.
 
   Engine engine = Engine::kPortable;
@@ -1011,8 +1012,14 @@ void write_partial(const Problem& p, const Workspace& w, Engine engine, float* o
   }
 }
 
-void write_output(const Problem& p, int64_t b, int64_t h, int64_t row, const float* values, float sum) {
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+void write_output(const Problem& p, int64_t b, int64_t h, int64_t row, const float* values, float largest, float sum) {
+  float factor = 1.0f;
+  if (!p.sinks.empty() && sum != 0.0f) {  // One more score, which has no value; an empty row stays empty.
+    const float sink = p.sinks[h * p.groups + row / p.tokens], shift = std::max(largest, sink);
+    factor = exp_nonpositive(largest - shift);
+    sum = sum * factor + exp_nonpositive(sink - shift);
+  }
+  const float inverse = sum == 0.0f ? 0.0f : factor / sum;
   const int64_t offset = ((b * p.query_heads + h * p.groups) * p.tokens + row) * p.value_dim;
   store_run(p.out, offset, p.value_dim, p.query.type, values, inverse);
 }
@@ -1031,7 +1038,7 @@ void merge_partials(const Problem& p, int64_t b, int64_t h, const float* partial
       sum += partial[1] * factor;
       for (int64_t d = 0; d < p.value_dim; ++d) values[d] += factor * partial[2 + d];
     }
-    write_output(p, b, h, row, values.data(), sum);
+    write_output(p, b, h, row, values.data(), largest, sum);
   }
 }
 
@@ -1092,7 +1099,7 @@ void run(Problem& p, int threads, int engine) {
       if (p.chunks == 1) {
         for (int64_t row = 0; row < p.rows; ++row) {
           copy_row(used, workspace.accumulated + row * p.value_width, p.value_dim, values.data());
-          write_output(p, b, h, row, values.data(), workspace.sum[row]);
+          write_output(p, b, h, row, values.data(), workspace.largest[row], workspace.sum[row]);
         }
         continue;
       }
@@ -1166,7 +1173,7 @@ void check_shape(const Tensor& tensor, const char* name, int64_t b, int64_t h, i
 
 Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
                  const Tensor& value_scale, const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
-                 std::optional<double> softcap, int64_t engine) {
+                 std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine) {
   Problem p;
   p.query = strided(query, "query", false);
   p.key = strided(key_qdata, "key_qdata", true);
@@ -1207,6 +1214,12 @@ Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key
   p.scale = float(scale);
   p.has_softcap = softcap.has_value();
   p.softcap = float(softcap.value_or(0.0));
+  if (sinks.has_value()) {
+    STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == p.query_heads, "icw_int8kv_cpu::attention: sinks must be [",
+                    p.query_heads, "]");
+    p.sinks.resize(p.query_heads);
+    load_run(sinks->data_ptr(), 0, sinks->stride(0), p.query_heads, type_of(*sinks, "sinks"), p.sinks.data());
+  }
 
   const int64_t out_sizes[4] = {p.batch, p.query_heads, p.tokens, p.value_dim};
   const int64_t out_strides[4] = {p.query_heads * p.tokens * p.value_dim, p.tokens * p.value_dim, p.value_dim, 1};

@@ -9,12 +9,12 @@ Shapes, in the letters of `icw_compile.ops`: ``B`` batch, ``Hq`` query heads, ``
 tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
-value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, engine=-1) -> [B, Hq, T, Dv]``
+value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, engine=-1) -> [B, Hq, T, Dv]``
     The function, the arguments and the semantics of ``icw_int8kv::attention``, with three licences. A position that a
     mask takes out (``False``, or minus infinity) contributes nothing even if its scale is not finite: its rows may
     never be read. A row of an additive mask that has values above -1e29 treats those below -1e30 (``finfo.min``) as
     minus infinity. And a row that reads any non-finite scale is NaN in every channel.
-    ``query`` is bfloat16, float16 or float32; the scales are bfloat16 or float32; ``attn_mask`` is ``None``, boolean
+    ``query`` is bfloat16, float16 or float32; scales and sinks are of any floating dtype; ``attn_mask`` is ``None``, boolean
     or of any floating dtype, 4-dimensional, and broadcasts to ``[B, Hq, T, S]``. Any strides will do, except that the
     channels of the int8 tensors are contiguous. The result is contiguous, in the query's dtype. Raises RuntimeError for
     shapes and dtypes that do not fit. ``engine`` caps the instructions that are used, for tests: 0 plain C++, 1
@@ -33,6 +33,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from icw_compile.ops import ATTENTION_ARGUMENTS
+
 __all__ = ["KernelUnavailableError", "attention", "is_available", "load", "supports"]
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -40,10 +42,6 @@ SOURCE = Path(__file__).with_name("attention.cpp")
 #: Longest query that the kernel is meant for: beyond it, dequantizing once and a matrix multiplication win.
 MAX_TOKENS = 16
 
-_SCHEMA = (
-    "(Tensor query, Tensor key_qdata, Tensor key_scale, Tensor value_qdata, Tensor value_scale, "
-    "Tensor? attn_mask, bool is_causal, float scale, float? softcap, int engine=-1) -> Tensor"
-)
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-maybe-uninitialized")
 
 
@@ -220,7 +218,8 @@ def _cpu_description() -> str:
 
 
 def _register() -> None:
-    torch.library.define("icw_int8kv_cpu::attention", _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    schema = f"({ATTENTION_ARGUMENTS}, int engine=-1) -> Tensor"
+    torch.library.define("icw_int8kv_cpu::attention", schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     @torch.library.register_fake("icw_int8kv_cpu::attention")  # type: ignore[untyped-decorator]
     def _(
@@ -233,6 +232,7 @@ def _register() -> None:
         is_causal: bool,
         scale: float,
         softcap: float | None,
+        sinks: Tensor | None = None,
         engine: int = -1,
     ) -> Tensor:
         return query.new_empty((*query.shape[:3], value_qdata.shape[3]))
