@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from icw_compile.adopt import find_owners
+from icw_compile.flex import FLEX_ATTENTION, is_elementwise, spell_out
 from icw_compile.passes import KVGraph
 from icw_compile.rows import Quantized
 from icw_compile.tensor import QuantizedKV
@@ -44,15 +45,14 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     fake_mode = context.fake_mode
     for node in dynamo_graph.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            # It calls a graph of its own, which retracing would take apart.
-            raise NotCapturedError(f"the graph calls the higher-order operator `{node.target.name()}`")
+            _check_higher_order(dynamo_graph, node)
     placeholders = dynamo_graph.graph.find_nodes(op="placeholder")
     examples = [node.meta["example_value"] for node in placeholders]
     with fake_mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
         # Dynamo's own example values belong to a fake mode that it has done with.
         inputs = [_fresh(example) for example in examples]
         # `Interpreter` carries each node's layer and stack trace over to what it is traced into.
-        module = make_fx(lambda *args: Interpreter(dynamo_graph).run(*args), pre_dispatch=True)(*inputs)
+        module = make_fx(lambda *args: _Retrace(dynamo_graph).run(*args), pre_dispatch=True)(*inputs)
     for node in module.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(module, node.target, None), FakeTensor):
             # As under `vmap`: a value of the trace that no node computes.
@@ -71,6 +71,26 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
                 quantized[new] = Quantized(_fresh(example.qdata), _fresh(example.scale), example.dtype)
     module.recompile()
     return KVGraph(module, fake_mode, quantized, _sliding_layers(context), adoptable)
+
+
+class _Retrace(Interpreter):
+    """Runs Dynamo's graph, `flex_attention` in plain operations."""
+
+    def run_node(self, node: Node) -> Any:
+        if node.target is not FLEX_ATTENTION:
+            return super().run_node(node)
+        with self._set_current_node(node):
+            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            return spell_out(*args, **kwargs, log_sum=any(user.args[1] == 1 and user.users for user in node.users))
+
+
+def _check_higher_order(dynamo_graph: GraphModule, node: Node) -> None:
+    if node.target is not FLEX_ATTENTION:
+        # It calls a graph of its own, which retracing would take apart.
+        raise NotCapturedError(f"the graph calls the higher-order operator `{node.target.name()}`")
+    for function in (node.args[3], node.args[4][-1]):
+        if not is_elementwise(getattr(dynamo_graph, function.target)):
+            raise NotCapturedError(f"`{function.target}` of `flex_attention` is more than arithmetic on one score")
 
 
 def works_on_a_cache() -> bool:

@@ -40,6 +40,13 @@ FAMILIES: dict[str, Family] = {
         Family("phi3", "phi3", _BOTH),
         Family("qwen2", "qwen2", _BOTH),
         Family("qwen3", "qwen3", _BOTH),
+        Family("olmo2", "olmo2", _FULL),
+        Family("mixtral", "mixtral", _BOTH),
+        Family("cohere2", "cohere2", _BOTH),
+        # Its sinks have no counterpart in torch's fused attention either.
+        Family("gpt_oss", "gpt_oss", _BOTH, attentions=("eager",)),
+        # ALiBi, spelled out in the model itself.
+        Family("bloom", "bloom", _FULL, attentions=("eager",)),
     )
 }
 

@@ -4,16 +4,21 @@
 form    spelling
 ======  ============================================================================================
 sdpa    ``scaled_dot_product_attention(query, key, value, mask, ...)``
-eager   ``matmul(dropout(softmax(mask + softcap(scale * matmul(query, key^T)))), value)``
+eager   ``matmul(dropout(softmax(scores)), value)``, where ``scores`` is ``matmul(query, key^T)``, multiplied by
+        numbers, soft-capped (``cap * tanh(x / cap)``), added to masks and position biases (ALiBi), filled with a very
+        negative number where a boolean mask says so, in any order that softmax does not tell apart; with GPT-OSS's
+        sinks, ``matmul(softmax(cat([scores, sinks], -1))[..., :-1], value)``
+merged  the same with ``bmm`` and ``baddbmm``, on tensors ``[B * heads, length, size]`` (BLOOM)
 ======  ============================================================================================
 
-In both, key and value may have been through ``repeat_kv``: ``unsqueeze, expand, reshape`` of ``[B, H, S, D]`` to
+In all, key and value may have been through ``repeat_kv``: ``unsqueeze, expand, reshape`` of ``[B, H, S, D]`` to
 ``[B, H * groups, S, D]``. Dropout is not part of the match: a cache is for inference, and the backend refuses a graph
 in which dropout is active.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -21,39 +26,81 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from icw_compile.passes.graph import arguments
 
-__all__ = ["Attention", "match_attention", "strip_repeat_kv"]
+__all__ = ["Attention", "Bias", "match_attention", "strip_casts", "strip_merge", "strip_repeat_kv"]
 
 aten = torch.ops.aten
+
+_CASTS = (aten.to.dtype, aten._to_copy.default)
+_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+#: A score at or below this is masked: whatever it was added to or replaces does not count.
+_MASKED = -1e4
+
+
+class Bias(NamedTuple):
+    """What is added to the scores: ``factor * node``, which broadcasts to ``[B, heads, T, S]``.
+
+    With ``filler``, ``node`` is boolean: the scores are that very negative number where it is ``fills``. A boolean
+    ``node`` without filler is a mask of torch's own attention. ``merged``: the first dimension of ``node`` is
+    ``B * heads``.
+    """
+
+    node: Node
+    factor: float = 1.0
+    filler: float | None = None
+    fills: bool = True
+    merged: bool = False
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: ``node`` computes it from ``query``, ``key`` and ``value``, each ``[B, heads, length, size]``."""
+    """One attention: ``node`` computes it from ``query``, ``key`` and ``value``, each ``[B, heads, length, size]``.
+
+    ``merged``: they are ``[B * heads, length, size]``, and so is ``node``. ``sinks`` is ``[heads]``.
+    """
 
     node: Node
     form: str
     query: Node
     key: Node
     value: Node
-    attn_mask: Node | None
-    is_causal: bool
     scale: float
+    biases: tuple[Bias, ...] = ()
+    is_causal: bool = False
     softcap: float | None = None
+    sinks: Node | None = None
+    merged: bool = False
 
 
 def match_attention(node: Node) -> Attention | None:
     """The attention that ``node`` is the result of, or ``None``."""
     if node.target is aten.scaled_dot_product_attention.default:
         found = _match_sdpa(node)
-    elif node.target is aten.matmul.default:
+    elif node.target in (aten.matmul.default, aten.bmm.default):
         found = _match_eager(node)
     else:
         return None
-    if found is None or any(_rank(operand) != 4 for operand in (found.query, found.key, found.value)):
+    if found is None:
         return None
-    if found.attn_mask is not None and _rank(found.attn_mask) != 4:
+    rank = 3 if found.merged else 4
+    if any(_rank(operand) != rank for operand in (found.query, found.key, found.value)):
         return None
-    return found
+    return found if all(_rank(bias.node) <= 4 for bias in found.biases) else None
+
+
+def strip_casts(node: Node) -> Node:
+    """What ``node`` is a conversion to another dtype of, or ``node`` itself."""
+    while node.target in _CASTS:
+        node = node.args[0]
+    return node
+
+
+def strip_merge(node: Node) -> Node:
+    """The ``[B, H, S, D]`` tensor that was reshaped to ``node``, ``[B * H, S, D]``, or ``node`` itself."""
+    if node.target not in _RESHAPES or _rank(node) != 3 or _rank(node.args[0]) != 4:
+        return node
+    shape, base_shape = node.meta["val"].shape, node.args[0].meta["val"].shape
+    same = (statically_known_true(a == b) for a, b in zip(shape[1:], base_shape[2:], strict=True))
+    return node.args[0] if all(same) else node
 
 
 def strip_repeat_kv(node: Node) -> Node:
@@ -63,7 +110,7 @@ def strip_repeat_kv(node: Node) -> Node:
     """
     if node.target is aten.repeat_interleave.self_int:
         return node.args[0] if arguments(node)["dim"] in (1, -3) and _rank(node) == 4 else node
-    expanded = _operand(node, aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+    expanded = _operand(node, *_RESHAPES)
     if expanded is not None and expanded.target is aten.clone.default:
         expanded = expanded.args[0]
     unsqueezed = _operand(expanded, aten.expand.default)
@@ -82,49 +129,114 @@ def strip_repeat_kv(node: Node) -> Node:
 def _match_sdpa(node: Node) -> Attention | None:
     a = arguments(node)
     scale = _number(a["scale"]) if a["scale"] is not None else _default_scale(a["query"])
-    if scale is None:
+    if scale is None or (a["attn_mask"] is not None and _rank(a["attn_mask"]) != 4):
         return None
-    return Attention(node, "sdpa", a["query"], a["key"], a["value"], a["attn_mask"], a["is_causal"], scale)
+    biases = () if a["attn_mask"] is None else (Bias(a["attn_mask"]),)
+    return Attention(node, "sdpa", a["query"], a["key"], a["value"], scale, biases, a["is_causal"])
 
 
 def _match_eager(node: Node) -> Attention | None:
     weights, value = node.args
-    while weights.target in (aten.dropout.default, aten.to.dtype, aten._to_copy.default):
+    dropped = False
+    while weights.target in (aten.dropout.default, aten.slice.Tensor, *_CASTS, *_RESHAPES):
+        if weights.target is aten.slice.Tensor:
+            if dropped or not _drops_last(weights):
+                return None
+            dropped = True
         weights = weights.args[0]
-    if weights.target not in (aten.softmax.int, aten._softmax.default) or weights.args[1] not in (-1, 3):
+    last = _rank(weights) - 1
+    if weights.target not in (aten.softmax.int, aten._softmax.default) or weights.args[1] not in (-1, last):
         return None
-    scores, attn_mask = weights.args[0], None
-    matched = _match_scores(scores)
-    if matched is None and scores.target is aten.add.Tensor and not scores.kwargs:
-        for candidate, other in (scores.args, scores.args[::-1]):
-            if isinstance(candidate, Node) and isinstance(other, Node):
-                matched = _match_scores(candidate)
-                attn_mask = other
-                if matched is not None:
-                    break
-    if matched is None:
-        return None
-    query, key, scale, softcap = matched
-    form = "eager" if softcap is None else "eager, softcap"
-    return Attention(node, form, query, key, value, attn_mask, False, scale, softcap)
-
-
-def _match_scores(node: Node) -> tuple[Node, Node, float, float | None] | None:
-    """``cap * tanh(scale * query @ key^T / cap)``, with scale and cap each optional."""
-    softcap = None
-    inner, cap = _times_number(node)
-    if inner.target is aten.tanh.default:
-        divided, divisor = _times_number(inner.args[0])
-        if abs(cap * divisor - 1.0) > 1e-9:
+    scores, sinks = weights.args[0], None
+    if dropped:
+        scores, sinks = _split_sinks(_strip_shift(scores))
+        if sinks is None:
             return None
-        softcap, node = cap, divided
-    product, scale = _times_number(node)
-    if product.target is not aten.matmul.default:
+    found = _match_scores(scores)
+    if found is None or found.merged != (node.target is aten.bmm.default):
         return None
-    query, transposed = product.args
-    if transposed.target is not aten.transpose.int or {d % 4 for d in transposed.args[1:]} != {2, 3}:
+    form = "eager" + (", softcap" if found.softcap is not None else "") + (", sinks" if sinks is not None else "")
+    return replace(found, node=node, form=form, value=value, sinks=sinks)
+
+
+def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
+    """``factor * node`` as the scores of an attention whose value is not known yet."""
+    inner, number = _times_number(node)
+    if inner is not node:
+        return _match_scores(inner, factor * number)
+    target, args = node.target, node.args
+    if target in (*_CASTS, *_RESHAPES):
+        return _match_scores(args[0], factor)
+    if target is aten.add.Tensor and not node.kwargs:
+        for inner, bias in (args, args[::-1]):
+            if isinstance(inner, Node) and isinstance(bias, Node) and (found := _match_scores(inner, factor)):
+                return replace(found, biases=(*found.biases, Bias(bias, factor)))
         return None
-    return query, transposed.args[0], scale, softcap
+    if target in (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        keeps = target in (aten.where.self, aten.where.ScalarOther)
+        (condition, inner) = args[:2] if keeps else args[1::-1]
+        filler = _number(args[2])
+        if filler is None or filler * factor > _MASKED or not isinstance(inner, Node):
+            return None
+        found = _match_scores(inner, factor)
+        return found and replace(found, biases=(*found.biases, Bias(condition, filler=filler, fills=not keeps)))
+    if target is aten.tanh.default:
+        found = _match_scores(args[0])
+        if found is None or found.biases or found.softcap is not None or factor <= 0:
+            return None
+        return replace(found, scale=found.scale * factor, softcap=factor)
+    return _match_product(node, factor)
+
+
+def _match_product(node: Node, factor: float) -> Attention | None:
+    """``query @ key^T``, or ``beta * bias + alpha * query @ key^T``."""
+    biases: tuple[Bias, ...] = ()
+    merged = node.target is not aten.matmul.default
+    if node.target is aten.baddbmm.default:
+        a = arguments(node)
+        alpha, beta = _number(a["alpha"]), _number(a["beta"])
+        if alpha is None or beta is None:
+            return None
+        biases = (Bias(a["self"], beta * factor, merged=True),) if beta else ()
+        query, transposed, factor = a["batch1"], a["batch2"], alpha * factor
+    elif node.target in (aten.matmul.default, aten.bmm.default):
+        query, transposed = node.args
+    else:
+        return None
+    rank = _rank(transposed)
+    if transposed.target is not aten.transpose.int or {d % rank for d in transposed.args[1:]} != {rank - 2, rank - 1}:
+        return None
+    key = transposed.args[0]
+    return Attention(node, "eager", query, key, key, factor, biases, merged=merged)
+
+
+def _split_sinks(node: Node) -> tuple[Node, Node | None]:
+    """``cat([scores, sinks], -1)``, with one sink for each head, as the scores and the sinks ``[heads]``."""
+    if node.target is not aten.cat.default or len(node.args[0]) != 2 or node.args[1:] not in ((-1,), (3,)):
+        return node, None
+    scores, sinks = node.args[0]
+    while sinks.target in (aten.expand.default, aten.unsqueeze.default, *_CASTS, *_RESHAPES):
+        sinks = sinks.args[0]
+    heads = scores.meta["val"].shape[1] if _rank(scores) == 4 else None
+    of_each_head = _rank(sinks) == 1 and statically_known_true(sinks.meta["val"].shape[0] == heads)
+    return scores, sinks if of_each_head else None
+
+
+def _strip_shift(node: Node) -> Node:
+    """``x`` where ``node`` is ``x - max(x)``, which softmax does not notice."""
+    if node.target is not aten.sub.Tensor or node.kwargs or not isinstance(node.args[1], Node):
+        return node
+    inner, largest = node.args
+    if largest.target is operator.getitem and largest.args[1] == 0:
+        largest = largest.args[0]
+    own = largest.target in (aten.max.dim, aten.amax.default) and largest.args[0] is inner
+    return inner if own and largest.args[1] in (-1, [-1]) and largest.args[2:] == (True,) else node
+
+
+def _drops_last(node: Node) -> bool:
+    """Whether a slice takes all but the last column: ``x[..., :-1]``."""
+    a = arguments(node)
+    return (a["dim"] % _rank(node), a["start"] or 0, a["end"], a["step"]) == (_rank(node) - 1, 0, -1, 1)
 
 
 def _times_number(node: Node) -> tuple[Node, float]:
@@ -137,6 +249,12 @@ def _times_number(node: Node) -> tuple[Node, float]:
 def _number(value: Any) -> float | None:
     """A plain number; a symbolic one (``dynamic=True``) is taken as the constant that it is, with a guard."""
     if isinstance(value, Node):
+        constant = value
+        while constant.target in (aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default):
+            constant = constant.args[0]
+        if constant.op == "get_attr":  # torch.tensor(number)
+            value = getattr(constant.graph.owning_module, constant.target)
+            return float(value) if value.numel() == 1 else None
         value = value.meta.get("val")
     return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
 

@@ -8,21 +8,31 @@
     output = scaled_dot_product_attention(query, keys, values, mask)
 
 The attention may be fused or spelled out (`icw_compile.passes.attention`). ``repeat_kv`` in front of it, which
-``propagate`` has carried to the parts, is dropped: ``icw_int8kv::attention`` shares a head among its group. The result
-is the same up to the order of floating-point operations.
+``propagate`` has carried to the parts, is dropped: ``icw_int8kv::attention`` shares a head among its group. All masks
+and biases become one tensor. The result is the same up to the order of floating-point operations.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from icw_compile.passes.attention import match_attention, strip_repeat_kv
+from icw_compile.passes.attention import (
+    Attention,
+    Bias,
+    match_attention,
+    strip_casts,
+    strip_merge,
+    strip_repeat_kv,
+)
 from icw_compile.passes.graph import SITE, KVGraph, is_mutation
 
 __all__ = ["fuse_reads"]
 
 aten = torch.ops.aten
-_dequantize = torch.ops.icw_int8kv.dequantize_per_head.default
+_ops = torch.ops.icw_int8kv
+_dequantize = _ops.dequantize_per_head.default
 
 
 def fuse_reads(graph: KVGraph) -> int:
@@ -30,29 +40,61 @@ def fuse_reads(graph: KVGraph) -> int:
     matches = 0
     for node in list(graph.graph.nodes):
         found = match_attention(node)
-        if found is None or found.key.target is not _dequantize or found.value.target is not _dequantize:
+        if found is None:
             continue
-        repeated = [*found.key.args[:2], *found.value.args[:2]]
-        parts = [strip_repeat_kv(part) for part in repeated]
+        stored = [strip_casts(operand) for operand in (found.key, found.value)]
+        if any(operand.target is not _dequantize for operand in stored):
+            continue
+        repeated = [part for operand in stored for part in operand.args[:2]]
+        unmerged = [strip_merge(part) for part in repeated]
+        parts = [strip_repeat_kv(part) for part in unmerged]
+        if any(graph.tensor(part).dim() != 4 for part in parts):
+            continue
         if any(copy is not part and _written_between(part, copy, node) for part, copy in zip(parts, repeated)):
             continue
-        form = found.form + (" + repeat_kv" if parts[0] is not repeated[0] else "")
         with graph.before(node):
-            fused = graph.call(
-                torch.ops.icw_int8kv.attention.default,
-                found.query,
-                *parts,
-                found.attn_mask,
-                found.is_causal,
-                found.scale,
-                found.softcap,
-            )
-        fused.meta[SITE] = tuple(operand.meta[SITE] for operand in (found.key, found.value))
-        for site in fused.meta[SITE]:
-            site.reads.append(form)
-        node.replace_all_uses_with(_in_layout_of(graph, node, fused))
+            fused = _fuse(graph, found, parts, heads=graph.tensor(unmerged[0]).shape[1])
+        form = found.form + (" + repeat_kv" if unmerged[0] is not parts[0] else "")
+        for operand in stored:
+            operand.meta[SITE].reads.append(form)
+        node.replace_all_uses_with(fused)
         matches += 1
     return matches
+
+
+def _fuse(graph: KVGraph, found: Attention, parts: Sequence[Node], heads: int) -> Node:
+    """``found`` in one operation, in the shape, the dtype and the memory layout of what it replaces.
+
+    ``heads`` are those of keys and values where they meet the query.
+    """
+    query = graph.call(aten.unflatten.int, found.query, 0, [-1, heads]) if found.merged else found.query
+    sinks = () if found.sinks is None else (found.sinks,)
+    mask = _one_mask(graph, found.biases, heads)
+    fused = graph.call(_ops.attention.default, query, *parts, mask, found.is_causal, found.scale, found.softcap, *sinks)
+    fused.meta[SITE] = tuple(strip_casts(operand).meta[SITE] for operand in (found.key, found.value))
+    dtype = found.node.meta["val"].dtype
+    result = fused if graph.tensor(fused).dtype == dtype else graph.call(aten.to.dtype, fused, dtype)
+    if found.merged:
+        return graph.call(aten.flatten.using_ints, result, 0, 1)
+    return _in_layout_of(graph, found.node, result)
+
+
+def _one_mask(graph: KVGraph, biases: Sequence[Bias], heads: int) -> Node | None:
+    """All that is added to the scores, in one tensor of four dimensions."""
+    total = None
+    for bias in biases:
+        node = bias.node
+        if bias.filler is not None:
+            filled = (bias.filler, 0.0) if bias.fills else (0.0, bias.filler)
+            node = graph.call(aten.where.Scalar, node, *filled)
+        elif bias.factor != 1.0:
+            node = graph.call(aten.mul.Tensor, node, bias.factor)
+        if bias.merged:
+            node = graph.call(aten.unflatten.int, node, 0, [-1, heads])
+        while graph.tensor(node).dim() < 4:
+            node = graph.call(aten.unsqueeze.default, node, 0)
+        total = node if total is None else graph.call(aten.add.Tensor, total, node)
+    return total
 
 
 def _in_layout_of(graph: KVGraph, node: Node, fused: Node) -> Node:
@@ -63,9 +105,8 @@ def _in_layout_of(graph: KVGraph, node: Node, fused: Node) -> Node:
     expected, given = node.meta["val"], fused.meta["val"]
     if statically_known_true(given.shape[2] == 1) or not expected.transpose(1, 2).is_contiguous():
         return fused
-    with graph.before(node):
-        swapped = graph.call(aten.transpose.int, fused, 1, 2)
-        return graph.call(aten.transpose.int, graph.call(aten.contiguous.default, swapped), 1, 2)
+    swapped = graph.call(aten.transpose.int, fused, 1, 2)
+    return graph.call(aten.transpose.int, graph.call(aten.contiguous.default, swapped), 1, 2)
 
 
 def _written_between(part: Node, copy: Node, reader: Node) -> bool:

@@ -25,7 +25,7 @@ def query(length: int = 1) -> Tensor:
 
 def trace(function: Callable[..., Any], *inputs: Tensor, quantized: Sequence[int] = ()) -> KVGraph:
     """The graph of ``function``; the inputs at the positions in ``quantized`` stand for `QuantizedKV` tensors."""
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants of the function
     fakes = [mode.from_tensor(x) for x in inputs]
     with mode, torch.no_grad():
         module = make_fx(function, pre_dispatch=True)(*fakes)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -22,10 +23,10 @@ from transformers import (
 
 import icw_compile
 from icw_compile.families import FAMILIES
+from icw_compile.tiny import VOCABULARY, tiny_causal_lm
 
 #: Run the rewritten graph as it is, with nothing in it but what Inductor could compile.
 EAGER = {"icw.compiler": "eager", "icw.attention": "inductor"}
-VOCABULARY = 97
 WINDOW = 16
 
 _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
@@ -42,13 +43,19 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {}),
 }
+#: Families beyond the first ones: most of their tests are slow ones.
+LATER = tuple(name for name in FAMILIES if name not in _CONFIGS)
 #: Every tiny model: each family, and Mistral once more without its window.
-MODELS = tuple(_CONFIGS)
+MODELS = (*_CONFIGS, *LATER)
 #: Those whose layers slide.
-SLIDING = ("mistral", "gemma2", "gemma3_text")
+SLIDING = ("mistral", "gemma2", "gemma3_text", "mixtral", "cohere2", "gpt_oss")
 #: (model, attn_implementation) for every form that transformers offers.
 MODEL_ATTENTIONS = [
     (name, attention) for name in MODELS for attention in FAMILIES[name.removesuffix("-full")].attentions
+]
+#: The same as parameters of a test, the later families marked slow.
+SOME_MODEL_ATTENTIONS = [
+    pytest.param(*pair, marks=pytest.mark.slow if pair[0] in LATER else ()) for pair in MODEL_ATTENTIONS
 ]
 
 
@@ -62,6 +69,13 @@ def tiny_model(
     **overrides: Any,
 ) -> PreTrainedModel:
     """A two-layer model of the family's real architecture with random weights and 4 query heads."""
+    if name in LATER:
+        sizes = {"hidden_size": 4 * head_dim, "eos_token_id": None}
+        if name in SLIDING:
+            sizes["sliding_window"] = WINDOW
+        if name != "bloom":
+            sizes["head_dim"] = head_dim
+        return tiny_causal_lm(name, attention=attention, **{**sizes, **overrides}).to(dtype)
     config_class, family = _CONFIGS[name]
     sizes = {
         "hidden_size": 4 * head_dim,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import EAGER, MODEL_ATTENTIONS, compiled, graphs, relative_distance, run, tiny_model, tokens
+from support import EAGER, SOME_MODEL_ATTENTIONS, compiled, graphs, relative_distance, run, tiny_model, tokens
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, StaticCache
 from transformers.generation import CompileConfig
@@ -24,7 +24,7 @@ def filled(model: PreTrainedModel, length: int, max_cache_len: int) -> tuple[Sta
     return stock, reference, logits
 
 
-@pytest.mark.parametrize(("name", "attention"), MODEL_ATTENTIONS)
+@pytest.mark.parametrize(("name", "attention"), SOME_MODEL_ATTENTIONS)
 def test_static_cache_from_an_eager_prefill(name: str, attention: str) -> None:
     model = tiny_model(name, attention=attention)
     cache, reference, _ = filled(model, 12, 40)

@@ -20,6 +20,8 @@ from icw_compile.reference import quantize_dequantize
 from icw_compile.tensor import QuantizedKV
 
 SCALE = 0.3
+SINKS = torch.linspace(-1.0, 3.0, QUERY_HEADS)
+ALIBI = torch.linspace(-2.0, 1.0, QUERY_HEADS * TOKENS).view(QUERY_HEADS, 1, TOKENS)
 
 
 def repeat_kv(x: Tensor) -> Tensor:
@@ -75,6 +77,36 @@ def eager_divided(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.matmul(softmax(scores, dim=-1), repeat_kv(v))
 
 
+def eager_filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """GPT-Neo, MPT: a position bias, then numbers where a boolean mask says so."""
+    scores = torch.matmul(q, repeat_kv(k).transpose(-1, -2)) + ALIBI
+    scores = scores.masked_fill(~mask, torch.finfo(q.dtype).min)
+    return torch.matmul(softmax(torch.where(mask, scores, torch.tensor(-1e9)).float(), dim=-1), repeat_kv(v))
+
+
+def eager_late_scale(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """CodeGen: the mask is scaled as well."""
+    scores = (torch.matmul(q.float(), repeat_kv(k).float().transpose(-1, -2)) + mask) / 4.0
+    return torch.matmul(softmax(scores, dim=-1).to(v.dtype), repeat_kv(v))
+
+
+def eager_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """GPT-OSS: a learned column beside the scores."""
+    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3)) * SCALE + mask
+    scores = torch.cat([scores, SINKS.reshape(1, -1, 1, 1).expand(BATCH, -1, q.shape[2], -1)], dim=-1)
+    weights = softmax(scores - scores.max(dim=-1, keepdim=True).values, dim=-1)[..., :-1]
+    return torch.matmul(dropout(weights, 0.0, False), repeat_kv(v))
+
+
+def eager_merged(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """BLOOM: ALiBi, heads and batch in one dimension."""
+    q, k, v = (x.reshape(BATCH * QUERY_HEADS, -1, HEAD_DIM) for x in (q, repeat_kv(k), repeat_kv(v)))
+    alibi = ALIBI.repeat(BATCH, 1, 1)
+    scores = alibi.baddbmm(q, k.transpose(-1, -2), beta=2.0, alpha=SCALE)
+    weights = softmax(scores.view(BATCH, QUERY_HEADS, -1, TOKENS) + mask, dim=-1, dtype=torch.float32)
+    return torch.bmm(weights.view(BATCH * QUERY_HEADS, -1, TOKENS), v).view(BATCH, QUERY_HEADS, -1, HEAD_DIM)
+
+
 def rewritten(function: Callable[..., Any], *inputs: Tensor) -> KVGraph:
     graph = trace(function, *inputs, quantized=[1, 2])
     run_passes(graph, PASSES)
@@ -95,6 +127,10 @@ def rewritten(function: Callable[..., Any], *inputs: Tensor) -> KVGraph:
         (eager_masked, additive_mask),
         (eager_softcap, additive_mask),
         (eager_divided, additive_mask),
+        (eager_filled, boolean_mask),
+        (eager_late_scale, additive_mask),
+        (eager_sinks, additive_mask),
+        (eager_merged, additive_mask),
     ],
 )
 def test_every_form_is_fused(function: Callable[..., Any], mask: Callable[[int], Tensor] | None, length: int) -> None:
@@ -105,9 +141,10 @@ def test_every_form_is_fused(function: Callable[..., Any], mask: Callable[[int],
     assert found.get("attention_decode" if length == 1 else "attention_prefill") == 1
     assert not found.keys() & {
         "matmul",
+        "bmm",
+        "baddbmm",
         "softmax",
         "scaled_dot_product_attention",
-        "expand",
         "dequantize_per_head",
     }
     (actual,) = run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v), *extra)
@@ -144,13 +181,34 @@ def other_norm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(torch.sigmoid(torch.matmul(q, repeat_kv(k).transpose(2, 3))), repeat_kv(v))
 
 
-def sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """GPT-OSS: a learned column beside the scores."""
-    scores = torch.cat([torch.matmul(q, repeat_kv(k).transpose(2, 3)), torch.ones(BATCH, QUERY_HEADS, 1, 1)], dim=-1)
+def sinks_kept(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A column beside the scores whose weight is not dropped: attention over one more value."""
+    scores = torch.cat(
+        [torch.matmul(q, repeat_kv(k).transpose(2, 3)), SINKS.view(1, -1, 1, 1).expand(BATCH, -1, -1, -1)], dim=-1
+    )
+    return torch.matmul(softmax(scores, dim=-1), torch.cat([repeat_kv(v), torch.ones(1, 1, 1, 1).expand(*q.shape)], 2))
+
+
+def sink_per_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    sinks = torch.randn(BATCH, QUERY_HEADS, 1, 1, generator=torch.Generator().manual_seed(0))
+    scores = torch.cat([torch.matmul(q, repeat_kv(k).transpose(2, 3)), sinks], dim=-1)
     return torch.matmul(softmax(scores, dim=-1)[..., :-1], repeat_kv(v))
 
 
-@pytest.mark.parametrize("function", [other_norm, sink])
+def filled_with_little(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is masked still counts: its own score does not."""
+    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3)).masked_fill(~boolean_mask(1), -3.0)
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v))
+
+
+def bias_inside_the_softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.tanh((torch.matmul(q, repeat_kv(k).transpose(2, 3)) + ALIBI.view(1, -1, 1, TOKENS)) / 2.0) * 2.0
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v))
+
+
+@pytest.mark.parametrize(
+    "function", [other_norm, sinks_kept, sink_per_sequence, filled_with_little, bias_inside_the_softcap]
+)
 def test_what_is_not_recognised_stays_right_and_is_named(function: Callable[..., Any]) -> None:
     q, k, v = query(), kv(), kv()
     graph = rewritten(function, q, k, v)

@@ -14,11 +14,11 @@ value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, engin
     mask takes out (``False``, or minus infinity) contributes nothing even if its scale is not finite: its rows may
     never be read. A row of an additive mask that has values above -1e29 treats those below -1e30 (``finfo.min``) as
     minus infinity. And a row that reads any non-finite scale is NaN in every channel.
-    ``query`` is bfloat16, float16 or float32; scales and sinks are of any floating dtype; ``attn_mask`` is ``None``, boolean
-    or of any floating dtype, 4-dimensional, and broadcasts to ``[B, Hq, T, S]``. Any strides will do, except that the
-    channels of the int8 tensors are contiguous. The result is contiguous, in the query's dtype. Raises RuntimeError for
-    shapes and dtypes that do not fit. ``engine`` caps the instructions that are used, for tests: 0 plain C++, 1
-    AVX-512 VNNI, 2 AMX, -1 the best there is.
+    ``query`` is bfloat16, float16 or float32; scales and sinks are of any floating dtype; ``attn_mask`` is ``None``,
+    boolean or of any floating dtype, 4-dimensional, and broadcasts to ``[B, Hq, T, S]``. Any strides will do, except
+    that the channels of the int8 tensors are contiguous. The result is contiguous, in the query's dtype. Raises
+    RuntimeError for shapes and dtypes that do not fit. ``engine`` caps the instructions that are used, for tests: 0
+    plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
 """
 
 import functools
