@@ -74,6 +74,7 @@ def icw_int8kv(
             report.kernel_seconds += time.perf_counter() - asked
 
     graph.find_kernel = timed_find_kernel
+    graph.equalized = ours.equalized
     report.family, report.expected_sites = _family(graph)
     dropout = next(filter(_drops_out, graph.graph.nodes), None)
     captured = time.perf_counter()

@@ -27,6 +27,7 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
     at = {name: position for position, name in enumerate(graph.input_names)}
     taken = [(at[name], each, at.get(each.rows)) for name, each in graph.inputs.items()]
     adopted = [position for position, each, _ in taken if each.adopted]
+    equalized = {position for position, each, _ in taken if len(each.parts) == 3}
     outputs = [(each.positions, each.dtype, at.get(each.input)) for each in graph.outputs]
     plain_outputs = all(output.dtype is None for output in graph.outputs)
 
@@ -35,20 +36,21 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
         if adopted:
             owners = find_owners(args[position] for position in adopted)
             for position in adopted:
-                inputs[position] = adopt(args[position], owners.get(id(args[position])))
+                inputs[position] = adopt(args[position], owners.get(id(args[position])), equalize=position in equalized)
         grown = {}
         for position, each, rows_at in taken:
             tensor = inputs[position]
             if each.spare is not None:
                 length = tensor.shape[2]
                 tensor = grown[position] = tensor.reserve(each.rows if rows_at is None else args[rows_at])
-                inputs += (tensor.scale, tensor.spare_rows)
+                inputs += tensor.parts[1:]
+                inputs.append(tensor.spare_rows)
                 if each.length is not None:
                     inputs.append(length)
             else:
                 if each.written:
                     tensor.separate()
-                inputs.append(tensor.scale)
+                inputs += tensor.parts[1:]
             inputs[position] = tensor.qdata
         returned = compiled(*inputs)
         if plain_outputs:
@@ -66,7 +68,7 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
 
 
 def _wrap(parts: Sequence[Tensor], dtype: torch.dtype) -> QuantizedKV:
-    qdata, scale = parts
+    qdata, scale, *shift = parts
     if qdata.is_contiguous() and scale.is_contiguous() and qdata.dim() == 4:
-        return QuantizedKV.growing(qdata, scale, dtype)
-    return QuantizedKV(qdata, scale, dtype)
+        return QuantizedKV.growing(qdata, scale, dtype, *shift)
+    return QuantizedKV(qdata, scale, dtype, *shift)

@@ -17,6 +17,8 @@ def static_cache(
     max_cache_len: int,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    *,
+    equalize: bool = True,
 ) -> StaticCache:
     """A transformers `StaticCache` whose layers already hold int8 zeros.
 
@@ -29,6 +31,7 @@ def static_cache(
         max_cache_len: tokens that a full-attention layer holds; a sliding layer holds at most its window.
         dtype: the dtype of the model: float32, bfloat16 or float16. Taken from the model or configuration if left out.
         device: where to put it. Taken from the model if left out, else the CPU.
+        equalize: shift outlier channels; see `QuantizedKV`.
 
     Raises:
         TypeError: the dtype is not one of the three.
@@ -50,18 +53,20 @@ def static_cache(
             raise ValueError(
                 f"layer {i} of {config.model_type} keeps a {type(layer).__name__}, which is no key/value cache"
             )
-        _initialize(layer, (batch_size, heads, 0, head_dim), dtype, torch.device(device or "cpu"))
+        _initialize(layer, (batch_size, heads, 0, head_dim), dtype, torch.device(device or "cpu"), equalize)
     return cache
 
 
-def _initialize(layer: StaticLayer, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def _initialize(
+    layer: StaticLayer, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, equalize: bool
+) -> None:
     """Let transformers set up the layer, with `QuantizedKV` in place of the float tensors that it makes."""
     no_states = torch.empty(shape, dtype=dtype, device=device)
     layer.lazy_initialization(no_states, no_states)
     for name in ("keys", "values"):
         size = getattr(layer, name).shape
         setattr(layer, name, None)  # frees the float tensor before its replacement is made
-        setattr(layer, name, QuantizedKV.zeros(size, dtype, device))
+        setattr(layer, name, QuantizedKV.zeros(size, dtype, device, equalize=equalize))
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -68,7 +68,8 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         new.meta["source_name"] = source_name(old)
         if isinstance(example, QuantizedKV):
             with fake_mode:
-                quantized[new] = Quantized(_fresh(example.qdata), _fresh(example.scale), example.dtype)
+                qdata, scale, *shift = map(_fresh, example.parts)
+                quantized[new] = Quantized(qdata, scale, example.dtype, *shift)
     module.recompile()
     return KVGraph(module, fake_mode, quantized, _sliding_layers(context), adoptable)
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from icw_compile.binding import bind
 from icw_compile.capture import capture
 from icw_compile.kernels import find_kernel
+from icw_compile.options import Options
 from icw_compile.passes import PASSES, PassResult, Site, Skipped, run_passes
 
 __all__ = ["ExplainedGraph", "Explanation", "explain"]
@@ -63,6 +64,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     def backend(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = capture(dynamo_graph)
         graph.find_kernel = find_kernel
+        graph.equalized = Options().equalized
         captured = graph.readable()
         results = run_passes(graph, PASSES, keep_text=True)
         graphs.append(ExplainedGraph(captured, tuple(results), tuple(graph.sites), tuple(graph.skipped)))

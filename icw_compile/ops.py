@@ -7,11 +7,21 @@ into the cache stay in place.
 Shapes, in the letters used below: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query tokens, ``S``
 cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 
-``quantize_per_head(x[..., D], scale_dtype) -> (qdata int8[..., D], scale[..., 1])``
+``quantize_per_head(x[..., D], scale_dtype, shift=None) -> (qdata int8[..., D], scale[..., 1])``
     Symmetric, one scale per row: ``scale = amax(|x|) / 127``, ``qdata = round(x / scale)`` in ``[-127, 127]``, where
     the division is by the scale *as stored*. A zero row has scale 0; a row with a NaN or an infinity has a
-    non-finite scale and reads back as non-finite in every channel.
-``dequantize_per_head(qdata[..., D], scale[..., 1], dtype) -> [..., D]``
+    non-finite scale and reads back as non-finite in every channel. With ``shift``, which broadcasts to ``x``, the
+    channels are divided by ``2 ** shift`` first.
+``dequantize_per_head(qdata[..., D], scale[..., 1], dtype, shift=None) -> [..., D]``
+    The reverse.
+``channel_shift(x[..., T, D]) -> int8[..., 1, D]``
+    The shifts that bring outlier channels down to the others: 0 for a channel whose root mean square over the tokens
+    is less than three times that of the median channel, else the exponent of the largest power of two in their ratio,
+    at most 7. Rows count relative to their largest value, as each has a scale of its own; rows of zeros and rows that
+    are not finite do not count. A power of two costs no accuracy where the cache is read.
+``scale_channels(x[..., D], shift) -> [..., D]``
+    ``x * 2 ** shift``, in the dtype of ``x``: what makes up for shifted keys in the query, and for shifted values in
+    the output.
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
 value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None) -> [B, Hq, T, Dv]``
     Softmax attention over a quantized cache; grouped heads are never expanded. ``attn_mask`` is boolean (``True``
@@ -33,10 +43,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ATTENTION_ARGUMENTS", "QMAX", "attention", "dequantize_per_head", "quantize_per_head", "scale_dtype_for"]
+__all__ = [
+    "ATTENTION_ARGUMENTS",
+    "QMAX",
+    "attention",
+    "channel_shift",
+    "dequantize_per_head",
+    "quantize_per_head",
+    "scale_channels",
+    "scale_dtype_for",
+]
 
 #: Largest magnitude of a quantized value. -128 is left out, so that the range is symmetric.
 QMAX = 127
+
+#: A channel is an outlier from this multiple of the median channel's root mean square on.
+OUTLIER = 3.0
+#: Largest exponent of `channel_shift`: a float16 query may be multiplied by 2 ** MAX_SHIFT.
+MAX_SHIFT = 7
 
 #: The dtypes of keys and values that can be quantized, and the dtype in which the scales of each are stored.
 SCALE_DTYPES: dict[torch.dtype, torch.dtype] = {
@@ -68,8 +92,10 @@ def scale_dtype_for(dtype: torch.dtype) -> torch.dtype:
         ) from None
 
 
-def quantize_per_head(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_per_head(x: Tensor, scale_dtype: torch.dtype, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
     values = x.float()
+    if shift is not None:
+        values = values * torch.exp2(-shift.float())
     amax = values.abs().amax(dim=-1, keepdim=True)
     if x.dtype == torch.float16:
         # A scale that was rounded up to bfloat16 must not carry 127 * scale over float16's largest number.
@@ -82,8 +108,29 @@ def quantize_per_head(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tens
     return torch.where(stored.isfinite(), rounded, 0.0).to(torch.int8), scale
 
 
-def dequantize_per_head(qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (qdata.float() * scale.float()).to(dtype)
+def dequantize_per_head(qdata: Tensor, scale: Tensor, dtype: torch.dtype, shift: Tensor | None = None) -> Tensor:
+    values = qdata.float() * scale.float()
+    if shift is not None:
+        values = values * torch.exp2(shift.float())
+    return values.to(dtype)
+
+
+def channel_shift(x: Tensor) -> Tensor:
+    if x.shape[-2] <= 1:  # one token says nothing about the next
+        return torch.zeros_like(x[..., :1, :], dtype=torch.int8)
+    values = x.float()
+    largest = values.abs().amax(dim=-1, keepdim=True)
+    counts = largest.isfinite() & (largest > 0)
+    relative = torch.where(counts, values / torch.where(counts, largest, 1.0), 0.0)
+    mean_square = relative.square().mean(dim=-2, keepdim=True)
+    middle = mean_square.median(dim=-1, keepdim=True).values
+    ratio = (mean_square / torch.where(middle > 0, middle, 1.0)).sqrt()
+    exponent = torch.log2(ratio.clamp(1.0, 2.0**MAX_SHIFT)).floor()
+    return torch.where((ratio >= OUTLIER) & (middle > 0), exponent, 0.0).to(torch.int8)
+
+
+def scale_channels(x: Tensor, shift: Tensor) -> Tensor:
+    return (x.float() * torch.exp2(shift.float())).to(x.dtype)
 
 
 def attention(
@@ -225,13 +272,15 @@ def _register() -> None:
     attention_schema = f"({ATTENTION_ARGUMENTS}) -> Tensor"
     schemas: dict[str, tuple[str, Callable[..., Any]]] = {
         "quantize_per_head": (
-            "(Tensor x, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)",
+            "(Tensor x, ScalarType scale_dtype, Tensor? shift=None) -> (Tensor qdata, Tensor scale)",
             quantize_per_head,
         ),
         "dequantize_per_head": (
-            "(Tensor qdata, Tensor scale, ScalarType dtype) -> Tensor",
+            "(Tensor qdata, Tensor scale, ScalarType dtype, Tensor? shift=None) -> Tensor",
             dequantize_per_head,
         ),
+        "channel_shift": ("(Tensor x) -> Tensor", channel_shift),
+        "scale_channels": ("(Tensor x, Tensor shift) -> Tensor", scale_channels),
         "attention": (attention_schema, attention),
         "attention_decode": (attention_schema, _attention_decode),
         "attention_prefill": (attention_schema, _attention_prefill),

@@ -18,6 +18,9 @@ class Options:
         attention: how attention over int8 is computed where there are few query tokens: ``"auto"`` takes the kernel for
             the device if there is one and Inductor otherwise, ``"inductor"`` no kernel, ``"cpu"`` the CPU kernel or an
             error.
+        keys, values: whether outlier channels of the keys, or of the values, are divided by a power of two before they
+            are quantized (``"equalized"``) or not (``"plain"``); ``"auto"`` is ``"equalized"``. For caches that the
+            compiled code makes int8; one that was made beforehand stays as it is.
         strict: raise `icw_compile.UnquantizedCacheError` where a cache-like float buffer stays float, instead of
             warning about it.
         mode: Inductor's ``mode``, for use beside other options (``torch.compile`` refuses ``mode=`` with
@@ -26,8 +29,16 @@ class Options:
 
     compiler: Literal["inductor", "eager"] = "inductor"
     attention: Literal["auto", "inductor", "cpu"] = "auto"
+    keys: Literal["auto", "equalized", "plain"] = "auto"
+    values: Literal["auto", "equalized", "plain"] = "auto"
     strict: bool = False
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+
+    @property
+    def equalized(self) -> frozenset[Literal["key", "value"]]:
+        """The roles of storage of which outlier channels are shifted."""
+        plain = {"key": self.keys == "plain", "value": self.values == "plain"}
+        return frozenset(role for role in ("key", "value") if not plain[role])
 
 
 def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Options, dict[str, Any]]:

@@ -4,7 +4,7 @@ Independent of the rest of the package on purpose: plain torch and transformers'
 ours. The tests, the sweep over model types and anyone who doubts a number compare with it.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,37 +12,76 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
-__all__ = ["dynamic_reference_cache", "quantize_dequantize", "reference_cache", "store_quantized"]
+__all__ = ["channel_shift", "dynamic_reference_cache", "quantize_dequantize", "reference_cache", "store_quantized"]
 
 _NAMES = ("keys", "values")
 
 
-def quantize_dequantize(x: Tensor) -> Tensor:
+def channel_shift(x: Tensor) -> Tensor:
+    """The exponents of the powers of two by which the cache divides the channels of ``x[..., tokens, head_dim]``."""
+    if x.shape[-2] < 2:
+        return torch.zeros(*x.shape[:-2], 1, x.shape[-1])
+    largest = x.float().abs().max(dim=-1, keepdim=True).values
+    relative = x.float() / torch.where(largest > 0, largest, torch.ones_like(largest))
+    size = relative.pow(2).mean(dim=-2, keepdim=True)
+    ratio = (size / size.median(dim=-1, keepdim=True).values.clamp(min=1e-38)).sqrt()
+    return torch.where(ratio >= 3, torch.log2(ratio.clamp(1.0, 128.0)).floor(), torch.zeros_like(ratio))
+
+
+def quantize_dequantize(x: Tensor, shift: Tensor | None = None) -> Tensor:
     """What the cache stores of ``x``: int8 with a scale for each row of the last dimension. No operation of ours."""
+    factor = 1.0 if shift is None else 2.0**shift
+    rows = x.float() / factor
     scale_dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
-    scale = (x.float().abs().max(dim=-1, keepdim=True).values / 127.0).to(scale_dtype).float()
-    steps = torch.round(x.float() / torch.where(scale > 0, scale, torch.ones_like(scale))).clamp(-127.0, 127.0)
-    return (steps * scale).to(x.dtype)
+    scale = (rows.abs().max(dim=-1, keepdim=True).values / 127.0).to(scale_dtype).float()
+    steps = torch.round(rows / torch.where(scale > 0, scale, torch.ones_like(scale))).clamp(-127.0, 127.0)
+    return (steps * scale * factor).to(x.dtype)
 
 
 def _storing_quantized(stock: Any, names: Collection[str]) -> Any:
     """The cache layer class ``stock``, but those of its keys and values that ``names`` has are quantized first."""
 
-    def quantized(states: tuple[Tensor, Tensor]) -> list[Tensor]:
-        return [quantize_dequantize(x) if name in names else x for name, x in zip(_NAMES, states, strict=True)]
-
     class Reference(stock):
         _layer_type = None  # stay out of transformers' table of layers
+
+        def quantized(self, name: str, states: Tensor) -> Tensor:
+            if name not in names:
+                return states
+            shifts = self.__dict__.setdefault("shifts", {})
+            new, held = channel_shift(states), getattr(self, name, None)
+            if name not in shifts or held is None:
+                shifts[name] = new
+            elif isinstance(self, StaticLayer) and states.shape[-2] > 1:  # as after a reset
+                empty = (held == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+                shifts[name] = torch.where(empty, new, shifts[name])
+            return quantize_dequantize(states, shifts[name])
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             window = isinstance(self, StaticSlidingWindowLayer)
             if not (window and self.cumulative_length_int == 0 and key_states.shape[-2] > self.max_cache_len):
-                return super().update(*quantized((key_states, value_states)), *args, **kwargs)
+                states = map(self.quantized, _NAMES, (key_states, value_states))
+                return super().update(*states, *args, **kwargs)
             # Attention sees a prompt longer than a static window as it came; only its tail is in the cache.
             states = super().update(key_states, value_states, *args, **kwargs)
-            for held, stored in zip((self.keys, self.values), quantized((self.keys, self.values)), strict=True):
-                held.copy_(stored)
+            self.__dict__.pop("shifts", None)
+            for name in _NAMES:
+                getattr(self, name).copy_(self.quantized(name, getattr(self, name)))
             return states
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._move(lambda shift: shift.index_select(0, beam_idx))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._move(lambda shift: shift.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._move(lambda shift: shift[indices])
+
+        def _move(self, move: Callable[[Tensor], Tensor]) -> None:
+            self.shifts = {name: move(shift) for name, shift in self.__dict__.get("shifts", {}).items()}
 
     return Reference
 
@@ -73,5 +112,5 @@ def store_quantized(cache: Any, stored: Mapping[int, Collection[str]] | None = N
             layer.__class__ = _storing_quantized(type(layer), names)
             for name in names:
                 if (held := getattr(layer, name)) is not None:
-                    setattr(layer, name, quantize_dequantize(held))
+                    setattr(layer, name, layer.quantized(name, held))
     return cache

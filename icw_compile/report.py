@@ -137,7 +137,7 @@ def _sites_table(title: str, sites: Iterable[Site]) -> Table:
     for site in sites:
         row: tuple[str, ...] = (
             site.cache,
-            f"{site.dtype} {list(site.shape)}",
+            f"{site.dtype} {list(site.shape)}" + (", equalized" if site.equalized else ""),
             ", ".join(site.writes),
             ", ".join(site.reads) or "states, not cache",
             site.lowering,

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from icw_compile.growth import MIN_SPARE, Claim, Room, capacity_for
-from icw_compile.ops import dequantize_per_head, quantize_per_head, scale_dtype_for
-from icw_compile.rows import RULES, Quantized
+from icw_compile.ops import channel_shift, dequantize_per_head, quantize_per_head, scale_dtype_for
+from icw_compile.rows import RULES, Quantized, quantize_like
 
 __all__ = ["QuantizedKV"]
 
@@ -26,6 +26,10 @@ class QuantizedKV(Tensor):
     operation of that kind quantizes its result again. A view that cuts through head_dim (``x[..., :8]``,
     ``x.transpose(2, 3)``) is a dequantized copy: writing into it does not reach the cache.
 
+    Channels that are outliers would leave the others of their row few levels. With a ``shift``, each is divided by a
+    power of two before it is quantized; what reads int8 multiplies the query, or the output, instead. The first write
+    of several tokens into an empty tensor settles the shift (`icw_compile.ops.channel_shift`).
+
     ``cat([x, new], -2)`` grows like a vector: ``new`` is written behind ``x``, in spare rows of its storage, wherever
     no other tensor can notice (`icw_compile.growth`).
 
@@ -33,6 +37,7 @@ class QuantizedKV(Tensor):
         qdata: int8, ``[batch, kv_heads, tokens, head_dim]``, in ``[-127, 127]``.
         scale: ``[batch, kv_heads, tokens, 1]``; bfloat16 for 16-bit values, float32 for float32 ones.
         dtype: the float dtype that the tensor presents: float32, bfloat16 or float16.
+        shift: int8, ``[batch, kv_heads, 1, head_dim]``, exponents of the powers of two; left out, there are none.
 
     Raises:
         TypeError: for another ``dtype``.
@@ -40,6 +45,7 @@ class QuantizedKV(Tensor):
 
     qdata: Tensor
     scale: Tensor
+    shift: Tensor | None
     _claim: Claim | None
 
     @staticmethod
@@ -48,6 +54,7 @@ class QuantizedKV(Tensor):
         qdata: Tensor,
         scale: Tensor,
         dtype: torch.dtype,
+        shift: Tensor | None = None,
         claim: Claim | None = None,
         stride: Sequence[int] | None = None,
     ) -> "QuantizedKV":
@@ -65,37 +72,54 @@ class QuantizedKV(Tensor):
         )
         self.qdata = qdata
         self.scale = scale
+        self.shift = shift
         self._claim = claim
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def quantize(cls, x: Tensor) -> "QuantizedKV":
-        """Quantize the float tensor ``x[..., head_dim]``, one scale for each row.
+    def quantize(cls, x: Tensor, *, equalize: bool = False) -> "QuantizedKV":
+        """Quantize the float tensor ``x[..., tokens, head_dim]``, one scale for each row.
+
+        Args:
+            x: float32, bfloat16 or float16.
+            equalize: shift its outlier channels.
 
         Raises:
-            TypeError: if ``x`` is not float32, bfloat16 or float16.
+            TypeError: ``x`` has another dtype.
         """
-        return cls(*quantize_per_head(x, scale_dtype_for(x.dtype)), x.dtype)
+        shift = channel_shift(x) if equalize else None
+        return cls(*quantize_per_head(x, scale_dtype_for(x.dtype), shift), x.dtype, shift)
 
     @classmethod
-    def zeros(cls, size: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None) -> "QuantizedKV":
-        """A tensor of zeros: of shape ``size``, no float storage is made for it."""
+    def zeros(
+        cls,
+        size: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        *,
+        equalize: bool = False,
+    ) -> "QuantizedKV":
+        """A tensor of zeros: of shape ``size``, no float storage is made for it.
+
+        With ``equalize``, what is first written to it settles a shift.
+        """
         qdata = torch.zeros(tuple(size), dtype=torch.int8, device=device)
         scale = torch.zeros((*size[:-1], 1), dtype=scale_dtype_for(dtype), device=device)
-        return cls(qdata, scale, dtype)
+        shift = torch.zeros((*size[:-2], 1, size[-1]), dtype=torch.int8, device=device) if equalize else None
+        return cls(qdata, scale, dtype, shift)
 
     @classmethod
-    def growing(cls, qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> "QuantizedKV":
+    def growing(cls, qdata: Tensor, scale: Tensor, dtype: torch.dtype, shift: Tensor | None = None) -> "QuantizedKV":
         """A tensor that alone owns the storage of its contiguous parts ``[batch, kv_heads, tokens, ...]``."""
-        return cls._on(Room([qdata, scale]), qdata.shape[2], dtype)
+        return cls._on(Room([qdata, scale]), qdata.shape[2], dtype, shift)
 
     @classmethod
-    def _on(cls, room: Room, rows: int, dtype: torch.dtype) -> "QuantizedKV":
+    def _on(cls, room: Room, rows: int, dtype: torch.dtype, shift: Tensor | None) -> "QuantizedKV":
         """A new tensor that shows the first ``rows`` rows of ``room``, independent of the others there."""
         qdata, scale = room.first(rows)
-        return cls(qdata, scale, dtype, Claim(room, rows))
+        return cls(qdata, scale, dtype, shift, Claim(room, rows))
 
     def reserve(self, rows: int) -> "QuantizedKV":
         """This tensor with ``rows`` more, whose content is not specified, as a tensor independent of this one.
@@ -106,14 +130,16 @@ class QuantizedKV(Tensor):
         """
         tokens = self.shape[2]
         total = tokens + rows
-        claim = self._claim
+        claim, shift = self._claim, self.shift
         if claim is None or not claim.may_extend() or total + MIN_SPARE > claim.room.capacity:
             room = Room.copy_of((self.qdata, self.scale), capacity_for(total))
             if claim is not None and not claim.others():
                 self._move_to(room)
+            elif shift is not None:
+                shift = shift.clone()  # only tensors of one room share it
         else:
             room = claim.room
-        return self._on(room, total, self.dtype)
+        return self._on(room, total, self.dtype, shift)
 
     def _move_to(self, room: Room) -> None:
         tokens = self.shape[2]
@@ -125,21 +151,27 @@ class QuantizedKV(Tensor):
         claim = self._claim
         if claim is not None and any(other.owner is not claim.owner for other in claim.others()):
             self._move_to(Room.copy_of((self.qdata, self.scale), self.shape[2]))
+            self.shift = None if self.shift is None else self.shift.clone()
 
     def dequantize(self) -> Tensor:
         """The values as an ordinary float tensor, of this tensor's dtype."""
-        return dequantize_per_head(self.qdata, self.scale, self.dtype)
+        return dequantize_per_head(self.qdata, self.scale, self.dtype, self.shift)
 
     def tolist(self) -> Any:
         """The values as nested lists of Python numbers."""
         return self.dequantize().tolist()
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The stored tensors: ``qdata``, ``scale`` and, if there is one, ``shift``."""
+        return (self.qdata, self.scale) if self.shift is None else (self.qdata, self.scale, self.shift)
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the stored parts with their spare rows (``nbytes`` counts the float tensor that they stand for)."""
-        if self._claim is not None:
-            return self._claim.room.nbytes
-        return sum(getattr(self, name).nbytes for name in self.__tensor_flatten__()[0])
+        shift = 0 if self.shift is None else self.shift.nbytes
+        rows = self.qdata.nbytes + self.scale.nbytes if self._claim is None else self._claim.room.nbytes
+        return rows + shift
 
     @property
     def spare_rows(self) -> int:
@@ -147,13 +179,13 @@ class QuantizedKV(Tensor):
         return 0 if self._claim is None else self._claim.room.capacity - self.shape[2]
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return ["qdata", "scale"], self.dtype
+        return ["qdata", "scale", *(["shift"] if self.shift is not None else [])], self.dtype
 
     @staticmethod
     def __tensor_unflatten__(
         parts: dict[str, Tensor], dtype: torch.dtype, outer_size: Any, outer_stride: Any
     ) -> "QuantizedKV":
-        return QuantizedKV(parts["qdata"], parts["scale"], dtype, stride=outer_stride)
+        return QuantizedKV(parts["qdata"], parts["scale"], dtype, parts.get("shift"), stride=outer_stride)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         dtype = str(self.dtype).removeprefix("torch.")
@@ -167,7 +199,7 @@ class QuantizedKV(Tensor):
         part = super().__getitem__(index)
         if isinstance(part, QuantizedKV) and type(part.qdata) is Tensor and part._is_view():
             # A cropped cache: autograd would keep the longer one alive, and Dynamo would guard on its shape.
-            return QuantizedKV(part.qdata, part.scale, part.dtype, part._claim, part.stride())
+            return QuantizedKV(part.qdata, part.scale, part.dtype, part.shift, part._claim, part.stride())
         return part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedKV":
@@ -176,7 +208,7 @@ class QuantizedKV(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Without spare rows.
-        return QuantizedKV, (self.qdata.contiguous(), self.scale.contiguous(), self.dtype)
+        return QuantizedKV, (self.qdata.contiguous(), self.scale.contiguous(), self.dtype, self.shift)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -216,9 +248,8 @@ class QuantizedKV(Tensor):
         """An operation on whole sequences, done to the spare rows as well: the result keeps room to grow."""
         assert self._claim is not None
         qdata, scale = self._claim.room.parts
-        whole = Quantized(qdata, scale, self.dtype)
-        parts = rule(_EAGER, whole, *args[1:], **kwargs)
-        return self._on(Room(parts.parts), self.shape[2], self.dtype)
+        moved = rule(_EAGER, Quantized(qdata, scale, self.dtype, self.shift), *args[1:], **kwargs)
+        return self._on(Room(moved.rows), self.shape[2], self.dtype, moved.shift)
 
 
 def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
@@ -232,7 +263,7 @@ def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
     grown = x.reserve(sum(new.shape[2] for new in tensors[1:]))
     start = x.shape[2]
     for new in tensors[1:]:
-        rows = new if isinstance(new, QuantizedKV) else QuantizedKV.quantize(new)
+        rows = quantize_like(_EAGER, _to_parts(new), _to_parts(x))
         end = start + new.shape[2]
         grown.qdata[:, :, start:end].copy_(rows.qdata)
         grown.scale[:, :, start:end].copy_(rows.scale)
@@ -271,13 +302,22 @@ class _Eager:
     def tensor(self, operand: Tensor) -> Tensor:
         return operand
 
+    def same(self, a: Tensor | None, b: Tensor | None) -> bool:
+        if a is b:
+            return True
+        # The values of a fake tensor, or of one that is being traced, are not to be looked at.
+        return type(a) is Tensor and type(b) is Tensor and torch.equal(a, b)
+
+    def is_whole(self, part: Tensor) -> bool:
+        return type(part) is Tensor and part.untyped_storage().nbytes() == part.nbytes
+
 
 _EAGER = _Eager()
 
 
 def _to_parts(value: Any) -> Any:
     if isinstance(value, QuantizedKV):
-        return Quantized(value.qdata, value.scale, value.dtype)
+        return Quantized(value.qdata, value.scale, value.dtype, value.shift)
     if isinstance(value, (list, tuple)):
         return type(value)(_to_parts(v) for v in value)
     if isinstance(value, dict):
@@ -329,14 +369,15 @@ def _to_copy(
         return aten._to_copy.default(x.dequantize(), dtype=dtype, device=device, non_blocking=non_blocking, **kwargs)
     if x.scale.dtype == torch.float32 and scale_dtype != torch.float32:
         # Rounding the scales would move every value: round the values instead.
-        x = QuantizedKV.quantize(x.dequantize().to(dtype))
-    qdata = aten._to_copy.default(x.qdata, device=device, non_blocking=non_blocking)
-    scale = aten._to_copy.default(x.scale, dtype=scale_dtype, device=device, non_blocking=non_blocking)
-    return QuantizedKV(qdata, scale, dtype or x.dtype)
+        x = QuantizedKV.quantize(x.dequantize().to(dtype), equalize=x.shift is not None)
+    moved = [aten._to_copy.default(part, device=device, non_blocking=non_blocking) for part in _to_parts(x).parts]
+    qdata, scale, *shift = moved
+    return QuantizedKV(qdata, scale.to(scale_dtype), dtype or x.dtype, *shift)
 
 
 def _pin_memory(x: QuantizedKV, device: Any = None) -> QuantizedKV:
-    return QuantizedKV(x.qdata.pin_memory(device), x.scale.pin_memory(device), x.dtype)
+    qdata, scale, *shift = (part.pin_memory(device) for part in _to_parts(x).parts)
+    return QuantizedKV(qdata, scale, x.dtype, *shift)
 
 
 #: Operations that say where or in which dtype a tensor lives: they have no counterpart in a graph of plain tensors.
@@ -344,7 +385,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to_copy,
     aten._pin_memory.default: _pin_memory,
     aten.is_pinned.default: lambda x, device=None: x.qdata.is_pinned(device),
-    aten.dequantize.self: lambda x: dequantize_per_head(x.qdata, x.scale, x.dtype),
+    aten.dequantize.self: QuantizedKV.dequantize,
 }
 
 # `torch.load(..., weights_only=True)` reads tensors of this class.

@@ -42,7 +42,7 @@ class Site:
 
     ``name`` is where the storage lives (``past_key_values.layers[0].keys``) or the layer that created it; ``layer``
     is the module path of the attention that uses it. ``shape`` is ``[batch, kv_heads, tokens, head_dim]``, symbolic
-    sizes as text.
+    sizes as text. ``equalized``: outlier channels are shifted.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Site:
     lowering: str = ""
     float_bytes_per_token: int = 0
     bytes_per_token: int = 0
+    equalized: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,6 +133,8 @@ class KVGraph:
         adoptable: the placeholders of float tensors that their owner would let us replace by quantized ones.
 
     Attributes:
+        equalized: the roles, ``"key"`` and ``"value"``, of which storage that this graph makes int8 shifts outlier
+            channels. Storage that is int8 already is as its maker wanted it.
         find_kernel: device type -> the attention kernel there, or why there is none (empty: none is wanted). Set it to
             offer kernels to the ``lower`` pass.
         sites: the key/value storages found, in graph order.
@@ -157,6 +160,7 @@ class KVGraph:
         self.quantized = quantized or {}
         self.sliding_layers = sliding_layers
         self.adoptable = adoptable
+        self.equalized: frozenset[Role] = frozenset()
         self.find_kernel: Callable[[str], Kernel | str] = _no_kernel
         self.sites: list[Site] = []
         self.skipped: list[Skipped] = []
@@ -245,6 +249,14 @@ class KVGraph:
         """The fake tensor of a node; with `call`, this makes the graph an `icw_compile.rows.Evaluator`."""
         return operand.meta["val"]
 
+    def same(self, a: Node | None, b: Node | None) -> bool:
+        """Whether two nodes are one part of one storage, written into in between or not."""
+        return _written(a) is _written(b)
+
+    def is_whole(self, part: Node) -> bool:
+        """Whether a node is a storage, and no view of some of it."""
+        return part.op == "placeholder" or part.target is torch.ops.aten.zeros.default
+
     def readable(self) -> str:
         """The graph as Python text, with shapes and dtypes."""
         return self.module.print_readable(print_output=False, include_stride=False)
@@ -252,6 +264,13 @@ class KVGraph:
 
 def _short_name(target: Any) -> str | None:
     return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else None
+
+
+def _written(node: Node | None) -> Node | None:
+    """What ``node`` is after a ``copy_`` into all of it."""
+    while node is not None and node.target is torch.ops.aten.copy_.default:
+        node = node.args[0]
+    return node
 
 
 def is_mutation(node: Node) -> bool:

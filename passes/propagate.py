@@ -23,13 +23,11 @@ import torch
 from torch.fx import Node
 
 from icw_compile.passes.graph import SITE, KVGraph, Output, Site, aliases, is_mutation
-from icw_compile.rows import RULES, Quantized
+from icw_compile.rows import RULES, Quantized, dequantize, quantize_like
 
 __all__ = ["propagate"]
 
 aten = torch.ops.aten
-_quantize = torch.ops.icw_int8kv.quantize_per_head.default
-_dequantize = torch.ops.icw_int8kv.dequantize_per_head.default
 
 
 def propagate(graph: KVGraph) -> int:
@@ -89,7 +87,7 @@ def _give_values(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized,
         if operand in values:
             parts, site = values[operand]
             with graph.before(node):
-                value = graph.call(_dequantize, *parts)
+                value = dequantize(graph, parts)
             value.meta[SITE] = site
             node.replace_input_with(operand, value)
 
@@ -99,8 +97,7 @@ def _write_back(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized, 
     parts = values[node.args[0]][0]
     _give_values(graph, node, values)
     with graph.before(node.next):
-        new = graph.call(_quantize, node, graph.tensor(parts.scale).dtype)
-        for part, written in zip(parts.parts, new, strict=True):
+        for part, written in zip(parts.rows, quantize_like(graph, node, parts).rows, strict=True):
             graph.call(aten.copy_.default, part, written)
 
 

@@ -7,7 +7,8 @@
     values = dequantize_per_head(value_qdata, value_scale)                       value_qdata, value_scale, mask, ...)
     output = scaled_dot_product_attention(query, keys, values, mask)
 
-The attention may be fused or spelled out (`icw_compile.passes.attention`). ``repeat_kv`` in front of it, which
+Where channels were shifted, the query is multiplied for the keys, and the output for the values. The attention may be
+fused or spelled out (`icw_compile.passes.attention`). ``repeat_kv`` in front of it, which
 ``propagate`` has carried to the parts, is dropped: ``icw_int8kv::attention`` shares a head among its group. All masks
 and biases become one tensor. The result is the same up to the order of floating-point operations.
 """
@@ -46,6 +47,7 @@ def fuse_reads(graph: KVGraph) -> int:
         if any(operand.target is not _dequantize for operand in stored):
             continue
         repeated = [part for operand in stored for part in operand.args[:2]]
+        shifts = [operand.args[3] if len(operand.args) > 3 else None for operand in stored]
         unmerged = [strip_merge(part) for part in repeated]
         parts = [strip_repeat_kv(part) for part in unmerged]
         if any(graph.tensor(part).dim() != 4 for part in parts):
@@ -53,7 +55,7 @@ def fuse_reads(graph: KVGraph) -> int:
         if any(copy is not part and _written_between(part, copy, node) for part, copy in zip(parts, repeated)):
             continue
         with graph.before(node):
-            fused = _fuse(graph, found, parts, heads=graph.tensor(unmerged[0]).shape[1])
+            fused = _fuse(graph, found, parts, shifts, heads=graph.tensor(unmerged[0]).shape[1])
         form = found.form + (" + repeat_kv" if unmerged[0] is not parts[0] else "")
         for operand in stored:
             operand.meta[SITE].reads.append(form)
@@ -62,12 +64,14 @@ def fuse_reads(graph: KVGraph) -> int:
     return matches
 
 
-def _fuse(graph: KVGraph, found: Attention, parts: Sequence[Node], heads: int) -> Node:
+def _fuse(graph: KVGraph, found: Attention, parts: Sequence[Node], shifts: Sequence[Node | None], heads: int) -> Node:
     """``found`` in one operation, in the shape, the dtype and the memory layout of what it replaces.
 
-    ``heads`` are those of keys and values where they meet the query.
+    ``heads`` are those of keys and values where they meet the query, and ``shifts`` their shifts there.
     """
-    query = graph.call(aten.unflatten.int, found.query, 0, [-1, heads]) if found.merged else found.query
+    query = _unshifted(graph, found.query, shifts[0])
+    if found.merged:
+        query = graph.call(aten.unflatten.int, query, 0, [-1, heads])
     sinks = () if found.sinks is None else (found.sinks,)
     mask = _one_mask(graph, found.biases, heads)
     fused = graph.call(_ops.attention.default, query, *parts, mask, found.is_causal, found.scale, found.softcap, *sinks)
@@ -75,8 +79,20 @@ def _fuse(graph: KVGraph, found: Attention, parts: Sequence[Node], heads: int) -
     dtype = found.node.meta["val"].dtype
     result = fused if graph.tensor(fused).dtype == dtype else graph.call(aten.to.dtype, fused, dtype)
     if found.merged:
-        return graph.call(aten.flatten.using_ints, result, 0, 1)
+        return _unshifted(graph, graph.call(aten.flatten.using_ints, result, 0, 1), shifts[1])
+    result = _unshifted(graph, result, shifts[1])
     return _in_layout_of(graph, found.node, result)
+
+
+def _unshifted(graph: KVGraph, x: Node, shift: Node | None) -> Node:
+    """``x``, a query or an output, with what the keys or values were divided by."""
+    if shift is None:
+        return x
+    value = graph.tensor(x)
+    groups = value.shape[1] // graph.tensor(shift).shape[1] if value.dim() == 4 else 1
+    if groups > 1:
+        shift = graph.call(aten.repeat_interleave.self_int, shift, groups, 1)
+    return graph.call(_ops.scale_channels.default, x, shift)
 
 
 def _one_mask(graph: KVGraph, biases: Sequence[Bias], heads: int) -> Node | None:

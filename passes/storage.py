@@ -29,9 +29,9 @@ recorded with its reason. Meaning is preserved up to the quantization of what is
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -39,7 +39,7 @@ from torch.fx import Node
 from icw_compile.ops import scale_dtype_for
 from icw_compile.passes.attention import Attention, match_attention
 from icw_compile.passes.graph import Input, KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
-from icw_compile.rows import RULES, Quantized
+from icw_compile.rows import RULES, Quantized, dequantize, quantize_like
 
 __all__ = ["find_storage"]
 
@@ -217,9 +217,19 @@ def _adopt_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     with graph.fake_mode:
         qdata = torch.empty(value.shape, dtype=torch.int8, device=value.device)
         scale = torch.empty((*value.shape[:-1], 1), dtype=scale_dtype_for(value.dtype), device=value.device)
-    graph.quantized[node] = Quantized(qdata, scale, value.dtype)
+        shift = qdata.new_empty(_shift_size(value.shape)) if _is_equalized(graph, node, uses) else None
+    graph.quantized[node] = Quantized(qdata, scale, value.dtype, shift)
     _take_input(graph, node, uses, note=", quantized here")
     graph.inputs[node.name] = replace(graph.inputs[node.name], adopted=True)
+
+
+def _is_equalized(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
+    use = uses.of(node)
+    return use is not None and use[1] in graph.equalized
+
+
+def _shift_size(size: Sequence[Any]) -> list[Any]:
+    return [*size[:-2], 1, size[-1]]
 
 
 def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses, note: str = "") -> None:
@@ -229,21 +239,25 @@ def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses, note: str = ""
         fakes = append.grown
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
     with graph.graph.inserting_before(node):
-        qdata = graph.graph.placeholder(f"{node.name}_qdata")
-    with graph.graph.inserting_after(last):
-        scale = graph.graph.placeholder(f"{node.name}_scale")
-    for part, fake in zip((qdata, scale), fakes.parts, strict=True):
-        part.meta = {**node.meta, "val": fake}
-    parts = Quantized(qdata, scale, fakes.dtype)
+        placeholders = [graph.graph.placeholder(f"{node.name}_qdata")]
+    for part in ("scale", "shift")[: len(fakes.parts) - 1]:
+        with graph.graph.inserting_after(last):
+            last = graph.graph.placeholder(f"{node.name}_{part}")
+        placeholders.append(last)
+    for placeholder, fake in zip(placeholders, fakes.parts, strict=True):
+        placeholder.meta = {**node.meta, "val": fake}
+    qdata, scale, *shift = placeholders
+    parts = Quantized(qdata, scale, fakes.dtype, *shift)
+    part_names = tuple(placeholder.name for placeholder in placeholders)
     name = node.meta.get("source_name")
     if append is None:
         written = any(is_mutation(alias) for alias in aliases(node))
-        graph.inputs[node.name] = Input((qdata.name, scale.name), written=written)
+        graph.inputs[node.name] = Input(part_names, written=written)
         cache = "static" if written else "dynamic"
-        _stand_for(graph, node, parts, uses, before=scale.next, cache=cache, name=name, note=note)
+        _stand_for(graph, node, parts, uses, before=last.next, cache=cache, name=name, note=note)
         return
     extra = {}
-    after = scale
+    after = last
     for name_of, value in (("spare", append.spare), ("length", append.start)):
         if isinstance(value, torch.SymInt):
             with graph.graph.inserting_after(after):
@@ -251,11 +265,10 @@ def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses, note: str = ""
             after.meta = {"val": value, "dynamo_placeholder": node.meta.get("dynamo_placeholder")}
     rows = append.rows if isinstance(append.rows, int) else append.rows.name
     names = {name_of: placeholder.name for name_of, placeholder in extra.items()}
-    graph.inputs[node.name] = Input((qdata.name, scale.name), rows, **names)
+    graph.inputs[node.name] = Input(part_names, rows, **names)
     start = extra.get("length", append.start)
     with graph.before(append.cat):
-        new = graph.call(torch.ops.icw_int8kv.quantize_per_head.default, append.new, fakes.scale.dtype)
-        for part, written in zip(parts.parts, new, strict=True):
+        for part, written in zip(parts.rows, quantize_like(graph, append.new, parts).rows, strict=True):
             end = graph.call(aten.slice.Tensor, part, 2, start, _END)
             graph.call(aten.copy_.default, end, written)
     _stand_for(graph, append.cat, parts, uses, before=append.cat, cache="dynamic", name=name)
@@ -303,14 +316,14 @@ def _find_append(graph: KVGraph, node: Node) -> _Append | None:
     batch, heads, tokens = grown.shape[:3]
     capacity = tokens + spare
     parts = []
-    for part in fakes.parts:
+    for part in fakes.rows:
         size = part.shape[-1]
         strides = (heads * capacity * size, capacity * size, size, 1)
         with graph.fake_mode:
             parts.append(
                 torch.empty_strided((batch, heads, tokens, size), strides, dtype=part.dtype, device=part.device)
             )
-    return _Append(cat, new, start, rows, spare, fakes.of(parts))
+    return _Append(cat, new, start, rows, spare, fakes.of(parts, fakes.shift))
 
 
 def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
@@ -321,15 +334,23 @@ def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     with graph.before(node):
         qdata = graph.call(aten.zeros.default, size, dtype=torch.int8, device=value.device)
         scale = graph.call(aten.zeros.default, [*size[:-1], 1], dtype=scale_dtype, device=value.device)
-    parts = Quantized(qdata, scale, value.dtype)
+        shift = None
+        if _is_equalized(graph, node, uses):
+            shift = graph.call(aten.zeros.default, _shift_size(size), dtype=torch.int8, device=value.device)
+    parts = Quantized(qdata, scale, value.dtype, shift)
     _stand_for(graph, node, parts, uses, before=node, cache="static", note=", created here")
 
 
 def _take_grown(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     value = node.meta["val"]
     with graph.before(node.next):
-        qdata, scale = graph.call(torch.ops.icw_int8kv.quantize_per_head.default, node, scale_dtype_for(value.dtype))
-    parts = Quantized(qdata, scale, value.dtype)
+        shift = ()
+        if _is_equalized(graph, node, uses):
+            shift = (graph.call(torch.ops.icw_int8kv.channel_shift.default, node),)
+        scale_dtype = scale_dtype_for(value.dtype)
+        rows = graph.call(torch.ops.icw_int8kv.quantize_per_head.default, node, scale_dtype, *shift)
+    qdata, scale = rows
+    parts = Quantized(qdata, scale, value.dtype, *shift)
     _stand_for(graph, node, parts, uses, before=scale.next, cache="dynamic", note=", quantized here")
     graph.sites[-1].writes.append("cat")
 
@@ -348,7 +369,7 @@ def _stand_for(
     """Replace ``node`` by a node that stands for the storage made of ``parts``, and record the site."""
     use = uses.of(node)
     with graph.before(before):
-        stand_in = graph.call(torch.ops.icw_int8kv.dequantize_per_head.default, parts.qdata, parts.scale, parts.dtype)
+        stand_in = dequantize(graph, parts)
     value, scale = graph.tensor(parts.qdata), graph.tensor(parts.scale)
     heads, head_dim = value.shape[1], value.shape[-1]
     layer = layer_of(use[0].node) if use else ""
@@ -364,10 +385,13 @@ def _stand_for(
         dtype=str(parts.dtype).removeprefix("torch."),
         float_bytes_per_token=int(heads * head_dim * parts.dtype.itemsize),
         bytes_per_token=int(heads * (head_dim + scale.dtype.itemsize)),
+        equalized=parts.shift is not None,
     )
     graph.sites.append(site)
     graph.storage[stand_in] = site
-    quantize = parts.qdata.args[0] if parts.qdata.op == "call_function" else None
-    node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user is not quantize)
+    made_from_it = {
+        part.args[0] if part.target is operator.getitem else part for part in parts.parts if part.op == "call_function"
+    }
+    node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user not in made_from_it)
     if not node.users:
         graph.graph.erase_node(node)
