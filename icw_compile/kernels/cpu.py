@@ -33,9 +33,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from icw_compile.errors import KernelUnavailableError
 from icw_compile.ops import ATTENTION_ARGUMENTS
 
-__all__ = ["KernelUnavailableError", "attention", "is_available", "load", "supports"]
+__all__ = ["attention", "is_available", "load", "supports"]
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 
@@ -43,10 +44,6 @@ SOURCE = Path(__file__).with_name("attention.cpp")
 MAX_TOKENS = 16
 
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-maybe-uninitialized")
-
-
-class KernelUnavailableError(RuntimeError):
-    """The CPU kernel cannot be built or loaded here; the message says why. The caller computes another way."""
 
 
 def supports(query: Tensor, key_qdata: Tensor, value_qdata: Tensor) -> str | None:
