@@ -10,7 +10,8 @@ What they compute is ``icw_int8kv::attention`` (`icw_compile.ops`); how:
   of them busy. Each yields (largest score, sum, weighted values) for each row, and `merge` combines them.
 * Integers up to 256 are exact in bfloat16, up to 2048 in float16: the int8 rows become an operand of ``tl.dot``
   without error. The scales of the keys multiply the scores, those of the values the weights. A float16 model's weights
-  go into ``tl.dot`` as a sum of two bfloat16 numbers: float16 has no room for a weight times any scale.
+  go into ``tl.dot`` as a sum of two bfloat16 numbers: float16 has no room for a weight times any scale. Float32 takes
+  three products of TF32 numbers, which give back its precision.
 * Blocks that no row of the tile may read, by a boolean mask or causally, are skipped before their rows or scales are
   loaded. Without a mask, the blocks that every row reads whole run in a loop without a test in it, whose loads Triton
   pipelines.
@@ -26,7 +27,7 @@ __all__ = ["attend", "merge"]
 
 # Splits that `merge` reads at a time.
 CHUNK = tl.constexpr(16)
-# Triton's interpreter keeps bfloat16 as 16-bit integers, and multiplies them as such.
+# Triton's interpreter keeps bfloat16 as 16-bit integers, and multiplies those.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -59,8 +60,8 @@ def _scales(base, start, stride, length, BLOCK: tl.constexpr, CHECKED: tl.conste
 def _multiply(left, rows, accumulator):
     """``accumulator + left @ rows`` for a float tile and an int8 one, which becomes ``left``'s dtype without error."""
     if INTERPRETED:
-        return tl.dot(left.to(tl.float32), rows.to(tl.float32), accumulator, input_precision="ieee")
-    return tl.dot(left, rows.to(left.dtype), accumulator, input_precision="ieee")
+        return tl.dot(left.to(tl.float32), rows.to(tl.float32), accumulator, input_precision="tf32x3")
+    return tl.dot(left, rows.to(left.dtype), accumulator, input_precision="tf32x3")
 
 
 @triton.jit

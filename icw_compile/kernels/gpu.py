@@ -35,7 +35,17 @@ from torch import Tensor
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.ops import ATTENTION_ARGUMENTS
 
-__all__ = ["MAX_HEAD_DIM", "Tiles", "attention", "attention_triton", "choose_splits", "choose_tiles", "load", "supports"]
+__all__ = [
+    "MAX_HEAD_DIM",
+    "Tiles",
+    "attention",
+    "attention_triton",
+    "choose_splits",
+    "choose_tiles",
+    "load",
+    "padded",
+    "supports",
+]
 
 #: Largest head size: beyond it a tile does not fit in the shared memory of a multiprocessor.
 MAX_HEAD_DIM = 256
@@ -101,24 +111,32 @@ def load() -> None:
         )
 
 
+#: Head size, rounded up -> the tiles for it, by rows. Chosen by what the compiled kernels of sm_80 and sm_90 need: no
+#: (or hardly a) register goes to memory, two or three programs of the smallest fit on a multiprocessor, and all are
+#: within the 99 KiB of shared memory that every device from sm_80 on has. Not by timing: that takes a GPU.
+_TILES = {
+    64: (Tiles(16, 64, 4, 3), Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
+    128: (Tiles(16, 64, 4, 3), Tiles(32, 32, 4, 3), Tiles(64, 32, 8, 3), Tiles(128, 32, 8, 3)),
+    256: (Tiles(16, 32, 4, 3), Tiles(32, 32, 8, 2), Tiles(64, 32, 8, 2)),
+}
+_FLOAT32_TILES = {
+    64: (Tiles(16, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    128: (Tiles(16, 32, 4, 2), Tiles(32, 32, 8, 2)),
+    256: (Tiles(16, 16, 4, 2),),
+}
+
+
 def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype) -> Tiles:
     """The tiles for ``rows`` query rows of one key/value head.
 
     Args:
         rows: query tokens times query heads of the group.
-        head_dim: the larger head size of keys and values, rounded up to a power of two.
+        head_dim: the larger head size of keys and values, at most `MAX_HEAD_DIM`.
         dtype: of the query.
-
-    Every choice fits in the 99 KiB of shared memory that all devices from compute capability 8.0 on have.
     """
-    wide = head_dim > 128
-    if dtype == torch.float32:
-        return Tiles(16 if rows <= 16 else 32, 16 if wide else 32, 4, 2)
-    if rows <= 16:
-        return Tiles(16, 64 if wide else 128, 4, 2)
-    if rows <= 64 or wide:
-        return Tiles(32 if rows <= 32 else 64, 32 if wide else 64, 4, 2)
-    return Tiles(128, 64, 8, 2)
+    table = _FLOAT32_TILES if dtype == torch.float32 else _TILES
+    choices = table[next(size for size in table if head_dim <= size)]
+    return next((tiles for tiles in choices if rows <= tiles.rows), choices[-1])
 
 
 def choose_splits(tiles: int, blocks: int, rows: int, processors: int) -> int:
@@ -136,6 +154,11 @@ def choose_splits(tiles: int, blocks: int, rows: int, processors: int) -> int:
     programs = processors * (4 if rows <= 32 else 2)
     splits = max(1, min(programs // max(tiles, 1), blocks, MAX_SPLITS))
     return -(-blocks // -(-blocks // splits)) if blocks else 1
+
+
+def padded(size: int) -> int:
+    """A head size as a side of a tile: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def attention_triton(
@@ -163,8 +186,8 @@ def attention_triton(
     if output.numel() == 0:
         return output
     group = query_heads // heads
-    padded_head_dim, padded_value_dim = (max(16, 1 << (size - 1).bit_length()) for size in (head_dim, value_dim))
-    chosen = choose_tiles(tokens * group, max(padded_head_dim, padded_value_dim), query.dtype)
+    padded_head_dim, padded_value_dim = padded(head_dim), padded(value_dim)
+    chosen = choose_tiles(tokens * group, max(head_dim, value_dim), query.dtype)
     tiles = batch * heads * -(-tokens * group // chosen.rows)
     splits = splits or choose_splits(tiles, -(-length // chosen.block), chosen.rows, _processors(query.device))
     if splits == 1:
