@@ -15,9 +15,9 @@ class Options:
 
     Attributes:
         compiler: what compiles the rewritten graph: ``"inductor"``, or ``"eager"`` to run it as it is (to debug).
-        attention: how attention over int8 is computed where there are few query tokens: ``"auto"`` takes the kernel for
-            the device if there is one and Inductor otherwise, ``"inductor"`` no kernel, ``"cpu"`` the CPU kernel or an
-            error.
+        attention: how attention over int8 is computed: ``"auto"`` takes the kernel for the device and the shape if
+            there is one and Inductor otherwise, ``"inductor"`` no kernel, ``"cpu"`` the C++ kernel or an error,
+            ``"triton"`` the CUDA kernel or an error.
         strict: raise `icw_compile.UnquantizedCacheError` where a cache-like float buffer stays float, instead of
             warning about it.
         mode: Inductor's ``mode``, for use beside other options (``torch.compile`` refuses ``mode=`` with
@@ -25,7 +25,7 @@ class Options:
     """
 
     compiler: Literal["inductor", "eager"] = "inductor"
-    attention: Literal["auto", "inductor", "cpu"] = "auto"
+    attention: Literal["auto", "inductor", "cpu", "triton"] = "auto"
     strict: bool = False
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
 
