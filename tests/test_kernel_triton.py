@@ -14,7 +14,6 @@ import torch
 from attention_cases import make, masks, reference
 from support import graphs, relative_distance, run, tiny_model, tokens
 from torch._dynamo.utils import counters
-from transformers import StaticCache
 
 import icw_compile
 from icw_compile.errors import KernelUnavailableError
@@ -397,22 +396,3 @@ def test_prefill_grid(dtype, head_dim):
         tensors = make(2, 8, 2, count, length, head_dim, head_dim, dtype)
         check(tensors, is_causal=True)
         check(tensors, torch.ones(count, length, dtype=torch.bool).tril(length - count).expand(1, 1, -1, -1))
-
-
-@on_gpu
-@pytest.mark.parametrize("made", ["beforehand", "by the first call"])
-def test_cuda_graphs(made):
-    """``mode="reduce-overhead"`` with a static cache: nothing is skipped, and no output is overwritten."""
-    model = tiny_model(dtype=torch.bfloat16).to(DEVICE)
-    step = torch.compile(model, backend="icw_int8kv", mode="reduce-overhead")
-    ids, chunks = tokens(40).to(DEVICE), (8, *(1,) * 24)
-    for _ in range(2):
-        made_beforehand = made == "beforehand"
-        cache = icw_compile.static_cache(model, 1, 64) if made_beforehand else StaticCache(model.config, 64)
-        pieces = torch.split(ids[:, : sum(chunks)], list(chunks), dim=1)
-        with torch.no_grad():
-            logits = torch.cat([step(piece, past_key_values=cache).logits.clone() for piece in pieces], dim=1)
-        expected = run(model, reference_cache(model, 64), ids, chunks)
-        assert relative_distance(logits, expected) < 5e-2
-    assert counters["inductor"]["cudagraph_skips"] == 0
-    assert {site.lowering for graph in graphs() for site in graph.sites} == {"triton kernel"}
