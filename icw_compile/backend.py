@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch.fx import GraphModule, Node
 
 from icw_compile import ops
@@ -32,6 +33,9 @@ from icw_compile.report import GraphReport, next_name, record
 __all__ = ["icw_int8kv"]
 
 aten = torch.ops.aten
+
+#: Inductor's option that `mode="reduce-overhead"` stands for.
+_CUDA_GRAPHS = "triton.cudagraphs"
 
 
 def icw_int8kv(
@@ -88,6 +92,9 @@ def icw_int8kv(
     if graph.sites:
         _check_inference(dynamo_graph, dropout)
         forward_dynamo_metadata(dynamo_graph, graph)
+        if _asks_for_cuda_graphs(ours, inductor_options) and (reason := _why_no_cuda_graphs(graph)):
+            report.no_cuda_graphs = reason
+            inductor_options = {**inductor_options, _CUDA_GRAPHS: False}
         compiled = bind(graph, _compile(graph.module, example_inputs(graph), ours, inductor_options))
     else:
         compiled = _compile(dynamo_graph, inputs, ours, inductor_options)
@@ -101,12 +108,37 @@ def _compile(
 ) -> Callable[..., Any]:
     if options.compiler == "eager":
         return module.forward
-    # Private, and the only way to get torch.compile's own reading and checking of `mode` and `options`.
-    inductor = torch._TorchCompileInductorWrapper(options.mode, inductor_options, None)
+    inductor = _inductor(options, inductor_options)
     # torch's on-disk caches are keyed by the graph before decomposition, in which our operations are mere names.
     config: Any = torch.compiler.config
     with config.patch(cache_key_tag=f"{config.cache_key_tag} {_cache_tag()}"):
         return inductor(module, inputs)
+
+
+def _inductor(options: Options, inductor_options: dict[str, Any]) -> Any:
+    # Private, and the only way to get torch.compile's own reading and checking of `mode` and `options`.
+    return torch._TorchCompileInductorWrapper(options.mode, inductor_options, None)
+
+
+def _asks_for_cuda_graphs(options: Options, inductor_options: dict[str, Any]) -> bool:
+    if options.compiler == "eager":
+        return False
+    config = _inductor(options, inductor_options).config
+    return bool(config.get(_CUDA_GRAPHS, torch._inductor.config.triton.cudagraphs))
+
+
+def _why_no_cuda_graphs(graph: KVGraph) -> str:
+    """Why the graph cannot run as a CUDA graph; empty if it can.
+
+    What a CUDA graph returns lies in memory that the next call of the model takes for something else.
+    """
+    if any(taken.spare is not None for taken in graph.inputs.values()):
+        return "its cache grows, and each length would be recorded as a CUDA graph of its own"
+    if any(output.dtype is not None for output in graph.outputs):
+        return "it makes the cache, which would not outlive the memory of a CUDA graph"
+    if any(taken.adopted for taken in graph.inputs.values()):
+        return "it quantizes a float cache, once for each cache"
+    return ""
 
 
 def _cache_tag() -> str:

@@ -18,10 +18,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from icw_compile.adopt import find_owners
 from icw_compile.flex import FLEX_ATTENTION, is_elementwise, spell_out
 from icw_compile.passes import KVGraph
+from icw_compile.passes.graph import aliases, is_mutation
 from icw_compile.rows import Quantized
 from icw_compile.tensor import QuantizedKV
 
 __all__ = ["NotCapturedError", "capture", "example_inputs", "forward_dynamo_metadata", "works_on_a_cache"]
+
+
+#: Where a layer of a transformers cache keeps its state.
+_CACHE_ATTRIBUTE = r"\.layers\[\d+\]\.\w+$"
 
 
 class NotCapturedError(Exception):
@@ -98,7 +103,7 @@ def works_on_a_cache() -> bool:
     """Whether the graph that is being compiled reads a layer of a transformers cache: Dynamo guards on its state."""
     context = TracingContext.try_get()
     guards = context.guards_context.dynamo_guards if context is not None else ()
-    return any(re.search(r"\.layers\[\d+\]\.\w+$", guard.originating_source.name) for guard in guards)
+    return any(re.search(_CACHE_ATTRIBUTE, guard.originating_source.name) for guard in guards)
 
 
 def example_inputs(graph: KVGraph) -> list[Any]:
@@ -110,8 +115,10 @@ def forward_dynamo_metadata(dynamo_graph: GraphModule, graph: KVGraph) -> None:
     """Give the rewritten graph what AOTAutograd reads of a Dynamo graph.
 
     That is the compile id, each placeholder's source (to deduplicate inputs) and which inputs have a fixed address
-    (for CUDA graphs).
+    (for CUDA graphs): those that Dynamo was told of, and a cache that does not grow. A CUDA graph does not copy these
+    and may write into them; should one move after all, it is recorded anew.
     """
+    fixed = _fixed_inputs(graph)
     graph.module.meta.update(dynamo_graph.meta)
     sources = dict(getattr(dynamo_graph, "_param_name_to_source", {}))
     for name, _ in (*graph.module.named_buffers(), *graph.module.named_parameters()):
@@ -125,7 +132,24 @@ def forward_dynamo_metadata(dynamo_graph: GraphModule, graph: KVGraph) -> None:
         # The parts of a quantized tensor have no source of their own.
         node._dynamo_source = None if node.name in parts else getattr(old, "_dynamo_source", None)
         if "tensor_dict" in old.meta:
-            node.meta["tensor_dict"] = old.meta["tensor_dict"]
+            node.meta["tensor_dict"] = dict(old.meta["tensor_dict"])
+        if node in fixed:
+            # What `torch._dynamo.mark_static_address` says of a tensor.
+            node.meta.setdefault("tensor_dict", {})["_dynamo_static_input_type"] = "unguarded"
+
+
+def _fixed_inputs(graph: KVGraph) -> set[Node]:
+    """The parts of static caches, and what else such a cache keeps and the graph counts up in place.
+
+    transformers marks its own static tensors only where they are made outside a compiled graph.
+    """
+    parts = {name for taken in graph.inputs.values() if taken.spare is None for name in taken.parts}
+    return {
+        node
+        for node in graph.graph.find_nodes(op="placeholder")
+        if node.name in parts
+        or (re.search(_CACHE_ATTRIBUTE, node.meta.get("source_name", "")) and any(map(is_mutation, aliases(node))))
+    }
 
 
 def source_name(placeholder: Node) -> str:

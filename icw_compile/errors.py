@@ -1,6 +1,6 @@
 """The errors and warnings that are ours. Everything else is one of Python's or torch's own."""
 
-__all__ = ["UnquantizedCacheError", "UnquantizedCacheWarning"]
+__all__ = ["KernelUnavailableError", "UnquantizedCacheError", "UnquantizedCacheWarning"]
 
 
 class UnquantizedCacheWarning(UserWarning):
@@ -9,3 +9,7 @@ class UnquantizedCacheWarning(UserWarning):
 
 class UnquantizedCacheError(RuntimeError):
     """The same, with ``options={"icw.strict": True}``."""
+
+
+class KernelUnavailableError(RuntimeError):
+    """An attention kernel cannot be built, loaded or run here; the message says why. The caller computes another way."""

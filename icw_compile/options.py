@@ -15,9 +15,9 @@ class Options:
 
     Attributes:
         compiler: what compiles the rewritten graph: ``"inductor"``, or ``"eager"`` to run it as it is (to debug).
-        attention: how attention over int8 is computed where there are few query tokens: ``"auto"`` takes the kernel for
-            the device if there is one and Inductor otherwise, ``"inductor"`` no kernel, ``"cpu"`` the CPU kernel or an
-            error.
+        attention: how attention over int8 is computed: ``"auto"`` takes the kernel for the device and the shape if
+            there is one and Inductor otherwise, ``"inductor"`` no kernel, ``"cpu"`` the C++ kernel or an error,
+            ``"triton"`` the CUDA kernel or an error.
         keys, values: whether outlier channels of the keys, or of the values, are divided by a power of two before they
             are quantized (``"equalized"``) or not (``"plain"``); ``"auto"`` is ``"equalized"``. For caches that the
             compiled code makes int8; one that was made beforehand stays as it is.
@@ -28,7 +28,7 @@ class Options:
     """
 
     compiler: Literal["inductor", "eager"] = "inductor"
-    attention: Literal["auto", "inductor", "cpu"] = "auto"
+    attention: Literal["auto", "inductor", "cpu", "triton"] = "auto"
     keys: Literal["auto", "equalized", "plain"] = "auto"
     values: Literal["auto", "equalized", "plain"] = "auto"
     strict: bool = False

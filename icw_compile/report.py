@@ -23,6 +23,7 @@ class GraphReport:
         expected_sites: the key/value storages that a graph with this many layers of that family has.
         sites: each key or value storage that lives as int8, and how it is written and read.
         skipped: what looks like a cache and stays float, or is read through a dequantized copy, and why.
+        no_cuda_graphs: why this graph does not run as a CUDA graph where the options ask for that; empty otherwise.
         passes: matches of each pass.
         nodes: nodes of the captured graph.
         capture_seconds, passes_seconds, compile_seconds: the time that capture, the passes and Inductor took.
@@ -34,6 +35,7 @@ class GraphReport:
     expected_sites: int | None = None
     sites: list[Site] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    no_cuda_graphs: str = ""
     passes: dict[str, int] = field(default_factory=dict)
     nodes: int = 0
     capture_seconds: float = 0.0
@@ -58,6 +60,7 @@ class GraphReport:
             "expected_sites": self.expected_sites,
             "sites": [site.to_dict() for site in self.sites],
             "skipped": [skipped.to_dict() for skipped in self.skipped],
+            "no_cuda_graphs": self.no_cuda_graphs,
             "passes": dict(self.passes),
             "nodes": self.nodes,
             "float_bytes_per_token": self.float_bytes_per_token,
@@ -83,6 +86,8 @@ class GraphReport:
             yield title
         for skipped in self.skipped:
             yield f"  [yellow]not int8[/]: {skipped.layer} {skipped.what}: {skipped.reason}"
+        if self.no_cuda_graphs:
+            yield f"  no CUDA graph: {self.no_cuda_graphs}"
         ours = self.capture_seconds + self.passes_seconds
         share = f" ({ours / self.compile_seconds:.0%} of it)" if self.compile_seconds else ""
         kernel = f"; kernel {self.kernel_seconds:.2f} s" if self.kernel_seconds >= 0.005 else ""

@@ -5,8 +5,8 @@
     # before                                # after, one query token      # after, several
     attention(query, key_qdata, ...)        attention_decode(...)         attention_prefill(...)
 
-    # after, at most 16 query tokens and a kernel for the device
-    icw_int8kv_cpu.attention(query, key_qdata, ...)
+    # after, with a kernel for the device: on the CPU for at most 16 query tokens, on CUDA for any number
+    icw_int8kv_cpu.attention(query, key_qdata, ...)   icw_int8kv_triton.attention(query, key_qdata, ...)
 
 A kernel reads the int8 rows once for all query heads that share them. Without one, decode reads them inside the
 reductions that Inductor generates; neither makes a float cache. Prefill dequantizes the one layer that it reads and
@@ -47,7 +47,7 @@ def _lower(graph: KVGraph, node: Node) -> str:
         return kernel.name
     if not statically_known_true(query.shape[2] == 1):
         node.target = _ops.attention_prefill.default
-        return "inductor prefill"
+        return f"inductor prefill ({reason})" if reason else "inductor prefill"
     node.target = _ops.attention_decode.default
     return f"inductor decode ({reason})" if reason else "inductor decode"
 

@@ -286,7 +286,7 @@ def test_second_run_matches_nothing() -> None:
 
 
 def accepts_one_token(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    return None if query.shape[2] == 1 else "too long"
+    return None if query.shape[2] == 1 else ""
 
 
 KERNEL = Kernel("a kernel", torch.ops.icw_int8kv.attention.default, accepts_one_token)
@@ -297,6 +297,7 @@ KERNEL = Kernel("a kernel", torch.ops.icw_int8kv.attention.default, accepts_one_
     [
         (KERNEL, 1, "a kernel"),
         (KERNEL, 3, "inductor prefill"),
+        ("no Triton", 3, "inductor prefill (no Triton)"),
         (KERNEL._replace(supports=lambda *_: "wrong strides"), 1, "inductor decode (wrong strides)"),
         ("no compiler", 1, "inductor decode (no compiler)"),
         ("", 1, "inductor decode"),

@@ -4,10 +4,14 @@ A kernel computes ``icw_int8kv::attention`` for the devices, shapes and dtypes t
 `find_kernel` and falls back on Inductor, with the reason in the report.
 """
 
-from icw_compile.kernels import cpu
+from icw_compile.errors import KernelUnavailableError
+from icw_compile.kernels import cpu, gpu
 from icw_compile.passes import Kernel
 
 __all__ = ["find_kernel"]
+
+#: Device type -> the option that asks for its kernel by name, and the module of the kernel.
+_KERNELS = {"cpu": ("cpu", cpu), "cuda": ("triton", gpu)}
 
 
 def find_kernel(device_type: str, choice: str = "auto") -> Kernel | str:
@@ -15,19 +19,26 @@ def find_kernel(device_type: str, choice: str = "auto") -> Kernel | str:
 
     Args:
         device_type: ``"cpu"``, ``"cuda"``, ...
-        choice: the option ``icw.attention``: ``"auto"``, ``"inductor"`` (no kernel) or ``"cpu"``.
+        choice: the option ``icw.attention``: ``"auto"``, ``"inductor"`` (no kernel), ``"cpu"`` or ``"triton"``.
 
     Raises:
-        KernelUnavailableError: the kernel was asked for by name, and cannot be built here.
+        KernelUnavailableError: the kernel was asked for by name, and is for another device or cannot be built here.
     """
     if choice == "inductor":
         return ""
-    if device_type != "cpu":
+    name, module = _KERNELS.get(device_type, ("", None))
+    if choice not in ("auto", name):
+        device = next(device for device, (option, _) in _KERNELS.items() if option == choice)
+        raise KernelUnavailableError(
+            f'options={{"icw.attention": "{choice}"}} asks for the kernel for {device}, and the model is on '
+            f'{device_type}: leave the option out, or use "auto".'
+        )
+    if module is None:
         return f"there is no kernel for {device_type}"
     try:
-        cpu.load()
-    except cpu.KernelUnavailableError as error:
-        if choice == "cpu":
+        module.load()
+    except KernelUnavailableError as error:
+        if choice != "auto":
             raise
         return str(error).splitlines()[0]
-    return Kernel("cpu kernel", cpu.attention, cpu.supports)
+    return Kernel(f"{name} kernel", module.attention, module.supports)

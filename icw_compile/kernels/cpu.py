@@ -33,9 +33,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from icw_compile.errors import KernelUnavailableError
 from icw_compile.ops import ATTENTION_ARGUMENTS
 
-__all__ = ["KernelUnavailableError", "attention", "is_available", "load", "supports"]
+__all__ = ["attention", "is_available", "load", "supports"]
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 
@@ -45,12 +46,8 @@ MAX_TOKENS = 16
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-maybe-uninitialized")
 
 
-class KernelUnavailableError(RuntimeError):
-    """The CPU kernel cannot be built or loaded here; the message says why. The caller computes another way."""
-
-
 def supports(query: Tensor, key_qdata: Tensor, value_qdata: Tensor) -> str | None:
-    """Why the kernel does not take these tensors (real or fake), or ``None`` if it does.
+    """Why the kernel does not take these tensors (real or fake), or ``None`` if it does; empty if they are a prefill.
 
     Args:
         query: ``[B, Hq, T, D]``.
@@ -62,7 +59,7 @@ def supports(query: Tensor, key_qdata: Tensor, value_qdata: Tensor) -> str | Non
     if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"queries of dtype {query.dtype} are not supported"
     if not isinstance(query.shape[2], int) or query.shape[2] > MAX_TOKENS:
-        return f"{query.shape[2]} query tokens: the kernel is for at most {MAX_TOKENS}"
+        return ""
     for name, tensor in (("keys", key_qdata), ("values", value_qdata)):
         if not (isinstance(tensor.stride(-1), int) and tensor.stride(-1) == 1):
             return f"the channels of the {name} are not contiguous"

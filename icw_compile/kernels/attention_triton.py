@@ -1,0 +1,343 @@
+"""The Triton kernels behind `icw_compile.kernels.gpu`: attention over an int8 key/value cache. Imports Triton.
+
+What they compute is ``icw_int8kv::attention`` (`icw_compile.ops`); how:
+
+* A *row* is one (query token, query head of the group) pair, tokens outermost. A program takes a tile of rows of one
+  key/value head, so that decode and prefill are one kernel with different tiles, and each int8 row is loaded and
+  converted once for all query heads that share it.
+* Split-KV ("flash decoding"): where the tiles alone do not fill the device, ``split`` programs share a tile. They take
+  every ``splits``-th block of positions, not a contiguous part each: a cache that is filled to a quarter keeps all
+  of them busy. Each yields (largest score, sum, weighted values) for each row, and `merge` combines them.
+* Integers up to 256 are exact in bfloat16, up to 2048 in float16: the int8 rows become an operand of ``tl.dot``
+  without error. The scales of the keys multiply the scores, those of the values the weights. A float16 model's weights
+  go into ``tl.dot`` as a sum of two bfloat16 numbers: float16 has no room for a weight times any scale. Float32 takes
+  three products of TF32 numbers, which give back its precision.
+* Blocks that no row of the tile may read, by a boolean mask or causally, are skipped before their rows or scales are
+  loaded. Without a mask, the blocks that every row reads whole run in a loop without a test in it, whose loads Triton
+  pipelines.
+* Sinks are where the softmax starts: a first score that has no value.
+
+Lengths are not specialised: a cache that grows compiles nothing anew.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["attend", "merge"]
+
+# Splits that `merge` reads at a time.
+CHUNK = tl.constexpr(16)
+# Triton's interpreter keeps bfloat16 as 16-bit integers, and multiplies those.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _int8_rows(
+    base, start, stride, length, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr
+):
+    """int8 ``[BLOCK, PADDED]``: rows from ``start``; zeros behind ``length``, if it is checked, and ``SIZE``."""
+    row = tl.arange(0, BLOCK)[:, None]
+    channel = tl.arange(0, PADDED)[None, :]
+    pointers = base + tl.cast(start, tl.int64) * stride + row * stride + channel
+    if CHECKED:
+        return tl.load(pointers, mask=(start + row < length) & (channel < SIZE), other=0)
+    if SIZE != PADDED:
+        return tl.load(pointers, mask=channel < SIZE, other=0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _scales(base, start, stride, length, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
+    """float32 ``[BLOCK]``: the scales of the rows from ``start``."""
+    row = tl.arange(0, BLOCK)
+    pointers = base + tl.cast(start, tl.int64) * stride + row * stride
+    if CHECKED:
+        return tl.load(pointers, mask=start + row < length, other=0).to(tl.float32)
+    return tl.load(pointers).to(tl.float32)
+
+
+@triton.jit
+def _multiply(left, rows, accumulator):
+    """``accumulator + left @ rows`` for a float tile and an int8 one, which becomes ``left``'s dtype without error."""
+    if INTERPRETED:
+        return tl.dot(left.to(tl.float32), rows.to(tl.float32), accumulator, input_precision="tf32x3")
+    return tl.dot(left, rows.to(left.dtype), accumulator, input_precision="tf32x3")
+
+
+@triton.jit
+def _step(
+    query,
+    largest,
+    total,
+    accumulator,
+    taken,
+    bias,
+    start,
+    length,
+    scale,
+    softcap,
+    key,
+    key_scale,
+    value,
+    value_scale,
+    stride_key,
+    stride_key_scale,
+    stride_value,
+    stride_value_scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_HEAD_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """One block of positions in the online softmax: the new ``largest, total, accumulator``.
+
+    ``taken[ROWS, BLOCK]`` says which positions a row may read; without ``CHECKED`` it may read all. ``bias``, the
+    additive mask, is of that shape or ``None``.
+    """
+    keys = _int8_rows(key, start, stride_key, length, HEAD_DIM, PADDED_HEAD_DIM, BLOCK, CHECKED)
+    values = _int8_rows(value, start, stride_value, length, VALUE_DIM, PADDED_VALUE_DIM, BLOCK, CHECKED)
+    key_scales = _scales(key_scale, start, stride_key_scale, length, BLOCK, CHECKED)
+    value_scales = _scales(value_scale, start, stride_value_scale, length, BLOCK, CHECKED)
+
+    scores = _multiply(query, tl.trans(keys), None) * (key_scales * scale)[None, :]
+    if softcap is not None:
+        scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+    if bias is not None:
+        scores += bias
+    if CHECKED:
+        scores = tl.where(taken, scores, -float("inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+    decay = tl.exp(largest - shift)
+    weights = tl.exp(scores - shift[:, None])
+    total = total * decay + tl.sum(weights, 1)
+    weights *= value_scales[None, :]
+    if CHECKED:
+        weights = tl.where(taken, weights, 0.0)  # a scale that is not finite may lie where nothing is read
+    accumulator *= decay[:, None]
+    if query.dtype == tl.float32:
+        return new_largest, total, _multiply(weights, values, accumulator)
+    high = weights.to(tl.bfloat16)
+    accumulator = _multiply(high, values, accumulator)
+    if query.dtype == tl.float16:
+        accumulator = _multiply((weights - high.to(tl.float32)).to(tl.bfloat16), values, accumulator)
+    return new_largest, total, accumulator
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "length",
+        "stride_key_scale_batch",
+        "stride_key_scale_head",
+        "stride_value_scale_batch",
+        "stride_value_scale_head",
+        "stride_mask_batch",
+        "stride_mask_head",
+        "stride_mask_token",
+    ]
+)
+def attend(
+    query,  # [batch, query heads, tokens, HEAD_DIM]: float32, bfloat16 or float16
+    key,  # int8 [batch, heads, length, HEAD_DIM], as is `value` with VALUE_DIM
+    key_scale,  # [batch, heads, length], as is `value_scale`
+    value,
+    value_scale,
+    mask,  # None, or [batch, query heads, tokens, length] by its strides: uint8, or additive
+    sinks,  # None or [query heads]
+    output,  # [batch, query heads, tokens, VALUE_DIM], with a state: float32 [..., tokens, splits, VALUE_DIM]
+    state,  # None for one split, else float32 [batch, query heads, tokens, splits, 2]
+    stride_query_batch,
+    stride_query_head,
+    stride_query_token,
+    stride_query_channel,
+    stride_key_batch,
+    stride_key_head,
+    stride_key,
+    stride_key_scale_batch,
+    stride_key_scale_head,
+    stride_key_scale,
+    stride_value_batch,
+    stride_value_head,
+    stride_value,
+    stride_value_scale_batch,
+    stride_value_scale_head,
+    stride_value_scale,
+    stride_mask_batch,
+    stride_mask_head,
+    stride_mask_token,
+    stride_mask,
+    heads,
+    tokens,
+    length,
+    scale,
+    softcap,  # None or a number
+    GROUP: tl.constexpr,  # query heads of one key/value head
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_HEAD_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid ``(batch * heads * tiles, splits)``: the tile's attention over every ``splits``-th block of positions."""
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    tiles = tl.cdiv(tokens * GROUP, ROWS)
+    # Causally, the last tile has the most to read: it starts first.
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
+
+    row = tile * ROWS + tl.arange(0, ROWS)
+    valid = row < tokens * GROUP
+    token = row // GROUP
+    query_head = head * GROUP + row % GROUP
+    channel = tl.arange(0, PADDED_HEAD_DIM)
+    query += batch * stride_query_batch + query_head * stride_query_head + token.to(tl.int64) * stride_query_token
+    rows = tl.load(
+        query[:, None] + channel[None, :] * stride_query_channel,
+        mask=valid[:, None] & (channel < HEAD_DIM)[None, :],
+        other=0,
+    )
+    key += batch * stride_key_batch + head * stride_key_head
+    key_scale += batch * stride_key_scale_batch + head * stride_key_scale_head
+    value += batch * stride_value_batch + head * stride_value_head
+    value_scale += batch * stride_value_scale_batch + head * stride_value_scale_head
+
+    largest = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if sinks is not None:
+        largest = tl.load(sinks + query_head, mask=valid & (split == 0), other=-float("inf")).to(tl.float32)
+        total = tl.where(largest == -float("inf"), 0.0, 1.0)
+    accumulator = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
+
+    end = length
+    whole = length // BLOCK  # blocks that every row reads whole
+    if IS_CAUSAL:
+        end = tl.minimum(end, (tl.minimum(tile * ROWS + ROWS, tokens * GROUP) - 1) // GROUP + 1)
+        whole = tl.minimum(whole, (tile * ROWS // GROUP + 1) // BLOCK)
+    if mask is not None:
+        whole = 0
+    for block in range(split, whole, splits):
+        largest, total, accumulator = _step(
+            rows,
+            largest,
+            total,
+            accumulator,
+            None,
+            None,
+            block * BLOCK,
+            length,
+            scale,
+            softcap,
+            key,
+            key_scale,
+            value,
+            value_scale,
+            stride_key,
+            stride_key_scale,
+            stride_value,
+            stride_value_scale,
+            HEAD_DIM,
+            VALUE_DIM,
+            PADDED_HEAD_DIM,
+            PADDED_VALUE_DIM,
+            BLOCK,
+            CHECKED=False,
+        )
+    for block in range(split + tl.cdiv(tl.maximum(whole - split, 0), splits) * splits, tl.cdiv(end, BLOCK), splits):
+        position = block * BLOCK + tl.arange(0, BLOCK)
+        taken = valid[:, None] & (position < length)[None, :]
+        if IS_CAUSAL:
+            taken &= position[None, :] <= token[:, None]
+        bias = None
+        if mask is not None:
+            row_mask = mask + batch * stride_mask_batch + query_head * stride_mask_head
+            row_mask += token.to(tl.int64) * stride_mask_token
+            entries = tl.load(row_mask[:, None] + position.to(tl.int64)[None, :] * stride_mask, mask=taken, other=0)
+            if mask.dtype.element_ty == tl.uint8:
+                taken &= entries != 0
+            else:
+                bias = entries.to(tl.float32)
+                taken &= bias != -float("inf")
+        if tl.max(taken.to(tl.int32)) != 0:
+            largest, total, accumulator = _step(
+                rows,
+                largest,
+                total,
+                accumulator,
+                taken,
+                bias,
+                block * BLOCK,
+                length,
+                scale,
+                softcap,
+                key,
+                key_scale,
+                value,
+                value_scale,
+                stride_key,
+                stride_key_scale,
+                stride_value,
+                stride_value_scale,
+                HEAD_DIM,
+                VALUE_DIM,
+                PADDED_HEAD_DIM,
+                PADDED_VALUE_DIM,
+                BLOCK,
+                CHECKED=True,
+            )
+
+    at = ((batch * heads * GROUP + query_head) * tokens + token) * (1 if state is None else splits)
+    if state is None:
+        accumulator = accumulator / tl.where(total == 0, 1.0, total)[:, None]
+    else:
+        at += split
+        tl.store(state + at * 2, largest, mask=valid)
+        tl.store(state + at * 2 + 1, total, mask=valid)
+    value_channel = tl.arange(0, PADDED_VALUE_DIM)[None, :]
+    tl.store(
+        output + at[:, None] * VALUE_DIM + value_channel,
+        accumulator.to(output.dtype.element_ty),
+        mask=valid[:, None] & (value_channel < VALUE_DIM),
+    )
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge(
+    partial,  # float32 [rows, splits, VALUE_DIM], what `attend` gave as its output
+    state,  # float32 [rows, splits, 2]
+    output,  # [rows, VALUE_DIM]
+    splits,
+    VALUE_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+):
+    """Grid ``(rows,)``: the softmax over all splits of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, PADDED_VALUE_DIM)
+    # Of one element, not scalars: they are carried through the loop.
+    largest = tl.full([1], -float("inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    accumulator = tl.zeros([PADDED_VALUE_DIM], tl.float32)
+    for start in range(0, splits, CHUNK):
+        split = start + tl.arange(0, CHUNK)
+        inside = split < splits
+        at = row * splits + split
+        each_largest = tl.load(state + at * 2, mask=inside, other=-float("inf"))
+        each_total = tl.load(state + at * 2 + 1, mask=inside, other=0)
+        each = tl.load(
+            partial + at[:, None] * VALUE_DIM + channel[None, :],
+            mask=inside[:, None] & (channel < VALUE_DIM)[None, :],
+            other=0,
+        )
+        new_largest = tl.maximum(largest, tl.max(each_largest, 0))
+        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+        decay, weights = tl.exp(largest - shift), tl.exp(each_largest - shift)
+        total = total * decay + tl.sum(each_total * weights, 0)
+        accumulator = accumulator * decay + tl.sum(each * weights[:, None], 0)
+        largest = new_largest
+    accumulator = accumulator / tl.where(total == 0, 1.0, total)
+    tl.store(output + row * VALUE_DIM + channel, accumulator.to(output.dtype.element_ty), mask=channel < VALUE_DIM)

@@ -1,0 +1,320 @@
+"""The Triton kernels for attention on CUDA devices: ``icw_int8kv_triton::attention``, for decode and prefill.
+
+The operator and its fake implementation exist as soon as this module is imported, with or without Triton and a GPU, so
+that graphs that hold it can be traced and printed anywhere. The kernels are in `icw_compile.kernels.attention_triton`,
+which is imported at the first call; Triton compiles each variant at its first call (about a second) and keeps it in
+its own cache on disk.
+
+Shapes, in the letters of `icw_compile.ops`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query
+tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
+
+``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
+value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, splits=0) -> [B, Hq, T, Dv]``
+    The function, the arguments and the semantics of ``icw_int8kv::attention``, with one licence: a position that a mask
+    takes out (``False``, or minus infinity) contributes nothing even if its scale is not finite, for its rows may never
+    be read. ``query`` is bfloat16, float16 or float32; scales and sinks are of any floating dtype; ``attn_mask`` is
+    ``None``, boolean or of any floating dtype, 4-dimensional, and broadcasts to ``[B, Hq, T, S]`` by its strides. Any
+    strides will do, except that the channels of the int8 tensors are contiguous. ``D`` and ``Dv`` are at most 256. The
+    result is contiguous, in the query's dtype. ``splits`` is for tests: how many programs share the positions, 0 for
+    as many as suit the device. Raises ValueError for shapes and dtypes that do not fit, and `KernelUnavailableError`
+    without Triton.
+
+It is an operator of torch's dispatcher and not a `torch.library.triton_op`, which Inductor would look into: there is
+nothing in it to fuse, the number of splits is worked out from the lengths of the call and not from symbols, and the
+launch that runs in a compiled graph is the one that the tests run. Nothing it does depends on the content of a tensor,
+so that a CUDA graph can hold it; it allocates from torch's pools only.
+"""
+
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from icw_compile.errors import KernelUnavailableError
+from icw_compile.ops import ATTENTION_ARGUMENTS
+
+__all__ = [
+    "MAX_HEAD_DIM",
+    "Tiles",
+    "attention",
+    "attention_triton",
+    "choose_splits",
+    "choose_tiles",
+    "load",
+    "padded",
+    "supports",
+]
+
+#: Largest head size: beyond it a tile does not fit in the shared memory of a multiprocessor.
+MAX_HEAD_DIM = 256
+#: Compute capability with bfloat16 tensor cores and asynchronous copies.
+MIN_CAPABILITY = (8, 0)
+#: More splits than this cost more to merge than they bring.
+MAX_SPLITS = 128
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Tiles(NamedTuple):
+    """How `attend` is compiled: query rows and cached positions of a tile, warps, stages of its pipelined loop."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+
+
+def supports(query: Tensor, key_qdata: Tensor, value_qdata: Tensor) -> str | None:
+    """Why the kernels do not take these tensors (real or fake), or ``None`` if they do.
+
+    Args:
+        query: ``[B, Hq, T, D]``; all sizes but the last may be symbolic.
+        key_qdata: int8 ``[B, H, S, D]``.
+        value_qdata: int8 ``[B, H, S, Dv]``.
+    """
+    if query.device.type != "cuda":
+        return f"the query is on {query.device}, not on a CUDA device"
+    if query.dtype not in DTYPES:
+        return f"queries of dtype {query.dtype} are not supported"
+    for name, tensor in (("keys", key_qdata), ("values", value_qdata)):
+        size, stride = tensor.shape[-1], tensor.stride(-1)
+        if not isinstance(size, int) or size > MAX_HEAD_DIM:
+            return f"the {name} have {size} channels: the kernel is for at most {MAX_HEAD_DIM}"
+        if not isinstance(stride, int) or stride != 1:
+            return f"the channels of the {name} are not contiguous"
+    return _why_not_on(query.device)
+
+
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        have, need = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+        return f"the kernel needs compute capability {need}, and {torch.cuda.get_device_name(device)} has {have}"
+    return None
+
+
+def load() -> None:
+    """Make sure that the kernels can be compiled here.
+
+    Raises:
+        KernelUnavailableError: Triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise KernelUnavailableError(
+            "The CUDA attention kernels need Triton, which is not installed: torch's CUDA builds for Linux come with "
+            "it; elsewhere install `triton`."
+        )
+
+
+#: Head size, rounded up -> the tiles for it, by rows. Chosen by what the compiled kernels of sm_80 and sm_90 need: no
+#: (or hardly a) register goes to memory, two or three programs of the smallest fit on a multiprocessor, and all are
+#: within the 99 KiB of shared memory that every device from sm_80 on has. Not by timing: that takes a GPU.
+_TILES = {
+    64: (Tiles(16, 64, 4, 3), Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
+    128: (Tiles(16, 64, 4, 3), Tiles(32, 32, 4, 3), Tiles(64, 32, 8, 3), Tiles(128, 32, 8, 3)),
+    256: (Tiles(16, 32, 4, 3), Tiles(32, 32, 8, 2), Tiles(64, 32, 8, 2)),
+}
+_FLOAT32_TILES = {
+    64: (Tiles(16, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    128: (Tiles(16, 32, 4, 2), Tiles(32, 32, 8, 2)),
+    256: (Tiles(16, 16, 4, 2),),
+}
+
+
+def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype) -> Tiles:
+    """The tiles for ``rows`` query rows of one key/value head.
+
+    Args:
+        rows: query tokens times query heads of the group.
+        head_dim: the larger head size of keys and values, at most `MAX_HEAD_DIM`.
+        dtype: of the query.
+    """
+    table = _FLOAT32_TILES if dtype == torch.float32 else _TILES
+    choices = table[next(size for size in table if head_dim <= size)]
+    return next((tiles for tiles in choices if rows <= tiles.rows), choices[-1])
+
+
+def choose_splits(tiles: int, blocks: int, rows: int, processors: int) -> int:
+    """How many programs share a tile's positions.
+
+    Args:
+        tiles: tiles of all sequences and key/value heads.
+        blocks: blocks of positions, of the whole length.
+        rows: rows of a tile.
+        processors: multiprocessors of the device.
+
+    As many as fill the device: four programs for each multiprocessor with small tiles, two with large ones, and none
+    that has less to do than the others for want of a block.
+    """
+    programs = processors * (4 if rows <= 32 else 2)
+    splits = max(1, min(programs // max(tiles, 1), blocks, MAX_SPLITS))
+    return -(-blocks // -(-blocks // splits)) if blocks else 1
+
+
+def padded(size: int) -> int:
+    """A head size as a side of a tile: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def attention_triton(
+    query: Tensor,
+    key_qdata: Tensor,
+    key_scale: Tensor,
+    value_qdata: Tensor,
+    value_scale: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+    splits: int = 0,
+) -> Tensor:
+    """``icw_int8kv_triton::attention`` on CUDA tensors, or on any where Triton interprets."""
+    load()
+    from icw_compile.kernels.attention_triton import attend, merge
+
+    _check(query, key_qdata, key_scale, value_qdata, value_scale, attn_mask, sinks)
+    batch, query_heads, tokens, head_dim = query.shape
+    heads, length = key_qdata.shape[1:3]
+    value_dim = value_qdata.shape[3]
+    output = query.new_empty((batch, query_heads, tokens, value_dim))
+    if output.numel() == 0:
+        return output
+    group = query_heads // heads
+    padded_head_dim, padded_value_dim = padded(head_dim), padded(value_dim)
+    chosen = choose_tiles(tokens * group, max(head_dim, value_dim), query.dtype)
+    tiles = batch * heads * -(-tokens * group // chosen.rows)
+    splits = splits or choose_splits(tiles, -(-length // chosen.block), chosen.rows, _processors(query.device))
+    if splits == 1:
+        partial, state = output, None
+    else:
+        rows = (batch, query_heads, tokens, splits)
+        partial = query.new_empty((*rows, value_dim), dtype=torch.float32)
+        state = query.new_empty((*rows, 2), dtype=torch.float32)
+    mask_strides = (0, 0, 0, 0)
+    if attn_mask is not None:
+        mask_strides = attn_mask.expand(batch, query_heads, tokens, length).stride()
+        if attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask.view(torch.uint8)
+    with torch.cuda.device_of(query):
+        attend[(tiles, splits)](
+            query,
+            key_qdata,
+            key_scale,
+            value_qdata,
+            value_scale,
+            attn_mask,
+            sinks,
+            partial,
+            state,
+            *query.stride(),
+            *key_qdata.stride()[:3],
+            *key_scale.stride()[:3],
+            *value_qdata.stride()[:3],
+            *value_scale.stride()[:3],
+            *mask_strides,
+            heads,
+            tokens,
+            length,
+            scale,
+            softcap,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            PADDED_HEAD_DIM=padded_head_dim,
+            PADDED_VALUE_DIM=padded_value_dim,
+            IS_CAUSAL=is_causal,
+            ROWS=chosen.rows,
+            BLOCK=chosen.block,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+        )
+        if state is not None:
+            merge[(batch * query_heads * tokens,)](
+                partial, state, output, splits, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_value_dim, num_warps=4
+            )
+    return output
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 1 where Triton interprets on the CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _check(
+    query: Tensor,
+    key_qdata: Tensor,
+    key_scale: Tensor,
+    value_qdata: Tensor,
+    value_scale: Tensor,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    """Refuse what the kernels would read wrongly."""
+    if query.dim() != 4:
+        raise ValueError(f"query must have 4 dimensions, not {query.dim()}")
+    if query.dtype not in DTYPES:
+        raise ValueError(f"query must be one of {', '.join(map(str, DTYPES))}, not {query.dtype}")
+    batch, query_heads, tokens, head_dim = query.shape
+    if key_qdata.dim() != 4 or value_qdata.dim() != 4:
+        raise ValueError("key_qdata and value_qdata must have 4 dimensions")
+    heads, length = key_qdata.shape[1:3]
+    value_dim = value_qdata.shape[3]
+    for name, tensor, shape in (
+        ("key_qdata", key_qdata, (batch, heads, length, head_dim)),
+        ("key_scale", key_scale, (batch, heads, length, 1)),
+        ("value_qdata", value_qdata, (batch, heads, length, value_dim)),
+        ("value_scale", value_scale, (batch, heads, length, 1)),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be of shape {list(shape)}, not {list(tensor.shape)}")
+    for name, tensor in (("key_qdata", key_qdata), ("value_qdata", value_qdata)):
+        if tensor.dtype != torch.int8:
+            raise ValueError(f"{name} must be int8, not {tensor.dtype}")
+        if tensor.stride(3) != 1:
+            raise ValueError(f"the channels of {name} must be contiguous")
+        if tensor.shape[3] > MAX_HEAD_DIM:
+            raise ValueError(f"{name} has {tensor.shape[3]} channels: the kernel is for at most {MAX_HEAD_DIM}")
+    if heads == 0 or query_heads % heads:
+        raise ValueError(f"{query_heads} query heads cannot be grouped on {heads} key/value heads")
+    if sinks is not None and tuple(sinks.shape) != (query_heads,):
+        raise ValueError(f"sinks must be of shape [{query_heads}], not {list(sinks.shape)}")
+    if attn_mask is not None:
+        full = (batch, query_heads, tokens, length)
+        if attn_mask.dim() != 4 or any(size not in (1, of) for size, of in zip(attn_mask.shape, full)):
+            raise ValueError(f"attn_mask of shape {list(attn_mask.shape)} does not broadcast to {list(full)}")
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise ValueError(f"unsupported dtype of attn_mask: {attn_mask.dtype}")
+
+
+def _register() -> None:
+    name = "icw_int8kv_triton::attention"
+    torch.library.define(name, f"({ATTENTION_ARGUMENTS}, int splits=0) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CUDA", attention_triton)
+
+    @torch.library.register_fake(name)  # type: ignore[untyped-decorator]
+    def _(
+        query: Tensor,
+        key_qdata: Tensor,
+        key_scale: Tensor,
+        value_qdata: Tensor,
+        value_scale: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
+        splits: int = 0,
+    ) -> Tensor:
+        return query.new_empty((*query.shape[:3], value_qdata.shape[3]))
+
+
+_register()
+
+#: The operator, as a graph calls it.
+attention = torch.ops.icw_int8kv_triton.attention.default

@@ -1,0 +1,56 @@
+"""What the kernel tests share: tensors, masks, and the reference that every kernel must equal."""
+
+import itertools
+
+import torch
+
+from icw_compile import ops
+
+
+def make(batch, query_heads, heads, tokens, length, head_dim, value_dim, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    scale_dtype = ops.scale_dtype_for(dtype)
+    key = random(batch, heads, length, head_dim) * 2
+    value = random(batch, heads, length, value_dim) * torch.rand(length, 1, generator=generator).to(dtype)
+    query = random(batch, query_heads, tokens, head_dim)
+    return [query, *ops.quantize_per_head(key, scale_dtype), *ops.quantize_per_head(value, scale_dtype)]
+
+
+def reference(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None):
+    scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    return ops.attention(tensors[0].float(), *tensors[1:], mask, is_causal, scale, softcap, sinks)
+
+
+def masks(batch, query_heads, tokens, length):
+    generator = torch.Generator().manual_seed(1)
+
+    def boolean(*shape):
+        return torch.rand(shape, generator=generator) > 0.4
+
+    full = (batch, query_heads, tokens, length)
+    for dims in itertools.product((False, True), repeat=3):
+        shape = [size if keep else 1 for size, keep in zip(full[:3], dims, strict=True)] + [length]
+        mask = boolean(*shape)
+        yield "boolean", mask
+        yield "additive", torch.randn(shape, generator=generator).masked_fill(~mask, -torch.inf)
+        yield "finfo.min", torch.zeros(shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    mask = boolean(batch, 1, tokens, length)
+    yield "all dead but finfo.min", torch.full((1, 1, tokens, length), torch.finfo(torch.float32).min)
+    yield "bfloat16", torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+    yield "float16", torch.zeros(mask.shape, dtype=torch.float16).masked_fill(~mask, torch.finfo(torch.float16).min)
+    yield "float64", torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    yield "quarter", (torch.arange(length) < length // 4).view(1, 1, 1, -1)
+    yield "window", ((torch.arange(length) > length // 3) & (torch.arange(length) < length // 2)).view(1, 1, 1, -1)
+    yield "transposed", boolean(length, tokens, query_heads, batch).permute(3, 2, 1, 0)
+    yield "every second", boolean(batch, 1, tokens, 2 * length)[..., ::2]
+    yield "expanded", boolean(1, 1, tokens, 1).logical_or(torch.tensor(True)).expand(batch, query_heads, tokens, length)
+    yield "one column", torch.full((1, 1, 1, 1), 0.5)
+    empty = boolean(batch, 1, tokens, length)
+    empty[:, :, 0] = False
+    yield "empty row", empty
+    yield "empty", torch.zeros(1, 1, 1, length, dtype=torch.bool)
+    yield "empty additive", torch.full((1, 1, 1, length), -torch.inf)

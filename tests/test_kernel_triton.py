@@ -1,0 +1,398 @@
+"""The Triton kernels against ``icw_int8kv::attention``, the pure-torch reference.
+
+On a CUDA device these are the kernels themselves. Without one they run in Triton's interpreter (`conftest.py` switches
+it on), and are compiled for two architectures, which needs no device; what only a GPU can show is skipped.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_cases import make, masks, reference
+from support import graphs, relative_distance, run, tiny_model, tokens
+from torch._dynamo.utils import counters
+
+import icw_compile
+from icw_compile.errors import KernelUnavailableError
+from icw_compile.kernels import find_kernel, gpu
+from icw_compile.passes import Kernel
+from icw_compile.reference import reference_cache
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+if DEVICE == "cpu":
+    torch.library.impl("icw_int8kv_triton::attention", "CPU", gpu.attention_triton)
+
+#: Relative norm of the difference from float32: rounding of the weights and of the output. Triton's interpreter cuts
+#: bfloat16 off where a GPU rounds it.
+TOLERANCE = {torch.bfloat16: 2.5e-3 if DEVICE == "cuda" else 2**-7, torch.float16: 4e-4, torch.float32: 3e-6}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def kernel(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None, splits=0):
+    scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    mask, sinks = (None if x is None else x.to(DEVICE) for x in (mask, sinks))
+    tensors = [x.to(DEVICE) for x in tensors]
+    return torch.ops.icw_int8kv_triton.attention(*tensors, mask, is_causal, scale, softcap, sinks, splits).cpu()
+
+
+def check(tensors, *args, tolerance=None, splits=0, **kwargs):
+    expected = reference(tensors, *args, **kwargs)
+    actual = kernel(tensors, *args, **kwargs, splits=splits)
+    assert actual.dtype == tensors[0].dtype
+    assert actual.shape == expected.shape
+    assert actual.is_contiguous()
+    assert actual.isfinite().all()
+    error = (actual.float() - expected).norm() / expected.norm().clamp(min=1e-30)
+    assert error <= (tolerance or TOLERANCE[tensors[0].dtype]), error.item()
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (128, 64), (40, 72), (30, 13)]
+)
+def test_decode(dtype, head_dim, value_dim):
+    check(make(1, 8, 2, 1, 150, head_dim, value_dim, dtype), splits=2)
+    check(make(2, 4, 4, 3, 65, head_dim, value_dim, dtype))
+    check(make(1, 4, 1, 16, 70, head_dim, value_dim, dtype), splits=2)  # 64 rows in the tile
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_prefill(dtype, head_dim):
+    check(make(1, 6, 2, 83, 83, head_dim, head_dim, dtype), is_causal=True)
+    check(make(1, 4, 4, 67, 131, head_dim, head_dim, dtype), torch.rand(1, 1, 67, 131) > 0.5)
+    check(make(1, 4, 1, 40, 90, head_dim, head_dim, dtype), splits=3)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 63, 64, 65, 128, 257])
+def test_lengths(length):
+    for splits in (1, 2, 5):
+        check(make(1, 4, 2, 1, length, 64, 64, torch.float32), splits=splits)
+        check(make(1, 4, 2, 3, length, 64, 64, torch.float32), is_causal=True, splits=splits)
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(1, torch.bfloat16), (3, torch.float32)], ids=str)
+def test_masks(count, dtype):
+    tensors = make(2, 4, 2, count, 150, 64, 64, dtype)
+    for index, (name, mask) in enumerate(masks(2, 4, count, 150)):
+        try:
+            check(tensors, mask, splits=(1, 3)[index % 2])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_causal_softcap_and_sinks(splits):
+    sinks = torch.tensor([-torch.inf, -200.0, 0.0, 1.5, 200.0, 3.0, -1.0, 8.0])
+    for length in (4, 200):
+        tensors = make(1, 8, 2, 5, length, 64, 64, torch.float32)
+        mask = torch.rand(1, 1, 5, length, generator=torch.Generator().manual_seed(1)) > 0.3
+        mask[:, :, 2] = False
+        check(tensors, is_causal=True, splits=splits)
+        check(tensors, None, False, 1.0, 20.0, splits=splits)
+        check(tensors, mask, True, 0.2, 5.0, splits=splits)
+        check(tensors, sinks=sinks, splits=splits)
+        check(tensors, mask, True, 0.2, 5.0, sinks, splits=splits)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("sinks", [None, torch.zeros(4)])
+def test_empty_rows_are_zero(splits, sinks):
+    tensors = make(1, 4, 2, 2, 200, 64, 64, torch.bfloat16)
+    mask = torch.ones(1, 1, 2, 200, dtype=torch.bool)
+    mask[:, :, 1] = False
+    output = kernel(tensors, mask, sinks=sinks, splits=splits)
+    assert (output[:, :, 1] == 0).all()
+    assert (output[:, :, 0] != 0).any()
+
+
+def test_strides():
+    tensors = make(2, 8, 4, 2, 220, 64, 64, torch.float32)
+    query, key, key_scale, value, value_scale = tensors
+    # Spare rows behind each head, every second position, heads behind the positions, a slice of the heads.
+    check([query, key[:, :, 20:133], key_scale[:, :, 20:133], value[:, :, 7:120], value_scale[:, :, 7:120]], splits=2)
+    check([query, *(t[:, :, ::2] for t in tensors[1:])])
+    check([t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors])
+    check([query[:, ::2], *(t[:, 1:3] for t in tensors[1:])])
+    check([query[..., :32], key[..., 17:49], key_scale, value[..., 3:60], value_scale])
+    check([query, *(t[:, :1].expand(-1, 4, -1, -1) for t in tensors[1:])])
+    check([query.transpose(2, 3).contiguous().transpose(2, 3), *tensors[1:]])
+
+
+@DTYPES
+def test_scales_of_any_magnitude(dtype):
+    for magnitude in (1e-12, 1e12) if dtype == torch.float32 else (1e-4, 100.0):
+        tensors = make(1, 8, 2, 1, 150, 64, 64, dtype)
+        tensors[0], tensors[2] = tensors[0] * magnitude, tensors[2] / magnitude
+        tensors[4] = tensors[4] * magnitude
+        # 1e-4 takes float16 queries and outputs into its denormal numbers.
+        check(tensors, tolerance=2e-2 if dtype == torch.float16 else None)
+
+
+def test_one_value_row_dwarfs_the_others():
+    tensors = make(1, 8, 2, 1, 150, 64, 64, torch.float16)
+    tensors[4][:, :, 17] *= 1000
+    mask = torch.zeros(1, 1, 1, 150)
+    mask[..., 17] = -20.0
+    check(tensors, mask)
+
+
+@pytest.mark.parametrize("which", [2, 4])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_non_finite_rows(which, bad, splits):
+    tensors = make(1, 4, 2, 2, 200, 64, 64, torch.bfloat16)
+    tensors[which][:, 1, 150] = bad
+    tensors[which - 1][:, 1, 150] = 0
+    output = kernel(tensors, splits=splits)
+    assert output[:, :2].isfinite().all()
+    assert output[:, 2:].isnan().all()
+    # Masked for the first token only.
+    mask = torch.ones(1, 1, 2, 200, dtype=torch.bool)
+    mask[:, :, 0, 150] = False
+    output = kernel(tensors, mask, splits=splits)
+    assert output[:, :, 0].isfinite().all()
+    assert output[:, 2:, 1].isnan().all()
+
+
+def test_blocks_that_no_row_may_read_are_not_read():
+    """Keys and values that are not there at all, behind the mask: an illegal access, had they been read."""
+    tensors = make(1, 4, 2, 2, 640, 64, 64, torch.float32)
+    mask = (torch.arange(640) < 100).view(1, 1, 1, -1)
+    expected = reference(tensors, mask)
+    # Only the first 128 of 640 rows have memory behind them.
+    short = [x[:, :1, :128].contiguous() for x in tensors[1:]]
+    views = [x.as_strided((1, 1, 640, x.shape[3]), x.stride()) for x in short if x.untyped_storage().resizable()]
+    assert len(views) == 4
+    actual = torch.ops.icw_int8kv_triton.attention(
+        *(x.to(DEVICE) for x in (tensors[0][:, :2], *views, mask)), False, 0.125, None
+    )
+    assert torch.allclose(actual.cpu(), expected[:, :2], atol=1e-5)
+
+
+def test_empty_cache_and_batch():
+    tensors = make(1, 4, 2, 1, 8, 64, 64, torch.bfloat16)
+    assert (kernel([tensors[0], *(t[:, :, :0] for t in tensors[1:])]) == 0).all()
+    assert kernel([t[:0] for t in tensors]).shape == (0, 4, 1, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.__setitem__(1, t[1][:, :, :, :32]), "key_qdata must be"),
+        (lambda t: t.__setitem__(1, t[1].float()), "must be int8"),
+        (lambda t: t.__setitem__(1, t[1].transpose(2, 3).contiguous().transpose(2, 3)), "contiguous"),
+        (lambda t: t.__setitem__(2, t[2][:, :, 1:]), "key_scale must be"),
+        (lambda t: t.__setitem__(0, t[0][:, :3]), "cannot be grouped"),
+        (lambda t: t.__setitem__(0, t[0].double()), "query must be"),
+        (lambda t: t.__setitem__(0, t[0][0]), "4 dimensions"),
+    ],
+)
+def test_errors(change, message):
+    tensors = make(1, 4, 2, 1, 100, 64, 64, torch.bfloat16)
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        kernel(tensors, scale=0.1)
+
+
+def test_arguments_that_do_not_fit():
+    tensors = make(1, 4, 2, 1, 100, 64, 64, torch.bfloat16)
+    with pytest.raises(ValueError, match="does not broadcast"):
+        kernel(tensors, torch.ones(1, 1, 1, 99, dtype=torch.bool))
+    with pytest.raises(ValueError, match="unsupported dtype of attn_mask"):
+        kernel(tensors, torch.ones(1, 1, 1, 100, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"sinks must be of shape \[4\]"):
+        kernel(tensors, sinks=torch.zeros(2))
+    with pytest.raises(ValueError, match="at most 256"):
+        kernel(make(1, 1, 1, 1, 8, 320, 64, torch.bfloat16))
+
+
+def test_operator_registration():
+    tensors = [x.to(DEVICE) for x in make(1, 4, 2, 2, 100, 64, 32, torch.float32)]
+    mask = torch.rand(1, 1, 2, 100, device=DEVICE) > 0.5
+    torch.library.opcheck(torch.ops.icw_int8kv_triton.attention.default, (*tensors, mask, False, 0.1, None))
+
+
+def test_compiles_with_symbolic_length():
+    @torch.compile(dynamic=True, fullgraph=True)
+    def step(*tensors):
+        return torch.ops.icw_int8kv_triton.attention(*tensors, None, True, 0.1, None) + 1
+
+    for length in (20, 33):
+        tensors = [x.to(DEVICE) for x in make(1, 4, 2, length, length, 64, 64, torch.float32)]
+        assert torch.equal(step(*tensors), torch.ops.icw_int8kv_triton.attention(*tensors, None, True, 0.1, None) + 1)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_splits():
+    """They fill the device, share the blocks evenly, and never outnumber them."""
+    assert gpu.choose_splits(tiles=8, blocks=512, rows=16, processors=132) == 64
+    assert gpu.choose_splits(tiles=8, blocks=5, rows=16, processors=132) == 5
+    assert gpu.choose_splits(tiles=1024, blocks=512, rows=128, processors=132) == 1
+    assert gpu.choose_splits(tiles=1, blocks=10_000, rows=16, processors=132) <= gpu.MAX_SPLITS
+    assert gpu.choose_splits(tiles=8, blocks=0, rows=16, processors=132) == 1
+    for blocks in range(1, 300):
+        splits = gpu.choose_splits(tiles=8, blocks=blocks, rows=16, processors=108)
+        assert -(-blocks // splits) * (splits - 1) < blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_whole_model(dtype, monkeypatch):
+    """Prefill and decode of a model through the backend; on the CPU the pass has to be told that the kernel is for it."""
+    if DEVICE == "cpu":
+        anything = Kernel("triton kernel", gpu.attention, lambda *_: None)
+        monkeypatch.setattr("icw_compile.backend.find_kernel", lambda device_type, choice: anything)
+    model = tiny_model("gemma2", attention="eager", dtype=dtype).to(DEVICE)
+    step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options={"icw.compiler": "eager"})
+    ids, chunks = tokens(13).to(DEVICE), (10, 1, 2)
+    logits = run(step, icw_compile.static_cache(model, 1, 32), ids, chunks)
+    assert {site.lowering for graph in graphs() for site in graph.sites} == {"triton kernel"}
+    distance = relative_distance(logits, run(model, reference_cache(model, 32), ids, chunks))
+    assert distance < (2e-3 if dtype == torch.float32 else 5e-2)
+
+
+def test_choosing_the_kernel():
+    assert find_kernel("cuda") == Kernel("triton kernel", gpu.attention, gpu.supports)
+    assert find_kernel("cuda", "triton") == find_kernel("cuda")
+    assert find_kernel("cuda", "inductor") == ""
+    assert "no kernel for xpu" in find_kernel("xpu")
+    for device, choice in (("cpu", "triton"), ("xpu", "triton"), ("cuda", "cpu")):
+        with pytest.raises(KernelUnavailableError, match=f"the model is on {device}"):
+            find_kernel(device, choice)
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "Triton, which is not installed" in find_kernel("cuda")
+    for call in (lambda: find_kernel("cuda", "triton"), lambda: kernel(make(1, 1, 1, 1, 8, 64, 64, torch.float32))):
+        with pytest.raises(KernelUnavailableError, match="Triton, which is not installed"):
+            call()
+
+
+def test_supports(monkeypatch):
+    """On fake CUDA tensors, with symbolic lengths."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    gpu._why_not_on.cache_clear()
+    shape_env = ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env):
+        length = shape_env.create_unbacked_symint()
+        query, double = (torch.empty(1, 4, length, 64, dtype=d, device="cuda") for d in (torch.bfloat16, torch.float64))
+        rows, wide = (torch.empty(1, 2, length, size, dtype=torch.int8, device="cuda") for size in (64, 320))
+        across = torch.empty_strided((1, 2, 8, 64), (1024, 512, 1, 8), dtype=torch.int8, device="cuda")
+        assert gpu.supports(query, rows, rows) is None
+        assert "320 channels" in gpu.supports(query, wide, rows)
+        assert "not contiguous" in gpu.supports(query, rows, across)
+        assert "dtype" in gpu.supports(double, rows, rows)
+        assert "not on a CUDA device" in gpu.supports(torch.empty(1, 4, 1, 64), rows, rows)
+        gpu._why_not_on.cache_clear()
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+        assert "needs compute capability 8.0, and a GPU has 7.5" in gpu.supports(query, rows, rows)
+    gpu._why_not_on.cache_clear()
+
+
+#: What is compiled: (dtype, heads, kv heads, query tokens, cached tokens, D, Dv, mask, causal, softcap, sinks, splits).
+QUICK = [
+    ("bfloat16", 32, 8, 1, 4096, 128, 128, None, False, None, False, 8),
+    ("bfloat16", 32, 8, 1, 4096, 128, 128, "bool", False, None, False, 8),
+    ("bfloat16", 32, 8, 512, 512, 128, 128, None, True, None, False, 1),
+    ("float16", 8, 4, 1, 500, 256, 256, "float16", False, 50.0, True, 3),
+    ("float32", 4, 4, 5, 500, 80, 72, "float32", True, None, False, 1),
+]
+SLOW = [
+    (dtype, 4, 1, length, 512, size, size, mask, mask is None, None, mask is None, splits)
+    for dtype in ("bfloat16", "float16", "float32")
+    for size in (64, 96, 128, 256)
+    for length in (4, 8, 16, 512)
+    for mask, splits in ((None, 1), ("bool", 4), ("float32", 4))
+]
+
+COMPILE = """
+import json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from icw_compile.kernels import attention_triton, gpu
+from icw_compile.ops import scale_dtype_for
+
+capability, cases = json.loads(sys.argv[1])
+
+class Driver:
+    # What Triton asks of a device when it compiles for one.
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+
+class Compiled:
+    # A kernel that is compiled for the arguments it is launched with, and not launched.
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            compiled = self.kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            print(json.dumps([self.kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared]))
+        return launch
+
+triton.runtime.driver.set_active(Driver())
+attention_triton.attend = Compiled(attention_triton.attend)
+attention_triton.merge = Compiled(attention_triton.merge)
+for dtype, query_heads, heads, tokens, length, size, value_size, mask, causal, softcap, sinks, splits in cases:
+    dtype = getattr(torch, dtype)
+    def scale():
+        return torch.empty(1, heads, length, 1, dtype=scale_dtype_for(dtype))
+    gpu.attention_triton(
+        torch.empty(1, query_heads, tokens, size, dtype=dtype),
+        torch.empty(1, heads, length, size, dtype=torch.int8), scale(),
+        torch.empty(1, heads, length, value_size, dtype=torch.int8), scale(),
+        mask and torch.empty(1, 1, tokens, length, dtype=getattr(torch, mask)),
+        causal, 0.1, softcap, torch.empty(query_heads, dtype=dtype) if sinks else None, splits,
+    )
+"""
+
+
+@pytest.mark.parametrize("cases", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_for(capability, cases):
+    """What is launched compiles to machine code, and fits in the shared memory that every such device has."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE, json.dumps([capability, cases])]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-4000:]
+    compiled = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [name for name, _, _ in compiled] == [
+        name for case in cases for name in ("attend", "merge")[: 1 if case[-1] == 1 else 2]
+    ]
+    assert all(size > 0 and shared <= 99 * 1024 for _, size, shared in compiled)
+
+
+HEADS = [(32, 8), (32, 32), (32, 1), (12, 2), (9, 1)]
+
+
+@on_gpu
+@DTYPES
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("query_heads", "heads"), HEADS)
+def test_grid(dtype, head_dim, query_heads, heads):
+    for index, length in enumerate((1, 63, 257, 1030, 4096, 20_000)):
+        for count in (1, 5, 16):
+            tensors = make(1 + index % 2, query_heads, heads, count, length, head_dim, head_dim, dtype, index)
+            mask = torch.rand(1, 1, count, length) > 0.5
+            check(tensors)
+            check(tensors, mask, softcap=20.0, sinks=torch.randn(query_heads))
+
+
+@on_gpu
+@DTYPES
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_prefill_grid(dtype, head_dim):
+    for count, length in ((17, 17), (300, 300), (1024, 1024), (257, 2000)):
+        tensors = make(2, 8, 2, count, length, head_dim, head_dim, dtype)
+        check(tensors, is_causal=True)
+        check(tensors, torch.ones(count, length, dtype=torch.bool).tril(length - count).expand(1, 1, -1, -1))
