@@ -15,10 +15,11 @@ cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 ``dequantize_per_head(qdata[..., D], scale[..., 1], dtype, shift=None) -> [..., D]``
     The reverse.
 ``channel_shift(x[..., T, D]) -> int8[..., 1, D]``
-    The shifts that bring outlier channels down to the others: 0 for a channel whose root mean square over the tokens
-    is less than three times that of the median channel, else the exponent of the largest power of two in their ratio,
-    at most 7. Rows count relative to their largest value, as each has a scale of its own; rows of zeros and rows that
-    are not finite do not count. A power of two costs no accuracy where the cache is read.
+    The shifts that bring outlier channels down to the others: the exponent of the largest power of two, at most 7, by
+    which a channel exceeds the median channel, both in its geometric mean over the tokens and in its largest value; 0
+    below a factor of three. Sizes are relative to the geometric mean of their row, as each row has a scale of its own:
+    one token of a huge norm, or with outliers of its own, changes little. Rows that are not finite do not count. A
+    power of two costs no accuracy where the cache is read.
 ``scale_channels(x[..., D], shift) -> [..., D]``
     ``x * 2 ** shift``, in the dtype of ``x``: what makes up for shifted keys in the query, and for shifted values in
     the output.
@@ -36,6 +37,7 @@ value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None) -> [B
     one layer that it reads and gives it to torch's own attention kernels.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +59,8 @@ __all__ = [
 #: Largest magnitude of a quantized value. -128 is left out, so that the range is symmetric.
 QMAX = 127
 
-#: A channel is an outlier from this multiple of the median channel's root mean square on.
-OUTLIER = 3.0
+#: A channel is an outlier from this multiple of the median channel on, as an exponent of two.
+OUTLIER = math.log2(3.0)
 #: Largest exponent of `channel_shift`: a float16 query may be multiplied by 2 ** MAX_SHIFT.
 MAX_SHIFT = 7
 
@@ -118,15 +120,16 @@ def dequantize_per_head(qdata: Tensor, scale: Tensor, dtype: torch.dtype, shift:
 def channel_shift(x: Tensor) -> Tensor:
     if x.shape[-2] <= 1:  # one token says nothing about the next
         return torch.zeros_like(x[..., :1, :], dtype=torch.int8)
-    values = x.float()
-    largest = values.abs().amax(dim=-1, keepdim=True)
-    counts = largest.isfinite() & (largest > 0)
-    relative = torch.where(counts, values / torch.where(counts, largest, 1.0), 0.0)
-    mean_square = relative.square().mean(dim=-2, keepdim=True)
-    middle = mean_square.median(dim=-1, keepdim=True).values
-    ratio = (mean_square / torch.where(middle > 0, middle, 1.0)).sqrt()
-    exponent = torch.log2(ratio.clamp(1.0, 2.0**MAX_SHIFT)).floor()
-    return torch.where((ratio >= OUTLIER) & (middle > 0), exponent, 0.0).to(torch.int8)
+    size = torch.log2(x.float().abs().clamp(min=2.0**-40))
+    size = size - size.mean(dim=-1, keepdim=True)
+    size = torch.where(size.isfinite().all(dim=-1, keepdim=True), size, 0.0)
+    usual, largest = size.mean(dim=-2, keepdim=True), size.amax(dim=-2, keepdim=True)
+    above = torch.minimum(_above_median(usual), _above_median(largest))
+    return torch.where(above >= OUTLIER, above.floor().clamp(max=MAX_SHIFT), 0.0).to(torch.int8)
+
+
+def _above_median(x: Tensor) -> Tensor:
+    return x - x.median(dim=-1, keepdim=True).values
 
 
 def scale_channels(x: Tensor, shift: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Independent of the rest of the package on purpose: plain torch and transformers'
 ours. The tests, the sweep over model types and anyone who doubts a number compare with it.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -21,11 +22,14 @@ def channel_shift(x: Tensor) -> Tensor:
     """The exponents of the powers of two by which the cache divides the channels of ``x[..., tokens, head_dim]``."""
     if x.shape[-2] < 2:
         return torch.zeros(*x.shape[:-2], 1, x.shape[-1])
-    largest = x.float().abs().max(dim=-1, keepdim=True).values
-    relative = x.float() / torch.where(largest > 0, largest, torch.ones_like(largest))
-    size = relative.pow(2).mean(dim=-2, keepdim=True)
-    ratio = (size / size.median(dim=-1, keepdim=True).values.clamp(min=1e-38)).sqrt()
-    return torch.where(ratio >= 3, torch.log2(ratio.clamp(1.0, 128.0)).floor(), torch.zeros_like(ratio))
+    logs = x.float().abs().clamp(min=2.0**-40).log2()
+    logs = logs - logs.mean(dim=-1, keepdim=True)
+    above = [
+        size - size.median(dim=-1, keepdim=True).values
+        for size in (logs.mean(dim=-2, keepdim=True), logs.max(dim=-2, keepdim=True).values)
+    ]
+    least = torch.minimum(*above)
+    return torch.where(least >= math.log2(3.0), least.floor().clamp(max=7.0), torch.zeros_like(least))
 
 
 def quantize_dequantize(x: Tensor, shift: Tensor | None = None) -> Tensor:
