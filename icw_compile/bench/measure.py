@@ -22,6 +22,7 @@ import torch
 import transformers
 
 __all__ = [
+    "OtherLoad",
     "Spread",
     "WorkerError",
     "available_bytes",
@@ -91,6 +92,31 @@ def take_turns(
             taken[name].append(contenders[name]())
             advance()
     return taken
+
+
+class OtherLoad:
+    """Watches, while it is entered, what share of the machine's CPU time goes to other processes.
+
+    Attributes:
+        share: 0 to 1, of all cores, once it is left.
+    """
+
+    share = 0.0
+
+    def __enter__(self) -> "OtherLoad":
+        self._before = self._read()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        wall, busy, ours = (after - before for after, before in zip(self._read(), self._before, strict=True))
+        self.share = max(busy - ours, 0.0) / (wall * psutil.cpu_count())
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        times, process = psutil.cpu_times(), psutil.Process().cpu_times()
+        waiting = times.idle + getattr(times, "iowait", 0.0)
+        inside = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in `user` as well
+        return perf_counter(), sum(times) - waiting - inside, process.user + process.system
 
 
 # Memory: of the process on the CPU, of torch's allocator on CUDA.

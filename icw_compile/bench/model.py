@@ -24,6 +24,7 @@ from transformers.utils import is_hqq_available
 from transformers.utils import logging as transformers_logging
 
 from icw_compile.bench.measure import (
+    OtherLoad,
     Say,
     Spread,
     WorkerError,
@@ -149,6 +150,7 @@ class ContextResult:
         prefilled: whether the prompt ran through the model; else the caches were filled with random numbers.
         float_cache_bytes, int8_cache_bytes: of a static cache of this length, by calculation.
         refused: why nothing was run.
+        other_load: share of the machine's CPU time that other processes took while decode steps were timed.
         measured: by contender.
     """
 
@@ -157,6 +159,7 @@ class ContextResult:
     float_cache_bytes: int
     int8_cache_bytes: int
     refused: str = ""
+    other_load: float = 0.0
     measured: dict[str, Measured] = field(default_factory=dict)
 
     @property
@@ -277,6 +280,15 @@ class _Session:
         # As `generate` does: the logits of a whole prompt are not wanted.
         self.arguments = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
+    def start(self, context: int) -> None:
+        """A new cache of ``context`` tokens, as the settings want it filled, and the steps that are not timed."""
+        self.prefill(context) if self.settings.prefills(context) else self.fill(context)
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        for _ in range(WARMUP):
+            self.decode()
+
     def prefill(self, context: int) -> float:
         """Run a prompt of ``context`` tokens into a new cache; returns the seconds."""
         self.cache = None  # before the next is made
@@ -342,33 +354,37 @@ def _set_up(settings: Settings) -> PreTrainedModel:
     return build_model(settings.model, settings.config(), getattr(torch, settings.dtype), settings.device)
 
 
-def time_context(settings: Settings, context: int, say: Say) -> dict[str, Measured]:
-    """The worker for time: every contender in this process, in turn."""
+def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, Measured], float]:
+    """The worker for time: every contender in this process, in turn; also returns the load of other processes."""
     say("building the model")
     model = _set_up(settings)
     sessions = {name: _Session(CONTENDERS[name], model, settings) for name in settings.contenders}
     results = {name: Measured() for name in sessions}
-    for name, session in sessions.items():
+    for name in settings.contenders:
         say(f"compiling {name}")
-        session.prefill(context) if settings.prefills(context) else session.fill(context)
-        for _ in range(WARMUP):
-            session.decode()
+        try:
+            sessions[name].start(context)
+        except Exception as error:  # it goes into the result, which says so
+            results[name].failed = f"{type(error).__name__}: {error}"
+            del sessions[name]
+            continue
         if settings.prefills(context):
-            session.cache = None
+            sessions[name].cache = None
     if settings.prefills(context):
         say("timing prompts")
         prompts = {name: lambda session=session: session.prefill(context) for name, session in sessions.items()}
         for name, taken in take_turns(prompts, settings.prefill_rounds, lambda: say(1)).items():
             results[name].prefill_seconds = taken
         for session in sessions.values():
-            for _ in range(WARMUP):
-                session.decode()
+            session.warm_up()
     say("timing decode steps")
     steps = {name: session.decode for name, session in sessions.items()}
-    for name, taken in take_turns(steps, settings.steps, lambda: say(1)).items():
+    with OtherLoad() as other:
+        decoded = take_turns(steps, settings.steps, lambda: say(1))
+    for name, taken in decoded.items():
         results[name].decode_seconds = taken
         results[name].cache_bytes = sessions[name].cache_bytes()
-    return results
+    return results, other.share
 
 
 def memory_of(settings: Settings, context: int, name: str, say: Say) -> Measured:
@@ -377,24 +393,20 @@ def memory_of(settings: Settings, context: int, name: str, say: Say) -> Measured
     session = _Session(CONTENDERS[name], _set_up(settings), settings)
     device = torch.device(settings.device)
 
-    def start(context: int) -> None:
-        session.prefill(context) if settings.prefills(context) else session.fill(context)
-
     say(f"compiling {name}")
-    start(context)
-    for _ in range(WARMUP):
-        session.decode()
+    session.start(context)
     session.cache = None
     before = resident_bytes(device)
     say(f"running {name}")
     if settings.prefills(context):
         reset_peak(device)
-        start(context)
+        session.start(context)
     else:
-        start(context)  # quantizing random numbers is no part of any run
+        session.fill(context)  # quantizing random numbers is no part of any run
         resident_bytes(device)
         reset_peak(device)
-    for _ in range(WARMUP + settings.steps):
+        session.warm_up()
+    for _ in range(settings.steps):
         session.decode()
     peak = peak_bytes(device)
     return Measured(cache_bytes=session.cache_bytes(), rise_bytes=peak - before, peak_bytes=peak)
@@ -421,7 +433,7 @@ def measure_context(settings: Settings, context: int, say: Say) -> ContextResult
     result.measured = {name: Measured() for name in settings.contenders}
     if settings.time:
         try:
-            result.measured = in_own_process(time_context, settings, context, say=say)
+            result.measured, result.other_load = in_own_process(time_context, settings, context, say=say)
         except WorkerError as error:
             for measured in result.measured.values():
                 measured.failed = str(error)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from icw_compile.bench.measure import Spread, ratio, seconds, take_turns
+from icw_compile.bench.measure import OtherLoad, Spread, ratio, seconds, take_turns
 from icw_compile.kernels import find_kernel
 from icw_compile.ops import scale_dtype_for
 
@@ -59,6 +59,7 @@ class OperatorResult:
         batch: sequences.
         int8_bytes, float_bytes: bytes of keys and values in the two forms, without and with what stands for scales.
         kernel: what computes ours.
+        other_load: share of the machine's CPU time that other processes took meanwhile.
         seconds: of each contender, by round.
         failed: contender -> why it does not run here.
     """
@@ -68,6 +69,7 @@ class OperatorResult:
     int8_bytes: int
     float_bytes: int
     kernel: str
+    other_load: float = 0.0
     seconds: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -139,7 +141,9 @@ def run_case(
             result.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             del calls[name]
     clocks = {name: lambda call=call: seconds(call, device) for name, call in calls.items()}
-    result.seconds = take_turns(clocks, rounds, advance)
+    with OtherLoad() as other:
+        result.seconds = take_turns(clocks, rounds, advance)
+    result.other_load = other.share
     return result
 
 

@@ -44,7 +44,8 @@ def context_notes(result: ContextResult) -> list[str]:
     if result.refused:
         return [f"{result.context:,} tokens: not run: {result.refused}"]
     saving = result.float_cache_bytes - result.int8_cache_bytes
-    notes = [
+    notes = disturbance(result.other_load)
+    notes += [
         f"static cache, by calculation: {_mebibytes(result.float_cache_bytes)} MiB in float, "
         f"{_mebibytes(result.int8_cache_bytes)} in int8, saving {_mebibytes(saving)}; "
         f"{result.float_cache_bytes / result.int8_cache_bytes:.3f} times the context in the same bytes"
@@ -62,6 +63,13 @@ def context_notes(result: ContextResult) -> list[str]:
         if parts:
             notes.append(f"{ours} over {theirs}: {', '.join(parts)}")
     return notes
+
+
+def disturbance(other_load: float) -> list[str]:
+    """A warning, if other processes took so much of the machine that times mean little."""
+    if other_load < 0.05:
+        return []
+    return [f"[red]disturbed[/]: other processes took {other_load:.0%} of the CPU while this was timed"]
 
 
 def operator_table(result: OperatorResult) -> Table:
@@ -87,7 +95,7 @@ def operator_table(result: OperatorResult) -> Table:
             f"{what} ({result.kernel})" if name == "int8" else what,
             style="bold" if name == "int8" else None,
         )
-    table.caption = f"a quarter full over full: {_times(result.quarter)}"
+    table.caption = "\n".join([f"a quarter full over full: {_times(result.quarter)}", *disturbance(result.other_load)])
     return table
 
 
