@@ -34,6 +34,56 @@ def demo(
 
 
 @app.command()
+def bench(
+    op: Annotated[Literal["attention"] | None, typer.Option(help="Measure one operator instead of a model.")] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A hub id, a folder, or a shape with random weights: tinyllama-1.1b, llama-3-8b, "
+            "mistral-7b, gemma-2-2b, phi-3-mini, qwen2-1.5b."
+        ),
+    ] = "tinyllama-1.1b",
+    layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to its first layers.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    contexts: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "512,2048,8192",
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="The model's dtype.")] = "bfloat16",
+    mode: Annotated[str, typer.Option(help="torch.compile's mode, such as reduce-overhead.")] = "default",
+    contenders: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of eager, stock-static, stock-static-gqa, stock-dynamic, int8-static, int8-dynamic, "
+            "hqq, separated by commas. Left out: all, hqq if it is installed."
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Decode steps to time, or calls of an operator.")] = 16,
+    prefill_rounds: Annotated[int, typer.Option(min=1, help="Prompts to time.")] = 3,
+    max_prefill: Annotated[
+        int,
+        typer.Option(help="Longest prompt to run through the model; longer ones fill the cache with random numbers."),
+    ] = 8192,
+    time: Annotated[bool, typer.Option(help="Measure time: all contenders in one process, in turn.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure memory: each contender in a process of its own.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw time and memory against context into this file.")] = None,
+) -> None:
+    """Measure time and memory of the int8 cache beside eager, stock torch.compile and transformers' QuantizedCache.
+
+    Exits with 1 if something failed or did not fit in memory.
+    """
+    from icw_compile.bench import Settings, run_model_bench, run_operator_bench  # torch takes seconds to import
+
+    if op is not None:
+        raise typer.Exit(run_operator_bench(batch=batch, device=device, dtype=dtype, rounds=steps, json_file=json))
+    settings = Settings(
+        model, layers, batch, device, dtype, mode, tuple(contenders.split(",")) if contenders else (), steps,
+        prefill_rounds, max_prefill, time, memory,
+    )  # fmt: skip
+    lengths = [int(length) for length in contexts.split(",")]
+    raise typer.Exit(run_model_bench(settings, lengths, json_file=json, plot=plot))
+
+
+@app.command()
 def sweep(
     types: Annotated[str | None, typer.Option(help="Model types, separated by commas. Left out: all.")] = None,
     attention: Annotated[

@@ -1,5 +1,6 @@
 """What several test files share: tiny models of each family, and the reference that the backend must equal."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,3 +122,11 @@ def relative_distance(actual: Tensor, expected: Tensor) -> float:
 def graphs() -> tuple[icw_compile.GraphReport, ...]:
     """The graphs compiled in this test."""
     return icw_compile.report().graphs
+
+
+def worker(outcome: str, say: Callable[[str], None]) -> None:
+    """What a process of its own runs: here, because only a module that can be imported can be run in one."""
+    say("working")
+    if outcome == "raise":
+        raise ValueError("no such thing")
+    os._exit(9)

@@ -1,0 +1,103 @@
+"""``icw-compile bench``: time and memory of the int8 cache beside what one would use otherwise.
+
+`icw_compile.bench.model` runs whole models, `icw_compile.bench.operator` one attention; `icw_compile.bench.measure` is
+how, `icw_compile.bench.output` what is printed, and ``results`` holds what was measured, one file for each command.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from icw_compile.bench.measure import Spread, environment
+from icw_compile.bench.model import Settings, choose_contenders, measure_context, units
+from icw_compile.bench.operator import CASES, OPERATOR_CONTENDERS, run_case
+from icw_compile.bench.output import context_notes, context_table, operator_table, plot_contexts
+
+__all__ = ["Settings", "run_model_bench", "run_operator_bench"]
+
+
+def run_model_bench(settings: Settings, contexts: Sequence[int], *, json_file: Path | None, plot: Path | None) -> int:
+    """Measure a model at each context, print tables, write the files; returns the exit code.
+
+    1 if a contender failed or a context did not fit in memory, else 0.
+
+    Raises:
+        ValueError: an unknown contender or model size.
+    """
+    settings = replace(settings, contenders=choose_contenders(settings.contenders))
+    about = environment(torch.device(settings.device))
+    console = _console()
+    shape = f"{settings.model}{f', {settings.layers} layers' if settings.layers else ''}"
+    title = f"{shape}, batch {settings.batch}, {settings.dtype}; {about['device']}, torch {about['torch']}"
+    console.print(title, highlight=False)
+    results = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=units(settings, contexts))
+        for context in contexts:
+
+            def say(said: int | str, context: int = context) -> None:
+                if isinstance(said, int):
+                    progress.advance(task, said)
+                else:
+                    progress.update(task, description=f"{context:,} tokens: {said}")
+
+            result = measure_context(settings, context, say)
+            results.append(result)
+            if not result.refused:
+                console.print(context_table(result))
+            for note in context_notes(result):
+                console.print(note, highlight=False)
+            if json_file is not None:  # after each context: a run that is stopped leaves what it has
+                data = {**about, "settings": asdict(settings), "contexts": [each.to_dict() for each in results]}
+                _write(json_file, data)
+    if plot is not None and any(result.measured for result in results):
+        plot_contexts(results, title, plot)
+    failed = any(measured.failed for result in results for measured in result.measured.values())
+    return int(failed or any(result.refused for result in results))
+
+
+def run_operator_bench(*, batch: int, device: str, dtype: str, rounds: int, json_file: Path | None) -> int:
+    """Measure each case of one attention, print tables, write the file; returns the exit code, 0."""
+    where = torch.device(device)
+    about = environment(where)
+    console = _console()
+    console.print(f"one decode attention, {dtype}; {about['device']}, torch {about['torch']}", highlight=False)
+    results = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(CASES) * len(OPERATOR_CONTENDERS) * rounds)
+        for case in CASES:
+            progress.update(task, description=str(case))
+            result = run_case(
+                case, batch=batch, dtype=getattr(torch, dtype), device=where, rounds=rounds,
+                advance=lambda: progress.advance(task),
+            )  # fmt: skip
+            results.append(result)
+            console.print(operator_table(result))
+            progress.advance(task, len(result.failed) * rounds)
+    if json_file is not None:
+        cases: list[dict[str, Any]] = [
+            {
+                **asdict(result),
+                "median_quartiles": {name: Spread.of(taken) for name, taken in result.seconds.items()},
+                "over_int8": {name: result.times_ours(name) for name in result.seconds},
+                "quarter_over_full": result.quarter,
+            }
+            for result in results
+        ]
+        _write(json_file, {**about, "dtype": dtype, "rounds": rounds, "cases": cases})
+    return 0
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=160)  # a file or a log has no width of its own
+
+
+def _write(file: Path, data: dict[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=1) + "\n")

@@ -1,0 +1,243 @@
+"""How things are measured: seconds, peak memory, processes of their own, and what a machine is.
+
+Times are taken in turn: every round runs each contender once, so that what disturbs the machine disturbs all of them,
+and contenders are compared round by round.
+"""
+
+import multiprocessing
+import platform
+import shlex
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import transformers
+
+__all__ = [
+    "OtherLoad",
+    "Spread",
+    "WorkerError",
+    "available_bytes",
+    "device_name",
+    "environment",
+    "in_own_process",
+    "peak_bytes",
+    "ratio",
+    "reset_peak",
+    "resident_bytes",
+    "seconds",
+    "take_turns",
+]
+
+#: What a worker says while it runs: how many units of its work are done, or what it does now.
+Say = Callable[[int | str], None]
+
+
+class Spread(NamedTuple):
+    """A median with the quartiles around it."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, lower, upper)
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """Ours over theirs, pair by pair: the values of one round were taken next to each other."""
+    return Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """The time that one call takes; on CUDA, what the device spends between two events around it."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    start_time = perf_counter()
+    function()
+    return perf_counter() - start_time
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], float]], rounds: int, advance: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Run each contender, which returns the seconds that it took, once in every round; each round starts with another.
+
+    Returns:
+        the seconds of each contender, in the order of the rounds.
+    """
+    names = list(contenders)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            taken[name].append(contenders[name]())
+            advance()
+    return taken
+
+
+class OtherLoad:
+    """Watches, while it is entered, what share of the machine's CPU time goes to other processes.
+
+    Attributes:
+        share: 0 to 1, of all cores, once it is left.
+    """
+
+    share = 0.0
+
+    def __enter__(self) -> "OtherLoad":
+        self._before = self._read()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        wall, busy, ours = (after - before for after, before in zip(self._read(), self._before, strict=True))
+        self.share = max(busy - ours, 0.0) / (wall * psutil.cpu_count())
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        times, process = psutil.cpu_times(), psutil.Process().cpu_times()
+        waiting = times.idle + getattr(times, "iowait", 0.0)
+        inside = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in `user` as well
+        return perf_counter(), sum(times) - waiting - inside, process.user + process.system
+
+
+# Memory: of the process on the CPU, of torch's allocator on CUDA.
+
+
+def resident_bytes(device: torch.device) -> int:
+    """What this process holds now, after free memory went back to the system."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    psutil.heap_trim()
+    return psutil.Process().memory_info().rss
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start `peak_bytes` anew.
+
+    Raises:
+        RuntimeError: on the CPU of a system that is not Linux, whose peak cannot be reset.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        raise RuntimeError("Peak memory on the CPU is measured on Linux only; use --no-memory here.")
+    clear.write_text("5")  # see proc(5): resets the peak resident set size
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process held at a time since `reset_peak`: resident, or allocated by torch on CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def available_bytes(device: torch.device) -> int:
+    """What can be allocated now without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+# Processes.
+
+
+class WorkerError(RuntimeError):
+    """A worker raised an exception, which is the message, or its process was ended."""
+
+
+def in_own_process(function: Callable[..., Any], *args: Any, say: Say = lambda said: None) -> Any:
+    """``function(*args, say)`` in a new process: it inherits nothing, and leaves nothing behind.
+
+    Args:
+        function: importable by name; its arguments and result can be pickled.
+        say: called here with what the worker says.
+
+    Raises:
+        WorkerError: the function raised, or the process ended without a result (killed for memory, for example).
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(theirs, function, args), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        while True:
+            kind, content = ours.recv()
+            if kind == "result":
+                return content
+            if kind == "error":
+                raise WorkerError(content)
+            say(content)
+    except EOFError:
+        process.join()
+        raise WorkerError(f"the process ended with exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _work(connection: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        connection.send(("result", function(*args, lambda said: connection.send(("said", said)))))
+    except Exception as error:  # it goes to the parent, which raises it
+        traceback.print_exc()
+        connection.send(("error", f"{type(error).__name__}: {error}".split("\n\nSet TORCHDYNAMO_VERBOSE")[0]))
+
+
+# The machine.
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return f"{cpu}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result depends on: versions, hardware, threads, the command, the time."""
+    flags = [f for f in ("amx_int8", "avx512_bf16", "avx512_vnni", "avx512f", "avx2") if f in _cpu_flags()]
+    return {
+        "command": shlex.join(["icw-compile", *sys.argv[1:]]),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "cpu_flags": flags,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())

@@ -1,0 +1,466 @@
+"""``icw-compile bench``: a whole model, each kind of cache, at each context length.
+
+A context of ``n`` tokens is a prompt of ``n`` tokens and the decode steps after it; static caches hold both. Up to
+``max_prefill`` tokens the prompt runs through the model, and its time and memory count. Beyond, the caches are filled
+with random numbers of the right shape, quantized where they are int8, and only decode counts: what a step costs does
+not depend on the numbers that it reads.
+
+For time, all contenders share one model in one process and take turns, step by step. For memory, each has a process of
+its own, which runs everything twice: what is measured is how far the second run rises above what the process held
+before it, so that compilers, and what they leave behind, do not count.
+"""
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.utils import is_hqq_available
+from transformers.utils import logging as transformers_logging
+
+from icw_compile.bench.measure import (
+    OtherLoad,
+    Say,
+    Spread,
+    WorkerError,
+    available_bytes,
+    in_own_process,
+    peak_bytes,
+    ratio,
+    reset_peak,
+    resident_bytes,
+    seconds,
+    take_turns,
+)
+from icw_compile.bench.shapes import build_model, load_config
+from icw_compile.cache import cache_bytes, static_cache
+from icw_compile.tensor import QuantizedKV
+
+__all__ = [
+    "CONTENDERS",
+    "STOCK",
+    "Contender",
+    "ContextResult",
+    "Measured",
+    "Plan",
+    "Settings",
+    "choose_contenders",
+    "measure_context",
+    "plan",
+    "units",
+]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A kind of cache, and what compiles the model.
+
+    Attributes:
+        what: said in tables and plots.
+        cache: the kind of cache: transformers' classes, unless it is made int8.
+        backend: of ``torch.compile``; ``None``: the model is not compiled.
+        force_gqa: whether transformers is told to leave grouped heads to torch's attention, in place of its
+            ``repeat_kv`` (``TRANSFORMERS_SDPA_FORCE_GQA``, which it reads when it is traced).
+    """
+
+    what: str
+    cache: Literal["dynamic", "static", "hqq"]
+    backend: str | None = None
+    force_gqa: bool = False
+
+    @property
+    def is_int8(self) -> bool:
+        return self.backend == "icw_int8kv"
+
+
+CONTENDERS: dict[str, Contender] = {
+    "eager": Contender("not compiled, DynamicCache", "dynamic"),
+    "stock-static": Contender("torch.compile, StaticCache", "static", "inductor"),
+    "stock-static-gqa": Contender("the same with TRANSFORMERS_SDPA_FORCE_GQA=1", "static", "inductor", force_gqa=True),
+    "stock-dynamic": Contender("torch.compile, DynamicCache", "dynamic", "inductor"),
+    "int8-static": Contender("icw_int8kv, StaticCache", "static", "icw_int8kv"),
+    "int8-dynamic": Contender("icw_int8kv, DynamicCache", "dynamic", "icw_int8kv"),
+    "hqq": Contender("not compiled, QuantizedCache, HQQ 8 bit", "hqq"),
+}
+#: The float contenders of which the fastest is what ours is compared with.
+STOCK = ("eager", "stock-static", "stock-static-gqa", "stock-dynamic")
+
+#: Decode steps before the timed ones: a dynamic cache compiles at the first, and once more at the second.
+WARMUP = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run; see ``icw-compile bench --help``."""
+
+    model: str
+    layers: int | None
+    batch: int
+    device: str
+    dtype: str
+    mode: str
+    contenders: tuple[str, ...]
+    steps: int
+    prefill_rounds: int
+    max_prefill: int
+    time: bool
+    memory: bool
+
+    def prefills(self, context: int) -> bool:
+        return context <= self.max_prefill
+
+    def cache_len(self, context: int) -> int:
+        return context + WARMUP + self.steps
+
+    def config(self) -> PreTrainedConfig:
+        return load_config(self.model, self.layers)
+
+
+@dataclass
+class Measured:
+    """One contender at one context.
+
+    Attributes:
+        cache_bytes: what the cache holds at the end of the timed steps, spare rows of a growing one included.
+        prefill_seconds, decode_seconds: by round; a decode step gives each sequence one token.
+        rise_bytes: how far the run rose above what the process held before it: the cache and all that is computed.
+        peak_bytes: the most that the process held in that run, weights and compilers included.
+        failed: why there is nothing.
+    """
+
+    cache_bytes: int | None = None
+    prefill_seconds: list[float] = field(default_factory=list)
+    decode_seconds: list[float] = field(default_factory=list)
+    rise_bytes: int | None = None
+    peak_bytes: int | None = None
+    failed: str = ""
+
+
+@dataclass
+class ContextResult:
+    """All contenders at one context.
+
+    Attributes:
+        context: tokens of the prompt.
+        prefilled: whether the prompt ran through the model; else the caches were filled with random numbers.
+        float_cache_bytes, int8_cache_bytes: of a static cache of this length, by calculation.
+        refused: why nothing was run.
+        other_load: share of the machine's CPU time that other processes took while decode steps were timed.
+        measured: by contender.
+    """
+
+    context: int
+    prefilled: bool
+    float_cache_bytes: int
+    int8_cache_bytes: int
+    refused: str = ""
+    other_load: float = 0.0
+    measured: dict[str, Measured] = field(default_factory=dict)
+
+    @property
+    def fastest_stock(self) -> str | None:
+        """The float contender with the fastest decode."""
+        timed = [name for name in STOCK if name in self.measured and self.measured[name].decode_seconds]
+        return min(timed, key=lambda name: Spread.of(self.measured[name].decode_seconds).median, default=None)
+
+    def decode_ratio(self, ours: str, theirs: str) -> Spread:
+        return ratio(self.measured[ours].decode_seconds, self.measured[theirs].decode_seconds)
+
+    def prefill_ratio(self, ours: str, theirs: str) -> Spread:
+        return ratio(self.measured[ours].prefill_seconds, self.measured[theirs].prefill_seconds)
+
+    def saved_share(self, ours: str, theirs: str) -> float | None:
+        """The memory that ours takes less than theirs, over the calculated saving of the cache."""
+        rises = self.measured[ours].rise_bytes, self.measured[theirs].rise_bytes
+        if rises[0] is None or rises[1] is None:
+            return None
+        return (rises[1] - rises[0]) / (self.float_cache_bytes - self.int8_cache_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and what is derived from them: medians with quartiles, every int8 contender over every other."""
+        data = asdict(self)
+        for name, measured in self.measured.items():
+            for what in ("prefill", "decode"):
+                values = getattr(measured, f"{what}_seconds")
+                data["measured"][name][f"{what}_median_quartiles"] = Spread.of(values) if values else None
+        data["fastest_stock"] = self.fastest_stock
+        data["ratios"] = {
+            f"{ours} / {theirs}": {
+                "decode": self.decode_ratio(ours, theirs) if self._both(ours, theirs, "decode_seconds") else None,
+                "prefill": self.prefill_ratio(ours, theirs) if self._both(ours, theirs, "prefill_seconds") else None,
+                "saved_share": self.saved_share(ours, theirs),
+            }
+            for ours in self.measured
+            for theirs in self.measured
+            if CONTENDERS[ours].is_int8 and not CONTENDERS[theirs].is_int8
+        }
+        return data
+
+    def _both(self, ours: str, theirs: str, what: str) -> bool:
+        return all(getattr(self.measured[name], what) for name in (ours, theirs))
+
+
+# What fits.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a context needs, by calculation.
+
+    Attributes:
+        weights_bytes: of the model.
+        float_cache_bytes, int8_cache_bytes: of a static cache.
+        work_bytes: the largest intermediate results of one forward, roughly.
+        needed_bytes: all that exists at a time.
+    """
+
+    weights_bytes: int
+    float_cache_bytes: int
+    int8_cache_bytes: int
+    work_bytes: int
+    needed_bytes: int
+
+
+def plan(settings: Settings, context: int) -> Plan:
+    """Calculate what ``context`` needs where it needs most: with all contenders in one process, or one by one."""
+    config = settings.config()
+    text = config.get_text_config(decoder=True)
+    dtype = getattr(torch, settings.dtype)
+    model = build_model(settings.model, config, dtype, "meta", meta=True)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    cache = static_cache(config, settings.batch, settings.cache_len(context), dtype, "meta")
+    # A `QuantizedKV` has the `nbytes` of the float tensor that it stands for.
+    pairs = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    float_bytes, int8_bytes = sum(pairs), cache_bytes(cache)
+    groups = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    rows = context if settings.prefills(context) else 1
+    # `repeat_kv` of one layer; a row's states, and the two inputs and the output of its gated MLP; and logits.
+    work = max(pairs) * groups + settings.batch * dtype.itemsize * (
+        rows * (8 * text.hidden_size + 3 * text.intermediate_size) + 4 * text.vocab_size
+    )
+    caches = [int8_bytes if CONTENDERS[name].is_int8 else float_bytes for name in settings.contenders]
+    needed = weights + (sum(caches) if settings.time else max(caches)) + work
+    return Plan(weights, float_bytes, int8_bytes, work, needed)
+
+
+# One contender on a model.
+
+
+@contextmanager
+def _force_gqa(force: bool) -> Iterator[None]:
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    before = os.environ.get(name)
+    os.environ[name] = str(int(force))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class _Session:
+    """A contender on a model: its compiled forward, and the cache that it works on."""
+
+    def __init__(self, contender: Contender, model: PreTrainedModel, settings: Settings) -> None:
+        self.contender, self.model, self.settings = contender, model, settings
+        self.device = torch.device(settings.device)
+        self.cache: Any = None
+        mode = None if settings.mode == "default" else settings.mode
+        self.forward = (
+            torch.compile(model.forward, backend=contender.backend, mode=mode) if contender.backend else model.forward
+        )
+        parameters = inspect.signature(model.forward).parameters
+        # As `generate` does: the logits of a whole prompt are not wanted.
+        self.arguments = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+    def start(self, context: int) -> None:
+        """A new cache of ``context`` tokens, as the settings want it filled, and the steps that are not timed."""
+        self.prefill(context) if self.settings.prefills(context) else self.fill(context)
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        for _ in range(WARMUP):
+            self.decode()
+
+    def prefill(self, context: int) -> float:
+        """Run a prompt of ``context`` tokens into a new cache; returns the seconds."""
+        self.cache = None  # before the next is made
+        self.cache = self._empty_cache(context)
+        return self._run(self._tokens(context))
+
+    def decode(self) -> float:
+        """One decode step; returns the seconds."""
+        return self._run(self._tokens(1))
+
+    def fill(self, context: int) -> None:
+        """A new cache that holds random keys and values of ``context`` tokens, layer after layer."""
+        self.cache = None
+        config = self.model.config.get_text_config(decoder=True)
+        int8_static = self.contender.is_int8 and self.contender.cache == "static"
+        length = self.settings.cache_len(context)
+        cache = static_cache(self.model, self.settings.batch, length) if int8_static else self._empty_cache(context)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = (self.settings.batch, heads, context, head_dim)
+        for i in range(config.num_hidden_layers):
+            states = torch.randn(size, dtype=self.model.dtype, device=self.device)
+            cache.update(states, states.flip(-1), i)
+            if self.contender.is_int8 and not int8_static:
+                layer = cache.layers[i]
+                for name in ("keys", "values"):
+                    held = QuantizedKV.quantize(getattr(layer, name), equalize=True)
+                    setattr(layer, name, QuantizedKV.growing(held.qdata, held.scale, held.dtype, held.shift))
+        self.cache = cache
+
+    def cache_bytes(self) -> int:
+        if self.contender.cache != "hqq":
+            return cache_bytes(self.cache)
+        quantized = (getattr(layer, f"_quantized_{name}") for layer in self.cache.layers for name in ("keys", "values"))
+        tensors = (t for qdata, meta in quantized for t in (qdata, *meta.values()) if isinstance(t, Tensor))
+        return cache_bytes(self.cache) + sum(tensor.nbytes for tensor in tensors)
+
+    def _empty_cache(self, context: int) -> Cache:
+        config = self.model.config
+        if self.contender.cache == "static":
+            return StaticCache(config, max_cache_len=self.settings.cache_len(context))
+        if self.contender.cache == "dynamic":
+            return DynamicCache(config=config)
+        # One scale for each group along the channels, as transformers' documentation recommends for this backend.
+        return QuantizedCache("hqq", config, nbits=8, axis_key=1, axis_value=1)
+
+    def _tokens(self, count: int) -> Tensor:
+        return torch.full((self.settings.batch, count), 3, device=self.device)
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor) -> float:
+        with _force_gqa(self.contender.force_gqa):
+            return seconds(
+                lambda: self.forward(ids, past_key_values=self.cache, use_cache=True, **self.arguments), self.device
+            )
+
+
+def _set_up(settings: Settings) -> PreTrainedModel:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # Every contender compiles the same code: prompts, steps and lengths of all of them count together.
+    torch._dynamo.config.recompile_limit = 64
+    return build_model(settings.model, settings.config(), getattr(torch, settings.dtype), settings.device)
+
+
+def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, Measured], float]:
+    """The worker for time: every contender in this process, in turn; also returns the load of other processes."""
+    say("building the model")
+    model = _set_up(settings)
+    sessions = {name: _Session(CONTENDERS[name], model, settings) for name in settings.contenders}
+    results = {name: Measured() for name in sessions}
+    for name in settings.contenders:
+        say(f"compiling {name}")
+        try:
+            sessions[name].start(context)
+        except Exception as error:  # it goes into the result, which says so
+            results[name].failed = f"{type(error).__name__}: {error}"
+            del sessions[name]
+            continue
+        if settings.prefills(context):
+            sessions[name].cache = None
+    if settings.prefills(context):
+        say("timing prompts")
+        prompts = {name: lambda session=session: session.prefill(context) for name, session in sessions.items()}
+        for name, taken in take_turns(prompts, settings.prefill_rounds, lambda: say(1)).items():
+            results[name].prefill_seconds = taken
+        for session in sessions.values():
+            session.warm_up()
+    say("timing decode steps")
+    steps = {name: session.decode for name, session in sessions.items()}
+    with OtherLoad() as other:
+        decoded = take_turns(steps, settings.steps, lambda: say(1))
+    for name, taken in decoded.items():
+        results[name].decode_seconds = taken
+        results[name].cache_bytes = sessions[name].cache_bytes()
+    return results, other.share
+
+
+def memory_of(settings: Settings, context: int, name: str, say: Say) -> Measured:
+    """The worker for memory: one contender, alone in this process."""
+    say("building the model")
+    session = _Session(CONTENDERS[name], _set_up(settings), settings)
+    device = torch.device(settings.device)
+
+    say(f"compiling {name}")
+    session.start(context)
+    session.cache = None
+    before = resident_bytes(device)
+    say(f"running {name}")
+    if settings.prefills(context):
+        reset_peak(device)
+        session.start(context)
+    else:
+        session.fill(context)  # quantizing random numbers is no part of any run
+        resident_bytes(device)
+        reset_peak(device)
+        session.warm_up()
+    for _ in range(settings.steps):
+        session.decode()
+    peak = peak_bytes(device)
+    return Measured(cache_bytes=session.cache_bytes(), rise_bytes=peak - before, peak_bytes=peak)
+
+
+def units(settings: Settings, contexts: Sequence[int]) -> int:
+    """How much there is to do, in the units in which progress is counted."""
+    prompts = sum(settings.prefills(context) for context in contexts) * settings.prefill_rounds
+    rounds = (prompts + len(contexts) * settings.steps) * settings.time
+    return len(settings.contenders) * (rounds + len(contexts) * settings.memory)
+
+
+def measure_context(settings: Settings, context: int, say: Say) -> ContextResult:
+    """Measure one context, unless it does not fit in memory: time first, then memory, each worker by itself."""
+    need, device = plan(settings, context), torch.device(settings.device)
+    result = ContextResult(context, settings.prefills(context), need.float_cache_bytes, need.int8_cache_bytes)
+    available = available_bytes(device)
+    if need.needed_bytes > available:
+        result.refused = (
+            f"needs about {need.needed_bytes / 2**30:.1f} GiB (weights {need.weights_bytes / 2**30:.1f}, a float cache "
+            f"{need.float_cache_bytes / 2**30:.1f}), and {available / 2**30:.1f} GiB are available"
+        )
+        return result
+    result.measured = {name: Measured() for name in settings.contenders}
+    if settings.time:
+        try:
+            result.measured, result.other_load = in_own_process(time_context, settings, context, say=say)
+        except WorkerError as error:
+            for measured in result.measured.values():
+                measured.failed = str(error)
+    if settings.memory:
+        for name, measured in result.measured.items():
+            try:
+                found = in_own_process(memory_of, settings, context, name, say=say)
+            except WorkerError as error:
+                measured.failed = str(error)
+            else:
+                measured.rise_bytes, measured.peak_bytes = found.rise_bytes, found.peak_bytes
+                measured.cache_bytes = measured.cache_bytes or found.cache_bytes
+            say(1)
+    return result
+
+
+def choose_contenders(names: Sequence[str]) -> tuple[str, ...]:
+    """The contenders to run: all that can run here if none is named.
+
+    Raises:
+        ValueError: an unknown name, or ``hqq`` where it is not installed.
+    """
+    if not names:
+        return tuple(name for name in CONTENDERS if name != "hqq" or is_hqq_available())
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        raise ValueError(f"unknown contenders: {', '.join(unknown)}; there are: {', '.join(CONTENDERS)}")
+    if "hqq" in names and not is_hqq_available():
+        raise ValueError("transformers' QuantizedCache needs hqq: pip install hqq")
+    return tuple(names)

@@ -1,0 +1,156 @@
+"""``icw-compile bench --op attention``: one decode attention over a long cache, each way to compute it.
+
+All contenders of a case see the same query and the same cache, in bfloat16 (or ``--dtype``) or as int8, and take turns;
+each cache is larger than what a CPU keeps near its cores, so that all of them read memory, as in a model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from icw_compile.bench.measure import OtherLoad, Spread, ratio, seconds, take_turns
+from icw_compile.kernels import find_kernel
+from icw_compile.ops import scale_dtype_for
+
+__all__ = ["CASES", "OPERATOR_CONTENDERS", "Case", "OperatorResult", "run_case"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``query_heads`` on ``heads`` key/value heads of ``head_dim``, over ``tokens`` cached tokens of each sequence."""
+
+    query_heads: int
+    heads: int
+    head_dim: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.query_heads} heads on {self.heads}, D={self.head_dim}, {self.tokens:,} tokens"
+
+
+#: Llama 3 8B; attention whose heads share nothing; TinyLlama.
+CASES = (Case(32, 8, 128, 32_768), Case(16, 16, 128, 16_384), Case(32, 4, 64, 16_384))
+
+#: name -> what it is.
+OPERATOR_CONTENDERS = {
+    "int8": "our kernel, no mask",
+    "int8, masked": "our kernel with the mask of a full static cache",
+    "int8, quarter": "the same with the mask of a static cache that is one quarter full",
+    "sdpa, gqa": "scaled_dot_product_attention(enable_gqa=True)",
+    "stock static": "what transformers runs on a static cache, compiled by Inductor: repeat_kv, mask, sdpa",
+    "flex": "flex_attention(enable_gqa=True), compiled",
+    "bytes": "reading the int8 keys and values once, with the same threads (amax)",
+}
+
+
+@dataclass
+class OperatorResult:
+    """One case.
+
+    Attributes:
+        case: its sizes.
+        batch: sequences.
+        int8_bytes, float_bytes: bytes of keys and values in the two forms, without and with what stands for scales.
+        kernel: what computes ours.
+        other_load: share of the machine's CPU time that other processes took meanwhile.
+        seconds: of each contender, by round.
+        failed: contender -> why it does not run here.
+    """
+
+    case: Case
+    batch: int
+    int8_bytes: int
+    float_bytes: int
+    kernel: str
+    other_load: float = 0.0
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def times_ours(self, contender: str) -> Spread:
+        """How many times as long as our kernel ``contender`` takes."""
+        return ratio(self.seconds[contender], self.seconds["int8"])
+
+    @property
+    def quarter(self) -> Spread:
+        """A static cache one quarter full over a full one."""
+        return ratio(self.seconds["int8, quarter"], self.seconds["int8, masked"])
+
+
+def run_case(
+    case: Case,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
+) -> OperatorResult:
+    """Measure one case: every contender once to compile and twice to warm up, then ``rounds`` rounds.
+
+    Args:
+        case: the sizes.
+        batch: sequences.
+        dtype: of the query and of the float cache.
+        device: where to run.
+        rounds: timed calls of each contender.
+        advance: called after each timed call.
+    """
+    torch.manual_seed(0)
+    query = torch.randn(batch, case.query_heads, 1, case.head_dim, dtype=dtype, device=device)
+    size = (batch, case.heads, case.tokens, case.head_dim)
+    key, value = (torch.randn(size, dtype=dtype, device=device) for _ in range(2))
+    quantized = [
+        part for x in (key, value) for part in torch.ops.icw_int8kv.quantize_per_head(x, scale_dtype_for(dtype))
+    ]
+    full = torch.ones(1, 1, 1, case.tokens, dtype=torch.bool, device=device)
+    quarter = full.clone()
+    quarter[..., case.tokens // 4 :] = False
+    kernel_name, ours = _our_attention(query, *quantized)
+    scale = case.head_dim**-0.5
+
+    def int8(attn_mask: Tensor | None) -> Tensor:
+        return ours(query, *quantized, attn_mask, False, scale, None)
+
+    module = SimpleNamespace(num_key_value_groups=case.query_heads // case.heads, is_causal=True)
+    stock = torch.compile(lambda q, k, v, mask: sdpa_attention_forward(module, q, k, v, mask)[0])
+    flex = torch.compile(flex_attention)
+    calls: dict[str, Callable[[], Any]] = {
+        "int8": lambda: int8(None),
+        "int8, masked": lambda: int8(full),
+        "int8, quarter": lambda: int8(quarter),
+        "sdpa, gqa": lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=True),
+        "stock static": lambda: stock(query, key, value, full),
+        "flex": lambda: flex(query, key, value, enable_gqa=True),
+        "bytes": lambda: [quantized[i].view(torch.int32).amax() for i in (0, 2)],
+    }
+    result = OperatorResult(case, batch, sum(part.nbytes for part in quantized), key.nbytes + value.nbytes, kernel_name)
+    for name in OPERATOR_CONTENDERS:
+        try:
+            for _ in range(3):
+                calls[name]()
+        except Exception as error:  # it goes into the result, which says so
+            if name.startswith("int8"):
+                raise
+            result.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            del calls[name]
+    clocks = {name: lambda call=call: seconds(call, device) for name, call in calls.items()}
+    with OtherLoad() as other:
+        result.seconds = take_turns(clocks, rounds, advance)
+    result.other_load = other.share
+    return result
+
+
+def _our_attention(query: Tensor, *quantized: Tensor) -> tuple[str, Callable[..., Tensor]]:
+    """What the ``lower`` pass would choose, by name."""
+    kernel = find_kernel(query.device.type)
+    reason = kernel if isinstance(kernel, str) else kernel.supports(query, quantized[0], quantized[2])
+    if not isinstance(kernel, str) and reason is None:
+        return kernel.name, kernel.operator
+    return f"inductor decode ({reason})", torch.compile(torch.ops.icw_int8kv.attention_decode.default)

@@ -1,0 +1,156 @@
+"""What a benchmark prints and writes: tables, and plots of time and memory against context."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from icw_compile.bench.measure import Spread
+from icw_compile.bench.model import CONTENDERS, ContextResult, Measured
+from icw_compile.bench.operator import OPERATOR_CONTENDERS, OperatorResult
+
+__all__ = ["context_notes", "context_table", "operator_table", "plot_contexts"]
+
+
+def context_table(result: ContextResult) -> Table:
+    """One context: a row for each contender. Ratios are over the fastest float contender, pair by pair."""
+    how = "prompt run through the model" if result.prefilled else "caches filled with random numbers"
+    table = Table(title=f"{result.context:,} tokens ({how})", title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in ("cache MiB", "rise MiB", "peak MiB", "prefill s", "decode ms per token", "over the fastest float"):
+        table.add_column(column, justify="right")
+    fastest = result.fastest_stock
+    for name, measured in result.measured.items():
+        if measured.failed:
+            table.add_row(name, *[""] * 5, measured.failed, style="red")
+            continue
+        decode, prefill = measured.decode_seconds, measured.prefill_seconds
+        over = _times(result.decode_ratio(name, fastest)) if fastest and decode else ""
+        table.add_row(
+            name,
+            _mebibytes(measured.cache_bytes),
+            _mebibytes(measured.rise_bytes),
+            _mebibytes(measured.peak_bytes),
+            _spread(Spread.of(prefill), 1.0, 2) if prefill else "",
+            _spread(Spread.of(decode), 1e3, 2) if decode else "",
+            "fastest float" if name == fastest else over,
+            style="bold" if CONTENDERS[name].is_int8 else None,
+        )
+    return table
+
+
+def context_notes(result: ContextResult) -> list[str]:
+    """What the table of one context leaves to calculate: prompts, and memory against the calculated saving."""
+    if result.refused:
+        return [f"{result.context:,} tokens: not run: {result.refused}"]
+    saving = result.float_cache_bytes - result.int8_cache_bytes
+    notes = disturbance(result.other_load)
+    notes += [
+        f"static cache, by calculation: {_mebibytes(result.float_cache_bytes)} MiB in float, "
+        f"{_mebibytes(result.int8_cache_bytes)} in int8, saving {_mebibytes(saving)}; "
+        f"{result.float_cache_bytes / result.int8_cache_bytes:.3f} times the context in the same bytes"
+    ]
+    for ours, theirs in (("int8-static", "stock-static"), ("int8-dynamic", "stock-dynamic"), ("int8-dynamic", "eager")):
+        if ours not in result.measured or theirs not in result.measured:
+            continue
+        parts = []
+        if result.measured[ours].prefill_seconds and result.measured[theirs].prefill_seconds:
+            parts.append(f"prefill {_times(result.prefill_ratio(ours, theirs))}")
+        if result.measured[ours].decode_seconds and result.measured[theirs].decode_seconds:
+            parts.append(f"decode {_times(result.decode_ratio(ours, theirs))}")
+        if (share := result.saved_share(ours, theirs)) is not None:
+            parts.append(f"{share:.0%} of that saving in the rise")
+        if parts:
+            notes.append(f"{ours} over {theirs}: {', '.join(parts)}")
+    return notes
+
+
+def disturbance(other_load: float) -> list[str]:
+    """A warning, if other processes took so much of the machine that times mean little."""
+    if other_load < 0.05:
+        return []
+    return [f"[red]disturbed[/]: other processes took {other_load:.0%} of the CPU while this was timed"]
+
+
+def operator_table(result: OperatorResult) -> Table:
+    """One case of ``--op attention``: a row for each contender."""
+    table = Table(title=f"{result.case}, batch {result.batch}", title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("ms", justify="right")
+    table.add_column("GB/s", justify="right")
+    table.add_column("over int8", justify="right")
+    table.add_column("what")
+    for name, what in OPERATOR_CONTENDERS.items():
+        if name in result.failed:
+            table.add_row(name, "", "", "", f"does not run: {result.failed[name]}", style="red")
+            continue
+        spread = Spread.of(result.seconds[name])
+        is_int8 = name.startswith("int8") or name == "bytes"
+        read = (result.int8_bytes if is_int8 else result.float_bytes) * (0.25 if name == "int8, quarter" else 1.0)
+        table.add_row(
+            name,
+            _spread(spread, 1e3, 2),
+            f"{read / spread.median / 1e9:.1f}",
+            _times(result.times_ours(name)),
+            f"{what} ({result.kernel})" if name == "int8" else what,
+            style="bold" if name == "int8" else None,
+        )
+    table.caption = "\n".join([f"a quarter full over full: {_times(result.quarter)}", *disturbance(result.other_load)])
+    return table
+
+
+def plot_contexts(results: Sequence[ContextResult], title: str, file: Path) -> None:
+    """Decode latency, prefill latency and rise of memory against context; the suffix of ``file`` says which format.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("--plot needs matplotlib: pip install 'icw-compile[plot]'") from error
+
+    def value(measured: Measured, what: str) -> float | None:
+        if what == "rise_bytes":
+            return None if measured.rise_bytes is None else measured.rise_bytes / 2**20
+        taken: list[float] = getattr(measured, what)
+        return Spread.of(taken).median * 1e3 if taken else None
+
+    panels = {
+        "decode_seconds": "decode, ms per token",
+        "prefill_seconds": "prefill, ms",
+        "rise_bytes": "memory of the run, MiB",
+    }
+    drawn = {
+        what: label
+        for what, label in panels.items()
+        if any(value(m, what) for r in results for m in r.measured.values())
+    }
+    figure = Figure(figsize=(4.5 * len(drawn), 4), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    for axes, (what, label) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+        for i, (name, contender) in enumerate(CONTENDERS.items()):
+            points = [(r.context, value(r.measured[name], what)) for r in results if name in r.measured]
+            points = [(context, y) for context, y in points if y is not None]
+            if points:
+                axes.plot(*zip(*points), "o-" if contender.is_int8 else ".--", color=f"C{i}", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="context, tokens", title=label)
+        contexts = [r.context for r in results]
+        axes.set_xticks(contexts, [f"{c:,}" for c in contexts], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+
+
+def _times(spread: Spread) -> str:
+    return f"{spread.median:.3f}x ({spread.lower:.3f}-{spread.upper:.3f})"
+
+
+def _spread(spread: Spread, factor: float, digits: int) -> str:
+    median, lower, upper = (f"{value * factor:.{digits}f}" for value in spread)
+    return f"{median} ({lower}-{upper})"
+
+
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:,.1f}"

@@ -1,0 +1,215 @@
+"""``icw-compile bench``: what it runs and reports, never how fast that is."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_model, worker
+from transformers.utils import is_hqq_available
+from typer.testing import CliRunner
+
+import icw_compile.bench.model as bench_model
+from icw_compile import QuantizedKV
+from icw_compile.bench.measure import Spread, WorkerError, in_own_process, peak_bytes, ratio, reset_peak, take_turns
+from icw_compile.bench.model import CONTENDERS, ContextResult, Measured, Settings, choose_contenders, measure_context
+from icw_compile.bench.operator import OPERATOR_CONTENDERS, Case, run_case
+from icw_compile.bench.output import context_notes, plot_contexts
+from icw_compile.bench.shapes import SHAPES, build_model, load_config
+from icw_compile.cli import app
+
+CPU = torch.device("cpu")
+
+
+def settings(model: str = "tinyllama-1.1b", **changes: Any) -> Settings:
+    defaults: dict[str, Any] = {
+        "layers": None, "batch": 1, "device": "cpu", "dtype": "bfloat16", "mode": "default", "contenders": ("eager",),
+        "steps": 2, "prefill_rounds": 1, "max_prefill": 64, "time": True, "memory": True,
+    }  # fmt: skip
+    return Settings(model, **{**defaults, **changes})
+
+
+#: name -> parameters in millions, as their model cards say.
+PARAMETERS = {
+    "tinyllama-1.1b": 1100,
+    "llama-3-8b": 8030,
+    "mistral-7b": 7248,
+    "gemma-2-2b": 2614,
+    "phi-3-mini": 3821,
+    "qwen2-1.5b": 1544,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_named_shapes(name: str) -> None:
+    model = build_model(name, load_config(name), torch.bfloat16, "cpu", meta=True)
+    assert round(model.num_parameters() / 1e6) == PARAMETERS[name]
+    cut = load_config(name, layers=2).get_text_config(decoder=True)
+    assert cut.num_hidden_layers == len(getattr(cut, "layer_types", None) or "ab") == 2
+
+
+def test_a_model_cannot_grow() -> None:
+    with pytest.raises(ValueError, match="has 22 layers; it cannot be cut to 23"):
+        load_config("tinyllama-1.1b", layers=23)
+
+
+def test_spread_and_ratio() -> None:
+    assert Spread.of([3.0, 1.0, 2.0]) == (2.0, 1.5, 2.5)
+    assert Spread.of([4.0]) == (4.0, 4.0, 4.0)
+    assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 8.0]).median == 2.0  # pairs, not medians: 2, 3, 0.5
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    clocks = {name: lambda name=name: float(len(order.append(name) or order)) for name in "abc"}
+    assert take_turns(clocks, 2) == {"a": [1.0, 6.0], "b": [2.0, 4.0], "c": [3.0, 5.0]}
+    assert "".join(order) == "abcbca"
+
+
+def test_workers() -> None:
+    heard: list[int | str] = []
+    with pytest.raises(WorkerError, match="ValueError: no such thing"):
+        in_own_process(worker, "raise", say=heard.append)
+    assert heard == ["working"]
+    with pytest.raises(WorkerError, match="the process ended with exit code 9"):
+        in_own_process(worker, "die")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_peak_memory_can_be_measured_twice() -> None:
+    peaks = []
+    for mebibytes in (64, 16):
+        reset_peak(CPU)
+        before = peak_bytes(CPU)
+        torch.ones(mebibytes << 20, dtype=torch.uint8)
+        peaks.append((peak_bytes(CPU) - before) >> 20)
+    assert 60 <= peaks[0] <= 70 and 12 <= peaks[1] <= 20
+
+
+def test_what_does_not_fit_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_model, "available_bytes", lambda device: 3 << 30)
+    chosen = settings(contenders=("eager", "int8-static"), max_prefill=512)
+    assert measure_context(settings("llama-3-8b"), 512, lambda said: None).refused.startswith("needs about 15.0 GiB")
+    result = measure_context(chosen, 131_072, lambda said: None)
+    assert "(weights 2.0, a float cache 2.8), and 3.0 GiB are available" in result.refused and not result.measured
+    assert result.float_cache_bytes / result.int8_cache_bytes == pytest.approx(128 / 66)
+    assert context_notes(result) == [f"131,072 tokens: not run: {result.refused}"]
+    # One by one, instead of together, needs less.
+    assert bench_model.plan(settings(time=False), 8192).needed_bytes < bench_model.plan(chosen, 8192).needed_bytes
+
+
+def test_contenders_are_checked() -> None:
+    assert set(choose_contenders(())) == set(CONTENDERS) - (set() if is_hqq_available() else {"hqq"})
+    with pytest.raises(ValueError, match="unknown contenders: fast; there are: eager, stock-static"):
+        choose_contenders(("eager", "fast"))
+
+
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if name != "hqq" or is_hqq_available()])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_filled_caches(name: str, family: str) -> None:
+    if (name, family) == ("hqq", "gemma2"):
+        pytest.skip("QuantizedCache has no sliding layers")
+    model = tiny_model(family, attention="eager", num_hidden_layers=2)
+    chosen = settings(contenders=(name,))
+    session = bench_model._Session(CONTENDERS[name], model, chosen)
+    session.fill(40)
+    assert session.cache.get_seq_length() == 40
+    contender = CONTENDERS[name]
+    if contender.cache != "hqq":
+        held = [getattr(layer, kind) for layer in session.cache.layers for kind in ("keys", "values")]
+        assert all(isinstance(tensor, QuantizedKV) == contender.is_int8 for tensor in held)
+        assert all(tensor.dequantize().std() > 0.5 if contender.is_int8 else tensor.std() > 0.5 for tensor in held)
+        assert held[-1].shape[2] == (40 if contender.cache == "dynamic" else chosen.cache_len(40))
+    assert session.cache_bytes() > 0
+
+
+def test_only_the_contender_that_asks_forces_gqa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRANSFORMERS_SDPA_FORCE_GQA", raising=False)
+    for force in (False, True):
+        with bench_model._force_gqa(force):
+            assert os.environ["TRANSFORMERS_SDPA_FORCE_GQA"] == str(int(force))
+    assert "TRANSFORMERS_SDPA_FORCE_GQA" not in os.environ
+
+
+def result() -> ContextResult:
+    """Made up."""
+    measured = {
+        "eager": Measured(1000, [2.0, 2.0], [0.4, 0.8], 3000, 9000),
+        "stock-static": Measured(1000, [1.0, 3.0], [0.7, 0.7], 4000, 9000),
+        "int8-static": Measured(500, [1.0, 3.0], [0.2, 0.3], 3540, 9000),
+        "hqq": Measured(failed="no hqq"),
+    }
+    return ContextResult(128, True, 1000, 500, measured=measured)
+
+
+def test_results() -> None:
+    made = result()
+    assert made.fastest_stock == "eager"
+    assert made.saved_share("int8-static", "stock-static") == pytest.approx(0.92)
+    assert made.saved_share("int8-static", "hqq") is None
+    data = json.loads(json.dumps(made.to_dict()))
+    assert data["ratios"]["int8-static / eager"]["decode"][0] == pytest.approx(0.4375)
+    assert data["ratios"]["int8-static / stock-static"]["prefill"] == [1.0, 1.0, 1.0]
+    assert data["measured"]["eager"]["decode_median_quartiles"][0] == pytest.approx(0.6)
+    notes = context_notes(made)
+    assert "2.000 times the context in the same bytes" in notes[0]
+    assert notes[1].startswith("int8-static over stock-static: prefill 1.000x") and "92% of that saving" in notes[1]
+
+
+def test_plot(tmp_path: Path) -> None:
+    plot_contexts([result()], "made up", tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert drawn.startswith("<?xml") and "svg" in drawn
+
+
+def test_command(tmp_path: Path) -> None:
+    """Both workers, with a contender that compiles nothing."""
+    folder, file = tmp_path / "model", tmp_path / "results.json"
+    tiny_model(num_hidden_layers=1).save_pretrained(folder)
+    arguments = ["bench", "--model", str(folder), "--contexts", "32", "--steps", "2", "--prefill-rounds", "3"]
+    arguments += ["--contenders", "eager", "--dtype", "float32", "--json", str(file)]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "32 tokens (prompt run through the model)" in done.output and "fastest float" in done.output
+    data = json.loads(file.read_text())
+    assert data["torch"] == torch.__version__ and data["settings"]["steps"] == 2
+    measured = data["contexts"][0]["measured"]["eager"]
+    assert len(measured["prefill_seconds"]) == 3 and len(measured["decode_seconds"]) == 2
+    assert measured["peak_bytes"] > measured["rise_bytes"] > 0 and not measured["failed"]
+    assert measured["cache_bytes"] == 2 * 2 * 38 * 256  # 2 sites, 2 heads, 32 + 4 + 2 rows of 64 float32
+
+
+def test_contenders_beside_each_other(tmp_path: Path) -> None:
+    """On a filled cache; one that fails is said, and keeps no other from running."""
+    tiny_model("gemma2", attention="eager").save_pretrained(tmp_path)
+    names = ("hqq", "int8-static") if is_hqq_available() else ("int8-static",)
+    chosen = settings(str(tmp_path), contenders=names, max_prefill=0, dtype="float32")
+    measured, other_load = bench_model.time_context(chosen, 40, lambda said: None)
+    assert 0 <= other_load <= 1
+    assert len(measured["int8-static"].decode_seconds) == 2 and not measured["int8-static"].prefill_seconds
+    # A layer that slides over 16 rows and one of 40 + 4 + 2; 2 sites, 2 heads, 64 bytes and a float32 scale.
+    assert measured["int8-static"].cache_bytes == 2 * 2 * (16 + 46) * 68
+    if "hqq" in names:
+        assert "only supported for models with only full attention" in measured["hqq"].failed
+
+
+def test_operator() -> None:
+    case = Case(4, 2, 64, 512)
+    found = run_case(case, batch=2, dtype=torch.bfloat16, device=CPU, rounds=2)
+    assert set(found.seconds) | set(found.failed) == set(OPERATOR_CONTENDERS)
+    assert {"int8", "int8, masked", "int8, quarter", "sdpa, gqa", "stock static", "bytes"} <= set(found.seconds)
+    assert all(len(taken) == 2 for taken in found.seconds.values())
+    assert found.float_bytes == 2 * 2 * 2 * 512 * 128 and found.int8_bytes == 2 * 2 * 2 * 512 * 66
+
+
+def test_operator_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("icw_compile.bench.CASES", (Case(2, 2, 64, 256),))
+    file = tmp_path / "results.json"
+    done = CliRunner().invoke(
+        app, ["bench", "--op", "attention", "--steps", "2", "--json", str(file)], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    assert "2 heads on 2, D=64, 256 tokens" in done.output and "a quarter full over full" in done.output
+    assert json.loads(file.read_text())["cases"][0]["over_int8"]["int8"] == [1.0, 1.0, 1.0]
