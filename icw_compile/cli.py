@@ -33,6 +33,64 @@ def demo(
     run_demo(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, device=device, rounds=rounds)
 
 
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A hub id or a folder. Left out: the small model that ships with the package."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A text to score. Left out: one that the shipped model has not seen.", exists=True),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Score at least so many tokens.")] = 16384,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    stride: Annotated[
+        int, typer.Option(min=1, help="Tokens of each window that are decoded and scored; those before are prefilled.")
+    ] = 1536,
+    batch: Annotated[int, typer.Option(min=1, help="Windows decoded together.")] = 16,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens of each that a decode step takes.")] = 16,
+    layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to its first layers.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A row: options of the backend, such as icw.attention=inductor, several with commas, '' for none. "
+            "Give it several times to compare settings. Left out: no options."
+        ),
+    ] = None,
+    hard: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also the same model made hard for a quantized cache, such as keys-mid-30x; several times, or all."
+        ),
+    ] = None,
+    recall: Annotated[
+        str | None,
+        typer.Option(
+            help="Also the recall of facts strewn in texts of these lengths in tokens, separated by commas. It means "
+            "something for models that can do it; the shipped one cannot."
+        ),
+    ] = None,
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="The model's dtype.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the divergence by position into this file.")] = None,
+) -> None:
+    """Measure the quality of the int8 cache, and of others, against the float cache of the same model.
+
+    Windows of text are prefilled and then decoded teacher-forced, so that every score reads the cache. Beside ours:
+    transformers' 8-bit QuantizedCache (its last 128 tokens are in float), and float8 with one scale per tensor.
+    """
+    from icw_compile.evaluation import Settings, run_eval  # torch and transformers take seconds to import
+
+    lengths = tuple(int(length) for length in recall.split(",")) if recall else ()
+    settings = Settings(
+        model, text, tokens, context, stride, batch, chunk, layers, tuple(option or ()), tuple(hard or ()), lengths,
+        dtype, device,
+    )  # fmt: skip
+    run_eval(settings, json_file=json, plot=plot)
+
+
 @app.command()
 def bench(
     op: Annotated[Literal["attention"] | None, typer.Option(help="Measure one operator instead of a model.")] = None,

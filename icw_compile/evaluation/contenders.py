@@ -1,0 +1,93 @@
+"""What is compared: each contender is a model to call and a cache to call it with."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.cache_utils import StaticLayer
+
+__all__ = ["FLOAT", "Contender", "contenders", "fp8_cache", "has_hqq"]
+
+FLOAT = "float"
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass
+class Contender:
+    """A row of the table.
+
+    Attributes:
+        name: what the row is called.
+        call: the model, compiled or not.
+        make_cache: a new empty cache that holds the given number of tokens.
+        options: what a row of ours was compiled with.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    make_cache: Callable[[int], Cache]
+    options: Mapping[str, Any] | None = None
+
+
+def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]]) -> list[Contender]:
+    """The float cache, which the others are compared with; ours with each of the settings; HQQ, if installed; fp8."""
+
+    def static(length: int) -> StaticCache:
+        return StaticCache(model.config, max_cache_len=length)
+
+    rows = [Contender(FLOAT, model, static)]
+    for options in settings:
+        name = " ".join(["icw_int8kv", *(f"{key}={value}" for key, value in options.items())])
+        compiled = torch.compile(model, backend="icw_int8kv", options=dict(options) or None)
+        rows.append(Contender(name, compiled, static, options))
+    if has_hqq():
+        # Groups along the head of each token, as transformers' guide has it for this backend.
+        rows.append(
+            Contender(
+                "HQQ 8-bit", model, lambda _: QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1)
+            )
+        )
+    rows.append(Contender("fp8 per tensor", model, lambda length: fp8_cache(model, length)))
+    return rows
+
+
+def has_hqq() -> bool:
+    """Whether transformers' `QuantizedCache` finds its 8-bit backend."""
+    return find_spec("hqq") is not None
+
+
+def fp8_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
+    """A float `StaticCache` that holds what a float8_e4m3fn cache with one scale per tensor would read back.
+
+    Keys and values of a layer have one scale each, set by the amplitude of the first write (the prefill); what exceeds
+    it later saturates, as in serving software that calibrates once. For models that are not compiled.
+    """
+    cache = StaticCache(model.config, max_cache_len=max_cache_len)
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer):
+            layer.__class__ = _storing_fp8(type(layer))
+    return cache
+
+
+def _storing_fp8(stock: Any) -> Any:
+    class FP8Layer(stock):
+        _layer_type = None  # stay out of transformers' table of layers
+        scales: tuple[Tensor, ...] | None = None
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            states = (key_states, value_states)
+            if self.scales is None:
+                self.scales = tuple(x.float().abs().amax().clamp(min=1e-12) / _LARGEST for x in states)
+            stored = [_round_trip(x, scale) for x, scale in zip(states, self.scales, strict=True)]
+            return super().update(*stored, *args, **kwargs)
+
+    return FP8Layer
+
+
+def _round_trip(x: Tensor, scale: Tensor) -> Tensor:
+    quantized = (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    return (quantized.float() * scale).to(x.dtype)

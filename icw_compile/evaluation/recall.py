@@ -1,0 +1,86 @@
+r"""Key-value recall: facts strewn in text, and asked for at its end.
+
+A fact is a line ``# key value``, two ordinary words that say nothing about one another; to ask for it is to write
+``# key`` once more. The task is plain text, so that it works with any tokenizer and any model that can look back
+(associative recall as in Arora et al., "Zoology", 2023, in a haystack of text).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Exam", "Recall"]
+
+KEYS = (
+    "altar angel ark beast blood book bread brother cattle child city cloud corn covenant daughter desert door earth "
+    "eye father field fire fish flesh flock fruit gate gold grass ground hand harvest heart hill horse host house "
+    "king lamb land law light lion man master moon mother mountain"
+).split()
+VALUES = (
+    "mouth name night nation oil people place power priest prince prophet river rock sacrifice sea seed servant sheep "
+    "shield ship silver sister son song soul spirit star stone strength sun sword tabernacle temple tent throne tower "
+    "tree tribe valley vine voice wall war water wilderness wind wine woman"
+).split()
+
+
+@dataclass
+class Exam:
+    """One sequence and the questions after it.
+
+    Attributes:
+        sequence: int64 ``[length]``, text and facts.
+        questions: int64 ``[asked]``, each with its answer.
+        spans: where in ``questions`` each answer lies, from and up to.
+        depths: the depth of the fact that each question asks for, 0 the first in the sequence.
+    """
+
+    sequence: Tensor
+    questions: Tensor
+    spans: list[tuple[int, int]]
+    depths: list[int]
+
+
+class Recall:
+    """The recall task in the tokens of one tokenizer; every random choice follows from ``seed``."""
+
+    def __init__(self, tokenizer: Any, seed: int = 0) -> None:
+        def encode(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+        self.keys = [encode(f" {word}") for word in KEYS]
+        self.values = [encode(f" {word}") for word in VALUES]
+        self.mark, self.end = encode("\n#"), encode("\n")
+        self.first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def _fact(self, key: int, value: int) -> list[int]:
+        return [*self.mark, *self.keys[key], *self.values[value], *self.end]
+
+    def exam(self, text: Tensor, length: int, depths: int) -> Exam:
+        """Make an exam: ``length`` tokens with ``depths`` facts, evenly spaced in ``text``, int64 ``[tokens]``.
+
+        Raises:
+            ValueError: the facts do not fit, or there are too few tokens of text.
+        """
+        keys = torch.randperm(len(KEYS), generator=self.generator)[:depths].tolist()
+        values = torch.randperm(len(VALUES), generator=self.generator)[:depths].tolist()
+        facts = [self._fact(key, value) for key, value in zip(keys, values, strict=True)]
+        room = length - sum(map(len, facts)) - len(self.first)
+        if not 0 <= room < len(text):
+            raise ValueError(f"{depths} facts in {length} tokens need a longer sequence, or more text than {len(text)}.")
+        start = int(torch.randint(len(text) - room, (), generator=self.generator))
+        filler = text[start : start + room]
+        cuts = [round(i * room / depths) for i in range(depths + 1)]
+        sequence = list(self.first)
+        for i, fact in enumerate(facts):
+            sequence += fact + filler[cuts[i] : cuts[i + 1]].tolist()
+        questions: list[int] = []
+        spans = []
+        order = torch.randperm(depths, generator=self.generator).tolist()
+        for i in order:
+            questions += [*self.mark, *self.keys[keys[i]]]
+            spans.append((len(questions), len(questions) + len(self.values[values[i]])))
+            questions += [*self.values[values[i]], *self.end]
+        return Exam(torch.tensor(sequence), torch.tensor(questions), spans, order)
