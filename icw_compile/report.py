@@ -79,8 +79,10 @@ class GraphReport:
         if self.sites:
             yield _sites_table(title, self.sites)
             saved = self.bytes_per_token / self.float_bytes_per_token
+            equalized = sum(site.equalized for site in self.sites)
             yield (
-                f"  bytes per token: {self.float_bytes_per_token:,} float, {self.bytes_per_token:,} int8 ({saved:.3f}x)"
+                f"  bytes per token: {self.float_bytes_per_token:,} float, {self.bytes_per_token:,} int8 "
+                f"({saved:.3f}x); channels equalized in {equalized} of {len(self.sites)}"
             )
         else:
             yield title
@@ -142,7 +144,7 @@ def _sites_table(title: str, sites: Iterable[Site]) -> Table:
     for site in sites:
         row: tuple[str, ...] = (
             site.cache,
-            f"{site.dtype} {list(site.shape)}" + (", equalized" if site.equalized else ""),
+            f"{site.dtype} {list(site.shape)}",
             ", ".join(site.writes),
             ", ".join(site.reads) or "states, not cache",
             site.lowering,

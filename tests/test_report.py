@@ -26,7 +26,7 @@ graph 0: 4 of 4 key/value sites in int8, gemma3_text
 │ keys, values of              │ static, created here        │ bfloat16 [1, 2, 32, 64] │ index_copy_ │ sdpa             │ inductor prefill │
 │ model.layers.1.self_attn     │                             │                         │             │                  │                  │
 └──────────────────────────────┴─────────────────────────────┴─────────────────────────┴─────────────┴──────────────────┴──────────────────┘
-  bytes per token: 1,024 float, 528 int8 (0.516x)
+  bytes per token: 1,024 float, 528 int8 (0.516x); channels equalized in 4 of 4
   314 nodes; capture 0.25 s, passes 0.05 s, Inductor 3.00 s (10% of it)
 graph 1: 4 of 4 key/value sites in int8, gemma3_text
 ┏━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━┓
@@ -35,7 +35,7 @@ graph 1: 4 of 4 key/value sites in int8, gemma3_text
 │ keys, values of model.layers.0.self_attn │ static sliding │ bfloat16 [1, 2, 16, 64] │ index_copy_ │ sdpa + repeat_kv │ inductor decode │
 │ keys, values of model.layers.1.self_attn │ static         │ bfloat16 [1, 2, 32, 64] │ index_copy_ │ sdpa + repeat_kv │ inductor decode │
 └──────────────────────────────────────────┴────────────────┴─────────────────────────┴─────────────┴──────────────────┴─────────────────┘
-  bytes per token: 1,024 float, 528 int8 (0.516x)
+  bytes per token: 1,024 float, 528 int8 (0.516x); channels equalized in 4 of 4
   338 nodes; capture 0.25 s, passes 0.05 s, Inductor 3.00 s (10% of it)
 """,
     )
