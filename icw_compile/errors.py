@@ -12,4 +12,4 @@ class UnquantizedCacheError(RuntimeError):
 
 
 class KernelUnavailableError(RuntimeError):
-    """An attention kernel cannot be built, loaded or run here; the message says why. The caller computes another way."""
+    """An attention kernel cannot be built or loaded here, or is for another device; the message says why."""

@@ -108,8 +108,8 @@ class Output:
 class Kernel(NamedTuple):
     """An attention kernel: a name for the report, an operator with ``icw_int8kv::attention``'s arguments.
 
-    ``supports(query, key_qdata, value_qdata)`` is ``None`` for tensors that it takes, else the reason why not (empty: it
-    is not meant for them).
+    ``supports(query, key_qdata, value_qdata)`` is ``None`` for tensors that it takes, else the reason why not (empty:
+    it is not meant for them).
     """
 
     name: str

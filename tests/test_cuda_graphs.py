@@ -67,7 +67,11 @@ def test_growing_caches_go_without(compiled_graphs: Any) -> None:
     model = tiny_model(num_hidden_layers=1)
     step = torch.compile(model, backend="icw_int8kv", mode="reduce-overhead")
     run(step, DynamicCache(config=model.config), tokens(8), (5, 1, 1, 1))
-    assert [report.no_cuda_graphs[:15] for report in graphs()] == ["it makes the ca", "its cache grows", "its cache grows"]
+    assert [report.no_cuda_graphs[:15] for report in graphs()] == [
+        "it makes the ca",
+        "its cache grows",
+        "its cache grows",
+    ]
     assert not any(wanted for _, wanted in compiled_graphs)
     assert "no CUDA graph: its cache grows" in str(icw_compile.report())
 
