@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import icw_compile  # noqa: E402
+import icw_compile
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -244,7 +244,7 @@ def test_splits():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_whole_model(dtype, monkeypatch):
-    """Prefill and decode of a model through the backend; on the CPU the pass has to be told that the kernel is for it."""
+    """Prefill and decode through the backend; on the CPU the pass has to be told that the kernel is for it."""
     if DEVICE == "cpu":
         anything = Kernel("triton kernel", gpu.attention, lambda *_: None)
         monkeypatch.setattr("icw_compile.backend.find_kernel", lambda device_type, choice: anything)

@@ -196,7 +196,7 @@ def attention_triton(
         rows = (batch, query_heads, tokens, splits)
         partial = query.new_empty((*rows, value_dim), dtype=torch.float32)
         state = query.new_empty((*rows, 2), dtype=torch.float32)
-    mask_strides = (0, 0, 0, 0)
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if attn_mask is not None:
         mask_strides = attn_mask.expand(batch, query_heads, tokens, length).stride()
         if attn_mask.dtype == torch.bool:
