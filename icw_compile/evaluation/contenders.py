@@ -33,8 +33,8 @@ class Contender:
     options: Mapping[str, Any] | None = None
 
 
-def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]]) -> list[Contender]:
-    """The float cache, which the others are compared with; ours with each of the settings; HQQ, if installed; fp8."""
+def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]], others: bool = True) -> list[Contender]:
+    """The float cache, which the rest is compared with; ours with each of the settings; HQQ, if installed, and fp8."""
 
     def static(length: int) -> StaticCache:
         return StaticCache(model.config, max_cache_len=length)
@@ -44,6 +44,8 @@ def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]]) ->
         name = " ".join(["icw_int8kv", *(f"{key}={value}" for key, value in options.items())])
         compiled = torch.compile(model, backend="icw_int8kv", options=dict(options) or None)
         rows.append(Contender(name, compiled, static, options))
+    if not others:
+        return rows
     if has_hqq():
         # Groups along the head of each token, as transformers' guide has it for this backend.
         rows.append(
