@@ -129,3 +129,31 @@ def test_padding_rows_in_the_first_write() -> None:
     for first in (torch.cat([zeros, key[:32]]), torch.cat([copies, key[32:36]])):
         factors = pair_rms(first)
         assert error(lambda key, f=factors: quantize_dequantize(key / f) * f, query, key, value) < 1.3 * PLAIN  # type: ignore[misc]
+
+
+def test_a_sink_does_not_decide() -> None:
+    """One token with channels 100x larger: rows of amplitude 1 count alike, amplitudes do not."""
+    query, key, value = states("none", "mid", 1)
+    first = key[:64].clone()
+    first[0, [5, 40, 90]] *= 100
+    alike = first / first.abs().amax(-1, keepdim=True)
+    for factors, fits in ((pair_rms(alike), True), (amax(first), False)):
+        stored = error(lambda key, f=factors: quantize_dequantize(key / f) * f, query, key, value)  # type: ignore[misc]
+        assert (stored < PLAIN) == fits
+
+
+@pytest.mark.parametrize("ratio", [30, 100])
+def test_value_channels(ratio: float) -> None:
+    """Values gain as much, where what reads them undoes the ratio; the RMS of single channels will do."""
+    query, key, value = states("none", "mid", 1)
+    weight = torch.ones(HEAD_DIM)
+    weight[:4] = ratio
+    rms = (value * weight)[:64].square().mean(0).sqrt()
+    factors = torch.exp2((rms / rms.median()).clamp(min=1).log2().round())
+    attention = torch.softmax(query @ key.T / math.sqrt(HEAD_DIM), -1)
+    exact = attention @ value
+    plain, equal = (
+        ((attention @ stored / weight - exact).norm() / exact.norm()).item()
+        for stored in (quantize_dequantize(value * weight), quantize_dequantize(value * weight / factors) * factors)
+    )
+    assert plain > 5 * PLAIN and equal < PLAIN
