@@ -41,7 +41,7 @@ clean:
 
 $(VENV)/requirements: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[test,notebooks]'
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[plot,test,notebooks]'
 	touch $@
 
 $(VENV)/installed: $(VENV)/requirements $(SOURCES)

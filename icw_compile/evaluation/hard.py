@@ -7,13 +7,14 @@ float model computes the same bits in any dtype: what the table then shows is th
     Outlier key channels. ``k_proj`` rows of two rotary pairs ``(i, i + head_dim / 2)`` go up by a factor, and those
     rows of ``q_proj`` go down by it in every query head that reads the KV head. Rotation mixes the two channels of a
     pair and no others, so the factor passes through it and cancels in the product of query and key. ``mid`` takes
-    pairs that turn over some tens of tokens (no mean over the tokens is left of them), ``low`` the slowest.
+    the pairs in the middle, which turn once in some hundreds of tokens at the usual base of 10,000 (no mean over the
+    tokens is left of them), ``low`` the slowest.
 ``keys-bias-30x``, ``keys-bias-100x``
     The constant offset in a few key channels that the bias of Qwen2.5's ``k_proj`` gives. An offset ``b`` adds
     ``(R_s q) . (R_t b)`` to the score of tokens s and t, which depends on both: nothing in the model can take it back,
     unless the query is zero in that pair. So the origin of this case is the model with the queries of two slow pairs
     set to zero (`Hardened.origin` has that function), and the hard model equals it exactly. A model that has key
-    biases of its own gets these on top; its ``keys-`` cases scale its own bias along, without any change of function.
+    biases loses them in these pairs; ``keys-low`` and ``keys-mid`` scale its own along, with no change of function.
 ``values-30x``, ``values-100x``
     Outlier value channels: rows of ``v_proj`` up, the columns of ``o_proj`` that read them down.
 ``sink``
