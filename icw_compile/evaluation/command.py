@@ -115,7 +115,9 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
         f"each scored: {windows.ids.shape[0] * windows.stride:,} tokens"
     )
     if settings.others and not has_hqq():
-        console.print("HQQ 8-bit (transformers' QuantizedCache) is left out: hqq is not installed.", style="yellow")
+        console.print(
+            "The HQQ 8-bit cache of transformers (`QuantizedCache`) is left out: hqq is not installed.", style="yellow"
+        )
 
     cases = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

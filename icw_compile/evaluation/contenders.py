@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
-__all__ = ["FLOAT", "Contender", "contenders", "fp8_cache", "has_hqq"]
+__all__ = ["FLOAT", "HQQ", "Contender", "contenders", "fp8_cache", "has_hqq"]
 
 FLOAT = "float"
+HQQ = "HQQ 8-bit, last 128 tokens float"
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -49,9 +50,7 @@ def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]], ot
     if has_hqq():
         # Groups along the head of each token, as transformers' guide has it for this backend.
         rows.append(
-            Contender(
-                "HQQ 8-bit", model, lambda _: QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1)
-            )
+            Contender(HQQ, model, lambda _: QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1))
         )
     rows.append(Contender("fp8 per tensor", model, lambda length: fp8_cache(model, length)))
     return rows
