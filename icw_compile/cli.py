@@ -71,6 +71,9 @@ def evaluate(
             "something for models that can do it; the shipped one cannot."
         ),
     ] = None,
+    others: Annotated[
+        bool, typer.Option(help="Also transformers' 8-bit QuantizedCache, which is slow, and the fp8 cache.")
+    ] = True,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="The model's dtype.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
@@ -86,7 +89,7 @@ def evaluate(
     lengths = tuple(int(length) for length in recall.split(",")) if recall else ()
     settings = Settings(
         model, text, tokens, context, stride, batch, chunk, layers, tuple(option or ()), tuple(hard or ()), lengths,
-        dtype, device,
+        others, dtype, device,
     )  # fmt: skip
     run_eval(settings, json_file=json, plot=plot)
 

@@ -1,4 +1,4 @@
-"""``icw-compile eval``: what the int8 cache changes, measured through the cache, and the cases made to be hard for it."""
+"""``icw-compile eval``: what the int8 cache changes, measured through the cache, and models made hard for it."""
 
 from icw_compile.evaluation.command import Settings, run_eval
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Settings:
     options: tuple[str, ...]
     hard: tuple[str, ...]
     recall: tuple[int, ...]
+    others: bool
     dtype: str
     device: str
 
@@ -112,15 +114,17 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
         f"{settings.device}; {windows.ids.shape[0]} windows of {windows.context} tokens, the last {windows.stride} of "
         f"each scored: {windows.ids.shape[0] * windows.stride:,} tokens"
     )
-    if not has_hqq():
-        console.print("HQQ 8-bit (transformers' QuantizedCache) is left out: hqq is not installed.", style="yellow")
+    if settings.others and not has_hqq():
+        console.print(
+            "The HQQ 8-bit cache of transformers (`QuantizedCache`) is left out: hqq is not installed.", style="yellow"
+        )
 
     cases = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         for name in (AS_IT_IS, *names):
             task = progress.add_task(name, total=windows.steps)
-            cases.append(_case(name, model, tokenizer, ids, windows, settings, lambda: progress.advance(task)))
+            cases.append(_case(name, model, tokenizer, ids, windows, settings, partial(progress.advance, task)))
             progress.remove_task(task)
             progress.console.print(f"[green]done[/] {_title(cases[-1])}")
             if json_file is not None:  # also while the rest still runs
@@ -153,9 +157,9 @@ def _case(
 ) -> Case:
     distance = None
     if name != AS_IT_IS:
-        hardened = harden(model, name, windows.ids)
+        hardened = harden(model, name, windows.ids[:4])
         model, distance = hardened.model, equivalence(hardened, windows.ids[:1, :256])
-    rows = contenders(model, [parse_options(row) for row in settings.options or ("",)])
+    rows = contenders(model, [parse_options(row) for row in settings.options or ("",)], settings.others)
     torch._dynamo.reset()
     reset_report()
     device = torch.device(settings.device)
@@ -232,7 +236,9 @@ def _recall_note(cases: Sequence[Case]) -> str:
     able = sum(shares) / len(shares)
     if able >= 0.5:
         return f"The float cache answers {able:.0%}: the model can do the task."
-    return f"The float cache answers {able:.0%}: the model cannot do the task, and these numbers say nothing of a cache."
+    return (
+        f"The float cache answers {able:.0%}: the model cannot do the task, and these numbers say nothing of a cache."
+    )
 
 
 def draw(cases: Sequence[Case], path: Path) -> None:

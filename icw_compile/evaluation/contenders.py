@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
-__all__ = ["FLOAT", "Contender", "contenders", "fp8_cache", "has_hqq"]
+__all__ = ["FLOAT", "HQQ", "Contender", "contenders", "fp8_cache", "has_hqq"]
 
 FLOAT = "float"
+HQQ = "HQQ 8-bit, last 128 tokens float"
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -33,8 +34,8 @@ class Contender:
     options: Mapping[str, Any] | None = None
 
 
-def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]]) -> list[Contender]:
-    """The float cache, which the others are compared with; ours with each of the settings; HQQ, if installed; fp8."""
+def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]], others: bool = True) -> list[Contender]:
+    """The float cache, which the rest is compared with; ours with each of the settings; HQQ, if installed, and fp8."""
 
     def static(length: int) -> StaticCache:
         return StaticCache(model.config, max_cache_len=length)
@@ -44,12 +45,12 @@ def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]]) ->
         name = " ".join(["icw_int8kv", *(f"{key}={value}" for key, value in options.items())])
         compiled = torch.compile(model, backend="icw_int8kv", options=dict(options) or None)
         rows.append(Contender(name, compiled, static, options))
+    if not others:
+        return rows
     if has_hqq():
         # Groups along the head of each token, as transformers' guide has it for this backend.
         rows.append(
-            Contender(
-                "HQQ 8-bit", model, lambda _: QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1)
-            )
+            Contender(HQQ, model, lambda _: QuantizedCache("hqq", model.config, nbits=8, axis_key=1, axis_value=1))
         )
     rows.append(Contender("fp8 per tensor", model, lambda length: fp8_cache(model, length)))
     return rows

@@ -7,13 +7,14 @@ float model computes the same bits in any dtype: what the table then shows is th
     Outlier key channels. ``k_proj`` rows of two rotary pairs ``(i, i + head_dim / 2)`` go up by a factor, and those
     rows of ``q_proj`` go down by it in every query head that reads the KV head. Rotation mixes the two channels of a
     pair and no others, so the factor passes through it and cancels in the product of query and key. ``mid`` takes
-    pairs that turn over some tens of tokens (no mean over the tokens is left of them), ``low`` the slowest.
+    the pairs in the middle, which turn once in some hundreds of tokens at the usual base of 10,000 (no mean over the
+    tokens is left of them), ``low`` the slowest.
 ``keys-bias-30x``, ``keys-bias-100x``
     The constant offset in a few key channels that the bias of Qwen2.5's ``k_proj`` gives. An offset ``b`` adds
     ``(R_s q) . (R_t b)`` to the score of tokens s and t, which depends on both: nothing in the model can take it back,
     unless the query is zero in that pair. So the origin of this case is the model with the queries of two slow pairs
     set to zero (`Hardened.origin` has that function), and the hard model equals it exactly. A model that has key
-    biases of its own gets these on top; its ``keys-`` cases scale its own bias along, without any change of function.
+    biases loses them in these pairs; ``keys-low`` and ``keys-mid`` scale its own along, with no change of function.
 ``values-30x``, ``values-100x``
     Outlier value channels: rows of ``v_proj`` up, the columns of ``o_proj`` that read them down.
 ``sink``
@@ -30,6 +31,7 @@ Rounding the factor up to a power of two makes it at least the ratio that the na
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +93,7 @@ def harden(model: PreTrainedModel, case: str, ids: Tensor) -> Hardened:
     return Hardened(hard, origin)
 
 
-def _attentions(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Tensor]]:
+def _attentions(model: PreTrainedModel) -> Iterator[tuple[Any, Tensor]]:
     """Each attention with the weight of the norm before it."""
     found = False
     for layer in getattr(model.base_model, "layers", ()):
@@ -109,8 +111,8 @@ def _attentions(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Tensor]]:
         if found:
             return
     raise ValueError(
-        f"No hard case can be made of a {model.config.model_type} model: it takes layers with q_proj, k_proj, v_proj and "
-        "o_proj, and rotary position on whole heads right behind them, as Llama and Qwen2 have."
+        f"No hard case can be made of a {model.config.model_type} model: it takes layers with q_proj, k_proj, v_proj "
+        "and o_proj, and rotary position on whole heads right behind them, as Llama and Qwen2 have."
     )
 
 
@@ -121,7 +123,7 @@ def _pairs(where: str, head_dim: int) -> Tensor:
     return torch.cat([channels, channels + head_dim // 2])
 
 
-def _multiply(projection: nn.Module, channels: Tensor, head_dim: int, factor: float | Tensor) -> None:
+def _multiply(projection: Any, channels: Tensor, head_dim: int, factor: float | Tensor) -> None:
     """Multiply these channels of every head that a projection writes by ``factor``, ``[heads, 1]`` if a tensor."""
     for parameter in (projection.weight, projection.bias):
         if parameter is not None:
@@ -130,7 +132,7 @@ def _multiply(projection: nn.Module, channels: Tensor, head_dim: int, factor: fl
             heads[:, channels] *= by
 
 
-def _amplitudes(projection: nn.Module, norm: Tensor, head_dim: int) -> Tensor:
+def _amplitudes(projection: Any, norm: Tensor, head_dim: int) -> Tensor:
     """The amplitude of each channel for an input of unit mean square, float32 ``[heads, head_dim]``."""
     squares = (projection.weight.float() * norm.float()).square().sum(-1)
     if projection.bias is not None:
@@ -142,13 +144,13 @@ def _power_of_two(factor: Tensor) -> Tensor:
     return torch.exp2(torch.ceil(torch.log2(factor)))
 
 
-def _factor(projection: nn.Module, norm: Tensor, head_dim: int, channels: Tensor, ratio: float) -> Tensor:
+def _factor(projection: Any, norm: Tensor, head_dim: int, channels: Tensor, ratio: float) -> Tensor:
     """What lifts the channels to ``ratio`` times the median of their head, float32 ``[heads]``."""
     amplitudes = _amplitudes(projection, norm, head_dim)
     return _power_of_two(ratio * amplitudes.median(-1).values / amplitudes[:, channels].square().mean(-1).sqrt())
 
 
-def _scale_keys(attention: nn.Module, norm: Tensor, ratio: float, where: str) -> None:
+def _scale_keys(attention: Any, norm: Tensor, ratio: float, where: str) -> None:
     head_dim = attention.head_dim
     channels = _pairs(where, head_dim)
     factor = _factor(attention.k_proj, norm, head_dim, channels, ratio)
@@ -156,7 +158,7 @@ def _scale_keys(attention: nn.Module, norm: Tensor, ratio: float, where: str) ->
     _multiply(attention.q_proj, channels, head_dim, 1 / factor.repeat_interleave(attention.num_key_value_groups))
 
 
-def _scale_values(attention: nn.Module, norm: Tensor, ratio: float) -> None:
+def _scale_values(attention: Any, norm: Tensor, ratio: float) -> None:
     head_dim = attention.head_dim
     channels = torch.arange(2 * PAIRS)
     factor = _factor(attention.v_proj, norm, head_dim, channels, ratio)
@@ -165,7 +167,7 @@ def _scale_values(attention: nn.Module, norm: Tensor, ratio: float) -> None:
     reads[:, :, channels] /= factor.repeat_interleave(attention.num_key_value_groups)[:, None]
 
 
-def _offset(attention: nn.Module, norm: Tensor, ratio: float) -> None:
+def _offset(attention: Any, norm: Tensor, ratio: float) -> None:
     head_dim, projection = attention.head_dim, attention.k_proj
     median = _amplitudes(projection, norm, head_dim).median(-1).values
     if projection.bias is None:
@@ -187,7 +189,7 @@ def _inputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
     return seen
 
 
-def _sink(attention: nn.Module, norm: Tensor, seen: Tensor) -> None:
+def _sink(attention: Any, norm: Tensor, seen: Tensor) -> None:
     head_dim, projection = attention.head_dim, attention.k_proj
     median = _amplitudes(projection, norm, head_dim).median(-1).values
     first, others = seen[0, 0], seen[:, 1:].flatten(0, 1)

@@ -5,13 +5,14 @@ keys and values as the cache keeps them. To score 16,384 tokens in minutes, many
 step takes several tokens of each (`Windows.chunk`; at most 16 keep to the decode kernels). Neither changes what is
 measured: rows of a batch are independent, and a step writes its tokens to the cache before its queries read it, so each
 query reads exactly the stored keys and values that it would read one token at a time (``tests/test_evaluation.py``
-compares the two). transformers' `QuantizedCache` is the exception: it keeps the last 128 tokens in float, however they
-come.
+compares the two). Two of the others are not independent of it: transformers' `QuantizedCache` reads its last 128 tokens
+and the whole chunk in float, and a scale per tensor is one scale for all windows of a batch.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ class Windows:
         count = math.ceil(tokens / stride)
         if (needed := (count - 1) * stride + taken) > len(text):
             raise ValueError(
-                f"To score {tokens} tokens takes a text of {needed}; this one has {len(text)}. Give a longer --text, or "
-                "fewer --tokens."
+                f"To score {tokens} tokens takes a text of {needed}; this one has {len(text)}. Give a longer --text, "
+                "or fewer --tokens."
             )
         ids = text[:needed].unfold(0, taken, stride)
         if bos is not None:
@@ -182,7 +183,7 @@ def _quality(kept: _Scores, reference: _Scores, prompt: int, pieces: int, size: 
     columns = [joined(v) for v in (kept.loss, reference.loss, kept.divergence, kept.agrees, kept.distance)]
     stride = columns[0].shape[1]
     edges = [round(i * stride / BUCKETS) for i in range(BUCKETS + 1)]
-    buckets = [_bucket(columns, prompt, *edge) for edge in zip(edges, edges[1:]) if edge[0] < edge[1]]
+    buckets = [_bucket(columns, prompt, *edge) for edge in pairwise(edges) if edge[0] < edge[1]]
     return Quality(_bucket(columns, prompt, 0, stride), buckets, size)
 
 

@@ -13,16 +13,16 @@ from torch import Tensor
 
 __all__ = ["Exam", "Recall"]
 
-KEYS = (
+_KEYS = (
     "altar angel ark beast blood book bread brother cattle child city cloud corn covenant daughter desert door earth "
     "eye father field fire fish flesh flock fruit gate gold grass ground hand harvest heart hill horse host house "
     "king lamb land law light lion man master moon mother mountain"
-).split()
-VALUES = (
+)
+_VALUES = (
     "mouth name night nation oil people place power priest prince prophet river rock sacrifice sea seed servant sheep "
     "shield ship silver sister son song soul spirit star stone strength sun sword tabernacle temple tent throne tower "
     "tree tribe valley vine voice wall war water wilderness wind wine woman"
-).split()
+)
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Recall:
         def encode(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-        self.keys = [encode(f" {word}") for word in KEYS]
-        self.values = [encode(f" {word}") for word in VALUES]
+        self.keys = [encode(f" {word}") for word in _KEYS.split()]
+        self.values = [encode(f" {word}") for word in _VALUES.split()]
         self.mark, self.end = encode("\n#"), encode("\n")
         self.first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.generator = torch.Generator().manual_seed(seed)
@@ -64,12 +64,14 @@ class Recall:
         Raises:
             ValueError: the facts do not fit, or there are too few tokens of text.
         """
-        keys = torch.randperm(len(KEYS), generator=self.generator)[:depths].tolist()
-        values = torch.randperm(len(VALUES), generator=self.generator)[:depths].tolist()
+        keys = torch.randperm(len(self.keys), generator=self.generator)[:depths].tolist()
+        values = torch.randperm(len(self.values), generator=self.generator)[:depths].tolist()
         facts = [self._fact(key, value) for key, value in zip(keys, values, strict=True)]
         room = length - sum(map(len, facts)) - len(self.first)
         if not 0 <= room < len(text):
-            raise ValueError(f"{depths} facts in {length} tokens need a longer sequence, or more text than {len(text)}.")
+            raise ValueError(
+                f"{depths} facts in {length} tokens need a longer sequence, or more text than {len(text)}."
+            )
         start = int(torch.randint(len(text) - room, (), generator=self.generator))
         filler = text[start : start + room]
         cuts = [round(i * room / depths) for i in range(depths + 1)]

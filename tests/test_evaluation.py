@@ -1,0 +1,190 @@
+"""``icw-compile eval``: the scores, the hard cases, and the numerical study that equalisation rests on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_model, tokens
+from torch import Tensor
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from icw_compile.assets import HELDOUT_TEXT, MODEL
+from icw_compile.cli import app
+from icw_compile.evaluation.command import parse_options
+from icw_compile.evaluation.contenders import Contender, contenders, fp8_cache
+from icw_compile.evaluation.hard import CASES, PAIRS, equivalence, harden
+from icw_compile.evaluation.quality import Windows, measure
+from icw_compile.evaluation.recall import Recall
+from icw_compile.reference import reference_cache
+
+SETTING = {"icw.compiler": "eager", "icw.attention": "inductor"}
+
+
+def cut(chunk: int = 8, batch: int = 2, **lengths: int) -> Windows:
+    settings = {"tokens": 96, "context": 64, "stride": 32, "batch": batch, "chunk": chunk, **lengths}
+    return Windows.cut(tokens(400)[0], 1, **settings)
+
+
+def qualities(rows: list[Contender], windows: Windows) -> list[dict[str, Any]]:
+    return [quality.to_dict() for quality in measure(rows, windows, torch.device("cpu"), lambda: None)]
+
+
+def test_windows_score_each_token_once() -> None:
+    text = torch.arange(400)
+    windows = Windows.cut(text, 1000, tokens=96, context=64, stride=32, batch=2, chunk=8)
+    assert windows.ids.shape == (3, 65) and windows.ids[:, 0].eq(1000).all()
+    targets = windows.ids[:, -windows.stride :].flatten().tolist()
+    assert targets == list(range(32, 128))
+
+
+@pytest.mark.parametrize("wrong", [{"stride": 64}, {"stride": 12}, {"tokens": 4000}])
+def test_windows_that_do_not_fit(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        cut(**wrong)
+
+
+def test_chunks_and_batches_change_no_score() -> None:
+    """Several tokens a step, several windows a batch: each score still reads the same stored keys and values."""
+    model = tiny_model()
+    rows = contenders(model, [SETTING], others=False)
+    rows.append(Contender("reference", model, lambda length: reference_cache(model, length)))
+    together, alone = qualities(rows, cut()), qualities(rows, cut(chunk=1, batch=1))
+    assert together[1]["total"]["kl_mean"] > 1e-7, "ours is quantized"
+    for one, other in zip(together, alone):
+        for name in ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "logit_distance"):
+            assert one["total"][name] == pytest.approx(other["total"][name], rel=1e-2, abs=1e-8), name
+    assert together[1]["total"]["kl_mean"] == pytest.approx(together[2]["total"]["kl_mean"], rel=1e-2)
+
+
+def test_scores() -> None:
+    """Perplexity, divergence, agreement and distance, computed plainly from whole logits of the reference."""
+    model = tiny_model()
+    windows = cut()
+    rows = [contenders(model, [])[0], Contender("ours", model, lambda length: reference_cache(model, length))]
+    stock, ours = (q["total"] for q in qualities(rows, windows))
+    assert stock["kl_mean"] == 0 and stock["top1_agreement"] == 1 and stock["perplexity_ratio"] == 1
+
+    ids, prompt = windows.ids, windows.context - windows.stride
+    with torch.no_grad():
+        a, b = (model(ids[:, :-1], past_key_values=row.make_cache(64)).logits[:, prompt:].double() for row in rows)
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    losses = [-x.gather(-1, ids[:, prompt + 1 :, None]).mean() for x in (p, q)]
+    assert ours["tokens"] == 96
+    assert ours["reference_perplexity"] == pytest.approx(losses[0].exp().item(), rel=1e-5)
+    assert ours["perplexity"] == pytest.approx(losses[1].exp().item(), rel=1e-5)
+    assert ours["kl_mean"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=2e-2)
+    assert ours["top1_agreement"] == pytest.approx((a.argmax(-1) == b.argmax(-1)).double().mean().item())
+    assert ours["logit_distance"] == pytest.approx((a - b).abs().max().item(), rel=1e-2)
+
+
+def test_fp8_cache_has_one_scale_per_tensor() -> None:
+    model = tiny_model()
+    cache = fp8_cache(model, 16)
+    with torch.no_grad():
+        model(tokens(8), past_key_values=cache)
+        keys = cache.layers[0].keys.clone()
+        model(tokens(1, seed=2), past_key_values=cache)
+    layer = cache.layers[0]
+    assert [scale.numel() for scale in layer.scales] == [1, 1]
+    held = layer.keys / layer.scales[0]
+    torch.testing.assert_close(held.to(torch.float8_e4m3fn).float(), held)
+    torch.testing.assert_close(layer.keys[:, :, :8], keys[:, :, :8], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_hard_models_are_equivalent(name: str, case: str) -> None:
+    model, ids = tiny_model(name), tokens(48, batch=2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    hardened = harden(model, case, ids)
+    assert equivalence(hardened, ids) <= 1e-5
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items()), "the model is left as it is"
+    if case.startswith(("keys-low", "keys-mid", "values")):
+        assert hardened.origin is model
+
+
+def stored(model: Any, ids: Tensor, name: str) -> Tensor:
+    """Keys or values of the first layer, ``[kv_heads, tokens, head_dim]``."""
+    cache = contenders(model, [])[0].make_cache(ids.shape[1])
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    return getattr(cache.layers[0], name)[0]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "sink"])
+def test_outlier_channels_stand_above_the_median(case: str) -> None:
+    model, ids = tiny_model(), tokens(64)
+    hard = harden(model, case, ids).model
+    amplitudes = stored(hard, ids, "values" if case.startswith("values") else "keys").square().mean(1).sqrt()
+    ratio = float(case.rpartition("-")[2].removesuffix("x"))
+    largest = amplitudes.sort(-1, descending=True).values / amplitudes.median(-1, keepdim=True).values
+    # The name's ratio is of the weights, up to the next power of two; this is what tokens make of it.
+    assert (largest[:, : 2 * PAIRS] > 0.7 * ratio).all() and (largest[:, 0] < 4 * ratio).all()
+    assert (largest[:, 2 * PAIRS :] < 4).all()
+
+
+def test_sink_dwarfs_the_rest() -> None:
+    model, ids = tiny_model(), tokens(64)
+    ids[:, 0] = 1
+    norms = stored(harden(model, "sink", ids).model, ids, "keys").norm(dim=-1)
+    assert (norms[:, 0] > 4 * norms[:, 1:].max(-1).values).all()
+
+
+def test_models_that_cannot_be_made_hard() -> None:
+    for name in ("qwen3", "phi3"):
+        with pytest.raises(ValueError, match=f"No hard case can be made of a {name} model"):
+            harden(tiny_model(name), "keys-mid-30x", tokens(8))
+    with pytest.raises(ValueError, match="keys-mid-30x"):
+        harden(tiny_model(), "keys-mid-31x", tokens(8))
+
+
+def test_recall_exam() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    text = torch.tensor(tokenizer(HELDOUT_TEXT.read_text()[:4000], add_special_tokens=False).input_ids)
+    exam = Recall(tokenizer).exam(text, 256, depths=4)
+    assert len(exam.sequence) == 256 and sorted(exam.depths) == [0, 1, 2, 3]
+    said, asked = tokenizer.decode(exam.sequence), tokenizer.decode(exam.questions)
+    facts = [line for line in said.split("\n") if line.startswith("# ")]
+    assert sorted(facts) == sorted(line for line in asked.split("\n") if line)
+    for depth, (start, end) in zip(exam.depths, exam.spans):
+        assert facts[depth].endswith(tokenizer.decode(exam.questions[start:end]))
+    with pytest.raises(ValueError, match="longer sequence"):
+        Recall(tokenizer).exam(text, 16, depths=4)
+
+
+def test_options_are_parsed() -> None:
+    assert parse_options("icw.attention=inductor,icw.strict=true,x=3") == {
+        "icw.attention": "inductor", "icw.strict": True, "x": 3,
+    }  # fmt: skip
+    assert parse_options("") == {}
+    with pytest.raises(ValueError, match="name=value"):
+        parse_options("icw.strict")
+
+
+def test_command(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written, plot = tmp_path / "eval.json", tmp_path / "eval.png"
+    arguments: list[object] = ["eval", "--layers", 1, "--tokens", 64, "--context", 96, "--stride", 32]
+    arguments += [
+        "--hard",
+        "keys-mid-100x",
+        "--recall",
+        96,
+        "--option",
+        ",".join(f"{k}={v}" for k, v in SETTING.items()),
+        "--json",
+        written,
+        "--plot",
+        plot,
+    ]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0 and "the model cannot do the task" in result.output
+    plain, hard = json.loads(written.read_text())["cases"]
+    ours = next(name for name in plain["rows"] if name.startswith("icw_int8kv"))
+    assert plain["rows"][ours]["total"]["kl_mean"] < 1e-3 < hard["rows"][ours]["total"]["kl_mean"]
+    assert 0.5 < plain["rows"][ours]["cache_bytes"] / plain["rows"]["float"]["cache_bytes"] < 0.52
+    assert hard["equivalence"] <= 1e-5 and plot.stat().st_size > 0
+    assert hard["rows"]["float"]["total"]["perplexity"] == plain["rows"]["float"]["total"]["perplexity"], "same bits"
