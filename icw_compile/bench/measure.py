@@ -186,6 +186,7 @@ def in_own_process(function: Callable[..., Any], *args: Any, say: Say = lambda s
         while True:
             kind, content = ours.recv()
             if kind == "result":
+                process.join(60)  # it ends by itself, and cleans up
                 return content
             if kind == "error":
                 raise WorkerError(content)
