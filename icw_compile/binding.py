@@ -71,4 +71,4 @@ def _wrap(parts: Sequence[Tensor], dtype: torch.dtype) -> QuantizedKV:
     qdata, scale, *shift = parts
     if qdata.is_contiguous() and scale.is_contiguous() and qdata.dim() == 4:
         return QuantizedKV.growing(qdata, scale, dtype, *shift)
-    return QuantizedKV(qdata, scale, dtype, *shift)
+    return QuantizedKV(qdata, scale, dtype, shift[0] if shift else None)

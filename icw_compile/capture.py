@@ -91,10 +91,14 @@ class _Retrace(Interpreter):
 
 
 def _check_higher_order(dynamo_graph: GraphModule, node: Node) -> None:
-    if node.target is not FLEX_ATTENTION:
+    operator: Any = node.target
+    if operator is not FLEX_ATTENTION:
         # It calls a graph of its own, which retracing would take apart.
-        raise NotCapturedError(f"the graph calls the higher-order operator `{node.target.name()}`")
-    for function in (node.args[3], node.args[4][-1]):
+        raise NotCapturedError(f"the graph calls the higher-order operator `{operator.name()}`")
+    score_mod: Any
+    block_mask: Any
+    score_mod, block_mask = node.args[3:5]
+    for function in (score_mod, block_mask[-1]):
         if not is_elementwise(getattr(dynamo_graph, function.target)):
             raise NotCapturedError(f"`{function.target}` of `flex_attention` is more than arithmetic on one score")
 

@@ -214,7 +214,7 @@ def _split_sinks(node: Node) -> tuple[Node, Node | None]:
     """``cat([scores, sinks], -1)``, with one sink for each head, as the scores and the sinks ``[heads]``."""
     if node.target is not aten.cat.default or len(node.args[0]) != 2 or node.args[1:] not in ((-1,), (3,)):
         return node, None
-    scores, sinks = node.args[0]
+    scores, sinks = list(node.args[0])
     while sinks.target in (aten.expand.default, aten.unsqueeze.default, *_CASTS, *_RESHAPES):
         sinks = sinks.args[0]
     heads = scores.meta["val"].shape[1] if _rank(scores) == 4 else None
