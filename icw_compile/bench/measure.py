@@ -87,7 +87,7 @@ def take_turns(
     names = list(contenders)
     taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
-        start = turn % len(names)
+        start = turn % max(len(names), 1)
         for name in names[start:] + names[:start]:
             taken[name].append(contenders[name]())
             advance()

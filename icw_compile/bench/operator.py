@@ -57,7 +57,7 @@ class OperatorResult:
     Attributes:
         case: its sizes.
         batch: sequences.
-        int8_bytes, float_bytes: bytes of keys and values in the two forms, without and with what stands for scales.
+        int8_bytes, float_bytes: of keys and values: as int8 with their scales, and as floats.
         kernel: what computes ours.
         other_load: share of the machine's CPU time that other processes took meanwhile.
         seconds: of each contender, by round.

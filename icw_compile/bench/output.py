@@ -134,7 +134,8 @@ def plot_contexts(results: Sequence[ContextResult], title: str, file: Path) -> N
             points = [(context, y) for context, y in points if y is not None]
             if points:
                 axes.plot(*zip(*points), "o-" if contender.is_int8 else ".--", color=f"C{i}", label=name)
-        axes.set(xscale="log", yscale="log", xlabel="context, tokens", title=label)
+        axes.set(xscale="log", xlabel="context, tokens", title=label)
+        axes.set_ylim(bottom=0)
         contexts = [r.context for r in results]
         axes.set_xticks(contexts, [f"{c:,}" for c in contexts], minor=False)
         axes.minorticks_off()
