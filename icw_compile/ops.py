@@ -18,8 +18,8 @@ cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
     The shifts that bring outlier channels down to the others: the exponent of the largest power of two, at most 7, by
     which a channel exceeds the median channel, both in its geometric mean over the tokens and in its largest value; 0
     below a factor of three. Sizes are relative to the geometric mean of their row, as each row has a scale of its own:
-    one token of a huge norm, or with outliers of its own, changes little. Rows that are not finite do not count. A
-    power of two costs no accuracy where the cache is read.
+    one token of a huge norm, or with outliers of its own, changes little. Rows of zeros, and rows
+    that are not finite, do not count. A power of two costs no accuracy where the cache is read.
 ``scale_channels(x[..., D], shift) -> [..., D]``
     ``x * 2 ** shift``, in the dtype of ``x``: what makes up for shifted keys in the query, and for shifted values in
     the output.
@@ -120,12 +120,17 @@ def dequantize_per_head(qdata: Tensor, scale: Tensor, dtype: torch.dtype, shift:
 def channel_shift(x: Tensor) -> Tensor:
     if x.shape[-2] <= 1:  # one token says nothing about the next
         return torch.zeros_like(x[..., :1, :], dtype=torch.int8)
-    size = torch.log2(x.float().abs().clamp(min=2.0**-40))
+    magnitude = x.float().abs()
+    row = magnitude.amax(dim=-1, keepdim=True)
+    counts = row.isfinite() & (row > 0)
+    rows = counts.sum(dim=-2, keepdim=True)
+    size = torch.log2(magnitude.clamp(min=2.0**-40))
     size = size - size.mean(dim=-1, keepdim=True)
-    size = torch.where(size.isfinite().all(dim=-1, keepdim=True), size, 0.0)
-    usual, largest = size.mean(dim=-2, keepdim=True), size.amax(dim=-2, keepdim=True)
+    usual = torch.where(counts, size, 0.0).sum(dim=-2, keepdim=True) / rows.clamp(min=1)
+    largest = torch.where(counts, size, -torch.inf).amax(dim=-2, keepdim=True)
     above = torch.minimum(_above_median(usual), _above_median(largest))
-    return torch.where(above >= OUTLIER, above.floor().clamp(max=MAX_SHIFT), 0.0).to(torch.int8)
+    shifts = (above >= OUTLIER) & (rows > 1)
+    return torch.where(shifts, above.floor().clamp(max=MAX_SHIFT), 0.0).to(torch.int8)
 
 
 def _above_median(x: Tensor) -> Tensor:

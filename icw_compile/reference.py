@@ -22,14 +22,14 @@ def channel_shift(x: Tensor) -> Tensor:
     """The exponents of the powers of two by which the cache divides the channels of ``x[..., tokens, head_dim]``."""
     if x.shape[-2] < 2:
         return torch.zeros(*x.shape[:-2], 1, x.shape[-1])
+    written = (x != 0).any(dim=-1, keepdim=True)
+    rows = written.sum(dim=-2, keepdim=True)
     logs = x.float().abs().clamp(min=2.0**-40).log2()
     logs = logs - logs.mean(dim=-1, keepdim=True)
-    above = [
-        size - size.median(dim=-1, keepdim=True).values
-        for size in (logs.mean(dim=-2, keepdim=True), logs.max(dim=-2, keepdim=True).values)
-    ]
-    least = torch.minimum(*above)
-    return torch.where(least >= math.log2(3.0), least.floor().clamp(max=7.0), torch.zeros_like(least))
+    usual = (logs * written).sum(dim=-2, keepdim=True) / rows.clamp(min=1)
+    largest = logs.masked_fill(~written, -math.inf).max(dim=-2, keepdim=True).values
+    least = torch.minimum(*(size - size.median(dim=-1, keepdim=True).values for size in (usual, largest)))
+    return torch.where((least >= math.log2(3.0)) & (rows > 1), least.floor().clamp(max=7.0), torch.zeros_like(least))
 
 
 def quantize_dequantize(x: Tensor, shift: Tensor | None = None) -> Tensor:
