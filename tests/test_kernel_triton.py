@@ -363,7 +363,7 @@ def test_compiles_for(capability, cases):
     """What is launched compiles to machine code, and fits in the shared memory that every such device has."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", COMPILE, json.dumps([capability, cases])]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-4000:]
     compiled = [json.loads(line) for line in process.stdout.splitlines()]
     assert [name for name, _, _ in compiled] == [
