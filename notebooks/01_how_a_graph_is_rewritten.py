@@ -93,8 +93,9 @@ print(first_cache(graph.captured))
 # %% [markdown]
 # ## `storage`: what is the cache?
 #
-# Each placeholder that is a `QuantizedKV` becomes its parts: int8 rows, and one scale for each head and token. A
-# `dequantize_per_head` stands for the float tensor that was there. In a prefill that creates the cache, the same pass
+# Each placeholder that is a `QuantizedKV` becomes its parts: int8 rows, one scale for each head and token, and the
+# shift of each channel, by which outlier channels are divided. A `dequantize_per_head` stands for the float tensor that
+# was there. In a prefill that creates the cache, the same pass
 # turns `zeros` of bfloat16 into zeros of int8 and of scales.
 
 # %%
@@ -114,7 +115,8 @@ print(first_cache(graph.passes[1].after))
 # ## `reads`: attention on int8
 #
 # The attention, its dequantized operands and the expansion in front of them become one `icw_int8kv.attention`, which
-# shares a head among its group of query heads.
+# shares a head among its group of query heads. `scale_channels` multiplies the query by what the keys were divided by,
+# and the output by what the values were.
 
 # %%
 print(first_cache(graph.passes[2].after))

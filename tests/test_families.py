@@ -54,7 +54,9 @@ def test_prefill_and_decode(name: str, attention: str, dtype: torch.dtype) -> No
     expected_cache = reference_cache(model, LENGTH)
     expected = run(model, expected_cache, ids, (9, *DECODE))
     if dtype == torch.bfloat16:
-        assert icw_compile.cache_bytes(cache) <= 0.54 * icw_compile.cache_bytes(expected_cache)
+        # One more int8 for each channel of a head, which is half a float for each of its few tokens here.
+        most = 0.52 + 0.5 / (WINDOW if name in SLIDING else LENGTH)
+        assert icw_compile.cache_bytes(cache) <= most * icw_compile.cache_bytes(expected_cache)
     assert relative_distance(logits, expected) <= (2e-3 if dtype == torch.float32 else 2e-2)
 
 
@@ -119,11 +121,12 @@ def test_left_padded_batch(name: str, attention: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_cache_bytes(name: str, dtype: torch.dtype, head_dim: int, most: float) -> None:
-    model = tiny_model(name, attention="eager", dtype=dtype, head_dim=head_dim)
-    stock = StaticCache(model.config, max_cache_len=64)
+    window = {"sliding_window": 512} if name in SLIDING else {}
+    model = tiny_model(name, attention="eager", dtype=dtype, head_dim=head_dim, **window)
+    stock = StaticCache(model.config, max_cache_len=512)
     with torch.no_grad():
         model(tokens(8, batch=2), past_key_values=stock)
-    ours = icw_compile.static_cache(model, 2, 64)
+    ours = icw_compile.static_cache(model, 2, 512)
     assert [layer.keys.shape for layer in ours.layers] == [layer.keys.shape for layer in stock.layers]
     assert icw_compile.cache_bytes(ours) <= most * icw_compile.cache_bytes(stock)
 
