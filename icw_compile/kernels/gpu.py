@@ -209,7 +209,7 @@ def attention_triton(
             value_qdata,
             value_scale,
             attn_mask,
-            sinks,
+            None if sinks is None else sinks.contiguous(),
             partial,
             state,
             *query.stride(),
