@@ -205,16 +205,16 @@ def run_model(model: PreTrainedModel, kind: Kind) -> Run:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (BATCH, sum(CHUNKS)), generator=generator)
     try:
-        _logits(model, model, _stock_cache(model, kind), ids)
+        _logits(model, _stock_cache(model, kind), ids)
     except Exception as error:
         return Run("eager fails", _said(error))
 
     cache = _stock_cache(model, kind)
-    logits, breaks, failure = _compiled(model, cache, ids, "icw_int8kv", {"icw.compiler": "eager"})
+    logits, from_prompt, breaks, failure = _compiled(model, cache, ids, "icw_int8kv", {"icw.compiler": "eager"})
     graphs = report().graphs
     run = Run("", graphs=len(graphs), graph_breaks=breaks, sites=[len(g.sites) for g in graphs if g.sites])
     if failure is not None or breaks:
-        _, run.stock_graph_breaks, stock_error = _compiled(model, _stock_cache(model, kind), ids, "eager")
+        _, _, run.stock_graph_breaks, stock_error = _compiled(model, _stock_cache(model, kind), ids, "eager")
     if failure is not None:
         run.status = "failed" if stock_error is None else "stock fails"
         run.reason = _said(failure)
@@ -225,7 +225,7 @@ def run_model(model: PreTrainedModel, kind: Kind) -> Run:
         for i in holding
     }
     run.kv_layers, run.int8_layers = len(holding), sum(len(names) == 2 for names in stored.values())
-    run.distance = _distance(logits, _reference_logits(model, kind, ids, stored, after=len(graphs[0].sites) == 0))
+    run.distance = _distance(logits, _reference_logits(model, kind, ids, stored, after=not from_prompt))
     run.status, run.reason = _judge(run, graphs)
     return run
 
@@ -265,30 +265,33 @@ def _reference_logits(
     """
     cache = _stock_cache(model, kind)
     if not after:
-        return _logits(model, model, store_quantized(cache, stored), ids)
-    prompt = model(ids[:, : CHUNKS[0]], past_key_values=cache, use_cache=True).logits
-    steps = ids[:, CHUNKS[0] :].split(1, dim=1)
-    cache = store_quantized(cache, stored)
-    return torch.cat([prompt] + [model(i, past_key_values=cache, use_cache=True).logits for i in steps], dim=1)
+        return _logits(model, store_quantized(cache, stored), ids)
+    prompt = _logits(model, cache, ids[:, : CHUNKS[0]], CHUNKS[:1])
+    steps = _logits(model, store_quantized(cache, stored), ids[:, CHUNKS[0] :], CHUNKS[1:])
+    return torch.cat([prompt, steps], dim=1)
 
 
 def _compiled(
     model: PreTrainedModel, cache: Cache, ids: Tensor, backend: str, options: dict[str, Any] | None = None
-) -> tuple[Tensor | None, int, Exception | None]:
-    """The logits through ``torch.compile``, the number of graph breaks, and what was raised."""
+) -> tuple[Tensor | None, bool, int, Exception | None]:
+    """Logits through ``torch.compile``, whether the prompt was stored as int8, graph breaks, and what was raised."""
     torch._dynamo.reset()
     counters.clear()
     reset_report()
     try:
-        logits = _logits(model, torch.compile(model, backend=backend, options=options), cache, ids)
-        return logits, sum(counters["graph_break"].values()), None
+        compiled = torch.compile(model, backend=backend, options=options)
+        prompt = _logits(compiled, cache, ids[:, : CHUNKS[0]], CHUNKS[:1])
+        held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+        steps = _logits(compiled, cache, ids[:, CHUNKS[0] :], CHUNKS[1:])
+        from_prompt = any(isinstance(x, QuantizedKV) for x in held)
+        return torch.cat([prompt, steps], dim=1), from_prompt, sum(counters["graph_break"].values()), None
     except Exception as error:
-        return None, sum(counters["graph_break"].values()), error
+        return None, False, sum(counters["graph_break"].values()), error
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, call: Callable[..., Any], cache: Cache, ids: Tensor) -> Tensor:
-    pieces = torch.split(ids, list(CHUNKS), dim=1)
+def _logits(call: Callable[..., Any], cache: Cache, ids: Tensor, chunks: Sequence[int] = CHUNKS) -> Tensor:
+    pieces = torch.split(ids, list(chunks), dim=1)
     return torch.cat([call(piece, past_key_values=cache, use_cache=True).logits for piece in pieces], dim=1)
 
 

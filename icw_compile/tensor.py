@@ -370,13 +370,13 @@ def _to_copy(
     if x.scale.dtype == torch.float32 and scale_dtype != torch.float32:
         # Rounding the scales would move every value: round the values instead.
         x = QuantizedKV.quantize(x.dequantize().to(dtype), equalize=x.shift is not None)
-    moved = [aten._to_copy.default(part, device=device, non_blocking=non_blocking) for part in _to_parts(x).parts]
+    moved = [aten._to_copy.default(part, device=device, non_blocking=non_blocking) for part in x.parts]
     qdata, scale, *shift = moved
     return QuantizedKV(qdata, scale.to(scale_dtype), dtype or x.dtype, shift[0] if shift else None)
 
 
 def _pin_memory(x: QuantizedKV, device: Any = None) -> QuantizedKV:
-    qdata, scale, *shift = (part.pin_memory(device) for part in _to_parts(x).parts)
+    qdata, scale, *shift = (part.pin_memory(device) for part in x.parts)
     return QuantizedKV(qdata, scale, x.dtype, shift[0] if shift else None)
 
 

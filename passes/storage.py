@@ -225,7 +225,7 @@ def _adopt_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
 
 def _is_equalized(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
     use = uses.of(node)
-    return use is not None and use[1] in graph.equalized
+    return use[1] in graph.equalized if use is not None else graph.equalized == {"key", "value"}
 
 
 def _shift_size(size: Sequence[Any]) -> list[Any]:

@@ -109,7 +109,8 @@ class OtherLoad:
 
     def __exit__(self, *error: object) -> None:
         wall, busy, ours = (after - before for after, before in zip(self._read(), self._before, strict=True))
-        self.share = max(busy - ours, 0.0) / (wall * psutil.cpu_count())
+        # The system counts in ticks, which may be longer than what is watched.
+        self.share = min(max(busy - ours, 0.0) / (wall * psutil.cpu_count()), 1.0)
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
