@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import (
+    LATER,
     MODEL_ATTENTIONS,
     MODELS,
     SLIDING,
@@ -57,7 +58,9 @@ def test_prefill_and_decode(name: str, attention: str, dtype: torch.dtype) -> No
         # One more int8 for each channel of a head, which is half a float for each of its few tokens here.
         most = 0.52 + 0.5 / (WINDOW if name in SLIDING else LENGTH)
         assert icw_compile.cache_bytes(cache) <= most * icw_compile.cache_bytes(expected_cache)
-    assert relative_distance(logits, expected) <= (2e-3 if dtype == torch.float32 else 2e-2)
+    # The random weights of the later families are wider, and so are the steps of their bfloat16 states.
+    rounding = 4e-2 if name in LATER else 2e-2
+    assert relative_distance(logits, expected) <= (2e-3 if dtype == torch.float32 else rounding)
 
 
 @pytest.mark.parametrize(("name", "attention"), [m for m in SOME_MODEL_ATTENTIONS if m.values[0] in SLIDING])
