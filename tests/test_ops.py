@@ -76,7 +76,8 @@ def test_error_is_at_most_a_step(row: list[float], dtype: torch.dtype) -> None:
     assert back.isfinite().all()
     step = x.float().abs().max() / 127
     rounding = torch.finfo(dtype).eps * x.float().abs()
-    assert ((back.float() - x.float()).abs() <= 1.01 * step + rounding).all()
+    smallest = torch.finfo(torch.float32).tiny  # below it, a step is no number any more
+    assert ((back.float() - x.float()).abs() <= 1.01 * step + rounding + smallest).all()
 
 
 def test_zero_row_stays_zero() -> None:
