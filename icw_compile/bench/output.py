@@ -127,7 +127,7 @@ def plot_contexts(results: Sequence[ContextResult], title: str, file: Path) -> N
         if any(value(m, what) for r in results for m in r.measured.values())
     }
     figure = Figure(figsize=(4.5 * len(drawn), 4), layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, wrap=True)
     for axes, (what, label) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         for i, (name, contender) in enumerate(CONTENDERS.items()):
             points = [(r.context, value(r.measured[name], what)) for r in results if name in r.measured]
