@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from icw_compile.rows import NOTHING, Keep
 from icw_compile.tensor import QuantizedKV
 
 __all__ = ["adopt", "find_owners"]
@@ -36,7 +37,7 @@ def find_owners(tensors: Iterable[Tensor]) -> dict[int, Owner]:
     return owners
 
 
-def adopt(tensor: Tensor, owner: Owner | None, *, equalize: bool = False) -> QuantizedKV:
+def adopt(tensor: Tensor, owner: Owner | None, *, equalize: bool = False, keep: Keep = NOTHING) -> QuantizedKV:
     """Quantize a float cache tensor, give the result to its owner, and free the float storage.
 
     Whoever else still holds ``tensor`` sees NaN from now on: its memory is gone before the next layer is adopted.
@@ -49,7 +50,7 @@ def adopt(tensor: Tensor, owner: Owner | None, *, equalize: bool = False) -> Qua
             "icw_int8kv: a float cache tensor came from a cache layer when the graph was compiled, and comes from none "
             "now. Keep keys and values in a transformers cache, or build the cache with icw_compile.static_cache(...)."
         )
-    quantized = QuantizedKV.quantize(tensor, equalize=equalize)
+    quantized = QuantizedKV.quantize(tensor, equalize=equalize, keep=keep)
     layer, name = owner
     setattr(layer, name, quantized)
     nothing = tensor.new_full((1,), torch.nan)

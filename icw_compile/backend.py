@@ -78,7 +78,7 @@ def icw_int8kv(
             report.kernel_seconds += time.perf_counter() - asked
 
     graph.find_kernel = timed_find_kernel
-    graph.equalized = ours.equalized
+    graph.equalized, graph.keep, graph.skip_layers = ours.equalized, ours.keep, ours.skipped_layers
     report.family, report.expected_sites = _family(graph)
     dropout = next(filter(_drops_out, graph.graph.nodes), None)
     captured = time.perf_counter()
@@ -86,7 +86,7 @@ def icw_int8kv(
     rewritten = time.perf_counter()
 
     report.passes = {result.name: result.matches for result in results}
-    report.sites, report.skipped = graph.sites, graph.skipped
+    report.sites, report.skipped, report.asked_float = graph.sites, graph.skipped, graph.asked_float
     report.capture_seconds, report.passes_seconds = captured - started, rewritten - captured - report.kernel_seconds
     _complain(report.skipped, ours)
     if graph.sites:
@@ -134,9 +134,9 @@ def _why_no_cuda_graphs(graph: KVGraph) -> str:
     """
     if any(taken.spare is not None for taken in graph.inputs.values()):
         return "its cache grows, and each length would be recorded as a CUDA graph of its own"
-    if any(output.dtype is not None for output in graph.outputs):
+    if any(output.position < 0 for output in graph.outputs):
         return "it makes the cache, which would not outlive the memory of a CUDA graph"
-    if any(taken.adopted for taken in graph.inputs.values()):
+    if any(taken.adopted is not None for taken in graph.inputs.values()):
         return "it quantizes a float cache, once for each cache"
     return ""
 

@@ -3,11 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from icw_compile.adopt import adopt, find_owners
 from icw_compile.passes import KVGraph
+from icw_compile.rows import Keep, Quantized
 from icw_compile.tensor import QuantizedKV
 
 __all__ = ["bind"]
@@ -26,17 +24,17 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
     """
     at = {name: position for position, name in enumerate(graph.input_names)}
     taken = [(at[name], each, at.get(each.rows)) for name, each in graph.inputs.items()]
-    adopted = [position for position, each, _ in taken if each.adopted]
-    equalized = {position for position, each, _ in taken if len(each.parts) == 3}
-    outputs = [(each.positions, each.dtype, at.get(each.input)) for each in graph.outputs]
-    plain_outputs = all(output.dtype is None for output in graph.outputs)
+    adopted = [(position, each.adopted) for position, each, _ in taken if each.adopted is not None]
+    outputs = [(each.position, each.quantized, at.get(each.input)) for each in graph.outputs]
+    plain_outputs = all(output.position >= 0 for output in graph.outputs)
 
     def call(*args: Any) -> list[Any]:
         inputs = list(args)
         if adopted:
-            owners = find_owners(args[position] for position in adopted)
-            for position in adopted:
-                inputs[position] = adopt(args[position], owners.get(id(args[position])), equalize=position in equalized)
+            owners = find_owners(args[position] for position, _ in adopted)
+            for position, like in adopted:
+                equalize, keep = like.shift is not None, Keep.as_in(like)
+                inputs[position] = adopt(args[position], owners.get(id(args[position])), equalize=equalize, keep=keep)
         grown = {}
         for position, each, rows_at in taken:
             tensor = inputs[position]
@@ -58,17 +56,16 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
         return [
             grown[source]
             if source is not None
-            else returned[positions[0]]
-            if dtype is None
-            else _wrap([returned[position] for position in positions], dtype)
-            for positions, dtype, source in outputs
+            else _wrap(quantized.of_parts(returned[part] for part in quantized.parts.values()))
+            if quantized is not None
+            else returned[position]
+            for position, quantized, source in outputs
         ]
 
     return call
 
 
-def _wrap(parts: Sequence[Tensor], dtype: torch.dtype) -> QuantizedKV:
-    qdata, scale, *shift = parts
-    if qdata.is_contiguous() and scale.is_contiguous() and qdata.dim() == 4:
-        return QuantizedKV.growing(qdata, scale, dtype, *shift)
-    return QuantizedKV(qdata, scale, dtype, shift[0] if shift else None)
+def _wrap(value: Quantized) -> QuantizedKV:
+    if all(part.is_contiguous() and part.dim() == 4 for part in value.rows):
+        return QuantizedKV.growing(value)
+    return QuantizedKV.of(value)

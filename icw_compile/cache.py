@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
+from icw_compile.rows import Keep
 from icw_compile.tensor import QuantizedKV
 
 __all__ = ["cache_bytes", "static_cache"]
@@ -19,6 +21,8 @@ def static_cache(
     device: torch.device | str | None = None,
     *,
     equalize: bool = True,
+    sink_tokens: int = 0,
+    recent_tokens: int = 0,
 ) -> StaticCache:
     """A transformers `StaticCache` whose layers already hold int8 zeros.
 
@@ -32,6 +36,7 @@ def static_cache(
         dtype: the dtype of the model: float32, bfloat16 or float16. Taken from the model or configuration if left out.
         device: where to put it. Taken from the model if left out, else the CPU.
         equalize: shift outlier channels; see `QuantizedKV`.
+        sink_tokens, recent_tokens: how many of the first tokens, and of the last, are kept in ``dtype`` besides.
 
     Raises:
         TypeError: the dtype is not one of the three.
@@ -53,20 +58,19 @@ def static_cache(
             raise ValueError(
                 f"layer {i} of {config.model_type} keeps a {type(layer).__name__}, which is no key/value cache"
             )
-        _initialize(layer, (batch_size, heads, 0, head_dim), dtype, torch.device(device or "cpu"), equalize)
+        no_states = torch.empty((batch_size, heads, 0, head_dim), dtype=dtype, device=device or "cpu")
+        _initialize(layer, no_states, equalize, Keep(sink_tokens, recent_tokens))
     return cache
 
 
-def _initialize(
-    layer: StaticLayer, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, equalize: bool
-) -> None:
+def _initialize(layer: StaticLayer, no_states: Tensor, equalize: bool, keep: Keep) -> None:
     """Let transformers set up the layer, with `QuantizedKV` in place of the float tensors that it makes."""
-    no_states = torch.empty(shape, dtype=dtype, device=device)
     layer.lazy_initialization(no_states, no_states)
     for name in ("keys", "values"):
         size = getattr(layer, name).shape
         setattr(layer, name, None)  # frees the float tensor before its replacement is made
-        setattr(layer, name, QuantizedKV.zeros(size, dtype, device, equalize=equalize))
+        zeros = QuantizedKV.zeros(size, no_states.dtype, no_states.device, equalize=equalize, keep=keep)
+        setattr(layer, name, zeros)
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -19,7 +19,6 @@ from icw_compile.adopt import find_owners
 from icw_compile.flex import FLEX_ATTENTION, is_elementwise, spell_out
 from icw_compile.passes import KVGraph
 from icw_compile.passes.graph import aliases, is_mutation
-from icw_compile.rows import Quantized
 from icw_compile.tensor import QuantizedKV
 
 __all__ = ["NotCapturedError", "capture", "example_inputs", "forward_dynamo_metadata", "works_on_a_cache"]
@@ -73,8 +72,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         new.meta["source_name"] = source_name(old)
         if isinstance(example, QuantizedKV):
             with fake_mode:
-                qdata, scale, *shift = map(_fresh, example.parts)
-                quantized[new] = Quantized(qdata, scale, example.dtype, *shift)
+                quantized[new] = example.value.of_parts(map(_fresh, example.parts))
     module.recompile()
     return KVGraph(module, fake_mode, quantized, _sliding_layers(context), adoptable)
 

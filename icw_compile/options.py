@@ -1,12 +1,16 @@
 """The options that ``torch.compile(..., options={...})`` takes: ours, prefixed ``icw.``, and Inductor's own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
+
+from icw_compile.rows import Keep
 
 __all__ = ["Options", "split_options"]
 
 PREFIX = "icw."
+#: Layers that `Options.skip_layers` takes by name.
+LAYER_NAMES = ("first", "last", "sliding")
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,12 @@ class Options:
         keys, values: whether outlier channels of the keys, or of the values, are divided by a power of two before they
             are quantized (``"equalized"``) or not (``"plain"``); ``"auto"`` is ``"equalized"``. For caches that the
             compiled code makes int8; one that was made beforehand stays as it is.
+        skip_layers: layers whose cache stays as it is, in the model's dtype: an index, ``"first"``, ``"last"``,
+            ``"sliding"``, or a list of these. Storage that is int8 already stays int8.
+        sink_tokens, recent_tokens: how many tokens at the start of the cache, and of those written last, attention
+            reads in the model's dtype; each takes its bytes besides its int8 row. In a sliding window the first ones
+            stay as long as they are in it. A cache that was made beforehand keeps what its maker asked for
+            (`icw_compile.static_cache`). For every sequence of a batch alike: left padding counts.
         strict: raise `icw_compile.UnquantizedCacheError` where a cache-like float buffer stays float, instead of
             warning about it.
         mode: Inductor's ``mode``, for use beside other options (``torch.compile`` refuses ``mode=`` with
@@ -31,6 +41,9 @@ class Options:
     attention: Literal["auto", "inductor", "cpu", "triton"] = "auto"
     keys: Literal["auto", "equalized", "plain"] = "auto"
     values: Literal["auto", "equalized", "plain"] = "auto"
+    skip_layers: int | str | Sequence[int | str] = ()
+    sink_tokens: int = 0
+    recent_tokens: int = 0
     strict: bool = False
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
 
@@ -39,6 +52,17 @@ class Options:
         """The roles of storage of which outlier channels are shifted."""
         plain = {"key": self.keys == "plain", "value": self.values == "plain"}
         return frozenset(role for role in ("key", "value") if not plain[role])
+
+    @property
+    def keep(self) -> Keep:
+        """The rows that stay in the model's dtype."""
+        return Keep(self.sink_tokens, self.recent_tokens)
+
+    @property
+    def skipped_layers(self) -> frozenset[int | str]:
+        """What `skip_layers` lists."""
+        several = not isinstance(self.skip_layers, (int, str))
+        return frozenset(self.skip_layers if several else (self.skip_layers,))  # type: ignore[arg-type]
 
 
 def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Options, dict[str, Any]]:
@@ -60,8 +84,28 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
             raise ValueError(f"Unknown option {name!r} for backend='icw_int8kv'. The options are: {valid}.")
         ours[field] = value
     for field, value in ours.items():
-        allowed = get_args(types[field]) or (True, False)
-        if value not in allowed or (types[field] is bool) != isinstance(value, bool):
-            name = "mode" if field == "mode" and mode is not None else PREFIX + field
-            raise ValueError(f"Option {name!r} is {value!r}; it takes one of: {', '.join(map(repr, allowed))}.")
+        name = "mode" if field == "mode" and mode is not None else PREFIX + field
+        if field == "skip_layers":
+            _check_layers(name, value)
+        elif types[field] is int:
+            if not _is_count(value):
+                raise ValueError(f"Option {name!r} is {value!r}; it takes a number of tokens, 0 or more.")
+        else:
+            allowed = get_args(types[field]) or (True, False)
+            if value not in allowed or (types[field] is bool) != isinstance(value, bool):
+                raise ValueError(f"Option {name!r} is {value!r}; it takes one of: {', '.join(map(repr, allowed))}.")
     return Options(**ours), inductor
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_layers(name: str, value: Any) -> None:
+    layers = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    for layer in layers:
+        if not _is_count(layer) and layer not in LAYER_NAMES:
+            raise ValueError(
+                f"Option {name!r} is {value!r}; it takes indices of layers, {', '.join(map(repr, LAYER_NAMES))}, or a "
+                "list of these."
+            )

@@ -42,8 +42,11 @@ def quantize_dequantize(x: Tensor, shift: Tensor | None = None) -> Tensor:
     return (steps * scale * factor).to(x.dtype)
 
 
-def _storing_quantized(stock: Any, names: Collection[str]) -> Any:
-    """The cache layer class ``stock``, but those of its keys and values that ``names`` has are quantized first."""
+def _storing_quantized(stock: Any, names: Collection[str], sink_tokens: int, recent_tokens: int) -> Any:
+    """The cache layer class ``stock``, but those of its keys and values that ``names`` has are read back quantized.
+
+    The first ``sink_tokens`` and the last ``recent_tokens`` are read as they are.
+    """
 
     class Reference(stock):
         _layer_type = None  # stay out of transformers' table of layers
@@ -62,15 +65,35 @@ def _storing_quantized(stock: Any, names: Collection[str]) -> Any:
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             window = isinstance(self, StaticSlidingWindowLayer)
-            if not (window and self.cumulative_length_int == 0 and key_states.shape[-2] > self.max_cache_len):
-                states = map(self.quantized, _NAMES, (key_states, value_states))
-                return super().update(*states, *args, **kwargs)
+            overflows = window and self.cumulative_length_int == 0 and key_states.shape[-2] > self.max_cache_len
+            if sink_tokens or recent_tokens:
+                self.first = key_states.shape[-2] - self.max_cache_len if overflows else getattr(self, "first", 0)
+                for name, states in zip(_NAMES, (key_states, value_states), strict=True):
+                    self.quantized(name, states[..., self.first if overflows else 0 :, :])  # for its shift
+                held = super().update(key_states, value_states, *args, **kwargs)
+                if overflows:
+                    return held
+                return tuple(self.seen(name, states) for name, states in zip(_NAMES, held, strict=True))
+            if not overflows:
+                stored = map(self.quantized, _NAMES, (key_states, value_states))
+                return super().update(*stored, *args, **kwargs)
             # Attention sees a prompt longer than a static window as it came; only its tail is in the cache.
             states = super().update(key_states, value_states, *args, **kwargs)
             self.__dict__.pop("shifts", None)
             for name in _NAMES:
                 getattr(self, name).copy_(self.quantized(name, getattr(self, name)))
             return states
+
+        def seen(self, name: str, states: Tensor) -> Tensor:
+            if name not in names:
+                return states
+            rows, total = states.shape[-2], int(self.get_seq_length())
+            token = torch.arange(rows, device=states.device)
+            if not (isinstance(self, StaticLayer) and total <= rows):
+                token = token + total - rows  # the last row is the last token
+            sink = (token >= self.first) & (token < self.first + sink_tokens)
+            kept = sink | ((token >= total - recent_tokens) & (token < total))
+            return torch.where(kept.unsqueeze(-1), states, quantize_dequantize(states, self.shifts[name]))
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
@@ -91,30 +114,45 @@ def _storing_quantized(stock: Any, names: Collection[str]) -> Any:
 
 
 def reference_cache(
-    model: PreTrainedModel, max_cache_len: int, stored: Mapping[int, Collection[str]] | None = None
+    model: PreTrainedModel,
+    max_cache_len: int,
+    stored: Mapping[int, Collection[str]] | None = None,
+    *,
+    sink_tokens: int = 0,
+    recent_tokens: int = 0,
 ) -> StaticCache:
     """A float `StaticCache` in which every stored key and value has been quantized and dequantized.
 
     Layers whose state is no keys and values (convolutions, linear attention) are the stock ones. ``stored``, if given,
-    says which to quantize: the index of a layer -> ``"keys"``, ``"values"`` or both.
+    says which to quantize: the index of a layer -> ``"keys"``, ``"values"`` or both. ``sink_tokens`` and
+    ``recent_tokens``, at the start and at the end, are left as they are.
     """
-    return store_quantized(StaticCache(model.config, max_cache_len=max_cache_len), stored)
+    return store_quantized(StaticCache(model.config, max_cache_len=max_cache_len), stored, sink_tokens, recent_tokens)
 
 
 def dynamic_reference_cache(
-    model: PreTrainedModel, stored: Mapping[int, Collection[str]] | None = None
+    model: PreTrainedModel,
+    stored: Mapping[int, Collection[str]] | None = None,
+    *,
+    sink_tokens: int = 0,
+    recent_tokens: int = 0,
 ) -> DynamicCache:
-    """A float `DynamicCache` in which every key and value has been quantized and dequantized; ``stored`` as above."""
-    return store_quantized(DynamicCache(config=model.config), stored)
+    """A float `DynamicCache` in which every key and value has been quantized and dequantized; the rest as above."""
+    return store_quantized(DynamicCache(config=model.config), stored, sink_tokens, recent_tokens)
 
 
-def store_quantized(cache: Any, stored: Mapping[int, Collection[str]] | None = None) -> Any:
+def store_quantized(
+    cache: Any,
+    stored: Mapping[int, Collection[str]] | None = None,
+    sink_tokens: int = 0,
+    recent_tokens: int = 0,
+) -> Any:
     """Make a float cache a reference from now on: what it holds is quantized and dequantized, and what it is given."""
     for i, layer in enumerate(cache.layers):
         names = _NAMES if stored is None else stored.get(i, ())
         if isinstance(layer, (DynamicLayer, StaticLayer)) and names:
-            layer.__class__ = _storing_quantized(type(layer), names)
+            layer.__class__ = _storing_quantized(type(layer), names, sink_tokens, recent_tokens)
             for name in names:
-                if (held := getattr(layer, name)) is not None:
+                if not (sink_tokens or recent_tokens) and (held := getattr(layer, name)) is not None:
                     setattr(layer, name, layer.quantized(name, held))
     return cache

@@ -23,6 +23,7 @@ class GraphReport:
         expected_sites: the key/value storages that a graph with this many layers of that family has.
         sites: each key or value storage that lives as int8, and how it is written and read.
         skipped: what looks like a cache and stays float, or is read through a dequantized copy, and why.
+        asked_float: the storage that the options leave float.
         no_cuda_graphs: why this graph does not run as a CUDA graph where the options ask for that; empty otherwise.
         passes: matches of each pass.
         nodes: nodes of the captured graph.
@@ -35,6 +36,7 @@ class GraphReport:
     expected_sites: int | None = None
     sites: list[Site] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    asked_float: list[Skipped] = field(default_factory=list)
     no_cuda_graphs: str = ""
     passes: dict[str, int] = field(default_factory=dict)
     nodes: int = 0
@@ -60,6 +62,7 @@ class GraphReport:
             "expected_sites": self.expected_sites,
             "sites": [site.to_dict() for site in self.sites],
             "skipped": [skipped.to_dict() for skipped in self.skipped],
+            "asked_float": [skipped.to_dict() for skipped in self.asked_float],
             "no_cuda_graphs": self.no_cuda_graphs,
             "passes": dict(self.passes),
             "nodes": self.nodes,
@@ -84,8 +87,15 @@ class GraphReport:
                 f"  bytes per token: {self.float_bytes_per_token:,} float, {self.bytes_per_token:,} int8 "
                 f"({saved:.3f}x); channels equalized in {equalized} of {len(self.sites)}"
             )
+            if kept := [site for site in self.sites if site.float_tokens]:
+                yield (
+                    f"  kept in {kept[0].dtype} besides: {kept[0].float_tokens} tokens in {len(kept)} of "
+                    f"{len(self.sites)}, {sum(site.float_tokens_bytes for site in kept):,} bytes per sequence"
+                )
         else:
             yield title
+        for asked in self.asked_float:
+            yield f"  float as asked: {asked.what}: {asked.reason}"
         for skipped in self.skipped:
             yield f"  [yellow]not int8[/]: {skipped.layer} {skipped.what}: {skipped.reason}"
         if self.no_cuda_graphs:

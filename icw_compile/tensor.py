@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from icw_compile.growth import MIN_SPARE, Claim, Room, capacity_for
-from icw_compile.ops import channel_shift, dequantize_per_head, quantize_per_head, scale_dtype_for
-from icw_compile.rows import RULES, Quantized, quantize_like
+from icw_compile.ops import channel_shift, dequantize_per_head, keep_rows, quantize_per_head, scale_dtype_for
+from icw_compile.rows import NOTHING, PARTS, ROWS, RULES, Keep, Quantized, keep_written, quantize_like
 
 __all__ = ["QuantizedKV"]
 
@@ -30,6 +30,9 @@ class QuantizedKV(Tensor):
     power of two before it is quantized; what reads int8 multiplies the query, or the output, instead. The first write
     of several tokens into an empty tensor settles the shift (`icw_compile.ops.channel_shift`).
 
+    The first rows, and the last ones, may be kept in the float dtype besides (``exact``, ``position``, ``sinks``):
+    they are read as they came. Operations that scatter the tokens forget them, and their int8 rows are read.
+
     ``cat([x, new], -2)`` grows like a vector: ``new`` is written behind ``x``, in spare rows of its storage, wherever
     no other tensor can notice (`icw_compile.growth`).
 
@@ -38,6 +41,9 @@ class QuantizedKV(Tensor):
         scale: ``[batch, kv_heads, tokens, 1]``; bfloat16 for 16-bit values, float32 for float32 ones.
         dtype: the float dtype that the tensor presents: float32, bfloat16 or float16.
         shift: int8, ``[batch, kv_heads, 1, head_dim]``, exponents of the powers of two; left out, there are none.
+        exact: ``[batch, kv_heads, kept, head_dim]`` of ``dtype``: the rows that are kept; left out, there are none.
+        position: int64 ``[kept]``: the index of each kept row, -1 for none.
+        sinks: how many of them are for the first rows; the others are for the last.
 
     Raises:
         TypeError: for another ``dtype``.
@@ -46,6 +52,9 @@ class QuantizedKV(Tensor):
     qdata: Tensor
     scale: Tensor
     shift: Tensor | None
+    exact: Tensor | None
+    position: Tensor | None
+    sinks: int
     _claim: Claim | None
 
     @staticmethod
@@ -55,6 +64,10 @@ class QuantizedKV(Tensor):
         scale: Tensor,
         dtype: torch.dtype,
         shift: Tensor | None = None,
+        exact: Tensor | None = None,
+        position: Tensor | None = None,
+        sinks: int = 0,
+        *,
         claim: Claim | None = None,
         stride: Sequence[int] | None = None,
     ) -> "QuantizedKV":
@@ -73,24 +86,36 @@ class QuantizedKV(Tensor):
         self.qdata = qdata
         self.scale = scale
         self.shift = shift
+        self.exact = exact
+        self.position = position
+        self.sinks = sinks
         self._claim = claim
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def quantize(cls, x: Tensor, *, equalize: bool = False) -> "QuantizedKV":
+    def quantize(cls, x: Tensor, *, equalize: bool = False, keep: Keep = NOTHING) -> "QuantizedKV":
         """Quantize the float tensor ``x[..., tokens, head_dim]``, one scale for each row.
 
         Args:
             x: float32, bfloat16 or float16.
             equalize: shift its outlier channels.
+            keep: which rows to keep as they are besides. Rows of zeros at the end count as not written yet.
 
         Raises:
             TypeError: ``x`` has another dtype.
         """
         shift = channel_shift(x) if equalize else None
-        return cls(*quantize_per_head(x, scale_dtype_for(x.dtype), shift), x.dtype, shift)
+        rows = quantize_per_head(x, scale_dtype_for(x.dtype), shift)
+        exact, position = keep.nothing_yet(x.shape, x.dtype, x.device)
+        if exact is not None and position is not None:
+            written = (x != 0).movedim(-2, 0).flatten(1).any(dim=1)
+            filled = int((written * torch.arange(1, len(written) + 1, device=x.device)).amax()) if len(written) else 0
+            if filled:
+                index = torch.arange(filled, device=x.device)
+                exact, position = keep_rows(exact, position, x[..., :filled, :], index, keep.sinks)
+        return cls(*rows, x.dtype, shift, exact, position, keep.sinks)
 
     @classmethod
     def zeros(
@@ -100,26 +125,37 @@ class QuantizedKV(Tensor):
         device: torch.device | str | None = None,
         *,
         equalize: bool = False,
+        keep: Keep = NOTHING,
     ) -> "QuantizedKV":
         """A tensor of zeros: of shape ``size``, no float storage is made for it.
 
-        With ``equalize``, what is first written to it settles a shift.
+        With ``equalize``, what is first written to it settles a shift. ``keep`` says which of the rows that are written
+        to it stay in ``dtype``.
         """
         qdata = torch.zeros(tuple(size), dtype=torch.int8, device=device)
         scale = torch.zeros((*size[:-1], 1), dtype=scale_dtype_for(dtype), device=device)
         shift = torch.zeros((*size[:-2], 1, size[-1]), dtype=torch.int8, device=device) if equalize else None
-        return cls(qdata, scale, dtype, shift)
+        return cls(qdata, scale, dtype, shift, *keep.nothing_yet(size, dtype, device), keep.sinks)
 
     @classmethod
-    def growing(cls, qdata: Tensor, scale: Tensor, dtype: torch.dtype, shift: Tensor | None = None) -> "QuantizedKV":
+    def of(cls, value: Quantized, *, claim: Claim | None = None, stride: Sequence[int] | None = None) -> "QuantizedKV":
+        """The tensor made of these parts."""
+        return cls(*value, claim=claim, stride=stride)
+
+    @classmethod
+    def growing(cls, value: Quantized) -> "QuantizedKV":
         """A tensor that alone owns the storage of its contiguous parts ``[batch, kv_heads, tokens, ...]``."""
-        return cls._on(Room([qdata, scale]), qdata.shape[2], dtype, shift)
+        return cls._on(Room(value.rows), value.qdata.shape[2], value)
 
     @classmethod
-    def _on(cls, room: Room, rows: int, dtype: torch.dtype, shift: Tensor | None) -> "QuantizedKV":
+    def _on(cls, room: Room, rows: int, like: Quantized) -> "QuantizedKV":
         """A new tensor that shows the first ``rows`` rows of ``room``, independent of the others there."""
-        qdata, scale = room.first(rows)
-        return cls(qdata, scale, dtype, shift, Claim(room, rows))
+        return cls.of(like.of(room.first(rows)), claim=Claim(room, rows))
+
+    @property
+    def value(self) -> Quantized:
+        """All that it is made of."""
+        return Quantized(self.qdata, self.scale, self.dtype, self.shift, self.exact, self.position, self.sinks)
 
     def reserve(self, rows: int) -> "QuantizedKV":
         """This tensor with ``rows`` more, whose content is not specified, as a tensor independent of this one.
@@ -130,16 +166,18 @@ class QuantizedKV(Tensor):
         """
         tokens = self.shape[2]
         total = tokens + rows
-        claim, shift = self._claim, self.shift
+        claim, like = self._claim, self.value
         if claim is None or not claim.may_extend() or total + MIN_SPARE > claim.room.capacity:
             room = Room.copy_of((self.qdata, self.scale), capacity_for(total))
             if claim is not None and not claim.others():
                 self._move_to(room)
-            elif shift is not None:
-                shift = shift.clone()  # only tensors of one room share it
+            elif like.shift is not None:
+                like = like._replace(shift=like.shift.clone())  # only tensors of one room share it
         else:
             room = claim.room
-        return self._on(room, total, self.dtype, shift)
+        if like.exact is not None:  # each tensor has its own last rows
+            like = like._replace(exact=like.exact.clone(), position=like.position.clone())
+        return self._on(room, total, like)
 
     def _move_to(self, room: Room) -> None:
         tokens = self.shape[2]
@@ -155,7 +193,7 @@ class QuantizedKV(Tensor):
 
     def dequantize(self) -> Tensor:
         """The values as an ordinary float tensor, of this tensor's dtype."""
-        return dequantize_per_head(self.qdata, self.scale, self.dtype, self.shift)
+        return dequantize_per_head(self.qdata, self.scale, self.dtype, self.shift, self.exact, self.position)
 
     def tolist(self) -> Any:
         """The values as nested lists of Python numbers."""
@@ -163,29 +201,30 @@ class QuantizedKV(Tensor):
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The stored tensors: ``qdata``, ``scale`` and, if there is one, ``shift``."""
-        return (self.qdata, self.scale) if self.shift is None else (self.qdata, self.scale, self.shift)
+        """The stored tensors: ``qdata``, ``scale`` and, if there are any, ``shift``, ``exact`` and ``position``."""
+        return tuple(self.value.parts.values())
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the stored parts with their spare rows (``nbytes`` counts the float tensor that they stand for)."""
-        shift = 0 if self.shift is None else self.shift.nbytes
-        rows = self.qdata.nbytes + self.scale.nbytes if self._claim is None else self._claim.room.nbytes
-        return rows + shift
+        own = sum(part.nbytes for name, part in self.value.parts.items() if self._claim is None or name not in ROWS)
+        return own if self._claim is None else own + self._claim.room.nbytes
 
     @property
     def spare_rows(self) -> int:
         """Rows that lie free, or are taken by tensors that grew out of this one, behind its own."""
         return 0 if self._claim is None else self._claim.room.capacity - self.shape[2]
 
-    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
-        return ["qdata", "scale", *(["shift"] if self.shift is not None else [])], self.dtype
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, int]]:
+        return list(self.value.parts), (self.dtype, self.sinks)
 
     @staticmethod
     def __tensor_unflatten__(
-        parts: dict[str, Tensor], dtype: torch.dtype, outer_size: Any, outer_stride: Any
+        parts: dict[str, Tensor], context: tuple[torch.dtype, int], outer_size: Any, outer_stride: Any
     ) -> "QuantizedKV":
-        return QuantizedKV(parts["qdata"], parts["scale"], dtype, parts.get("shift"), stride=outer_stride)
+        dtype, sinks = context
+        shift, exact, position = (parts.get(name) for name in PARTS[2:])
+        return QuantizedKV(parts["qdata"], parts["scale"], dtype, shift, exact, position, sinks, stride=outer_stride)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         dtype = str(self.dtype).removeprefix("torch.")
@@ -199,7 +238,7 @@ class QuantizedKV(Tensor):
         part = super().__getitem__(index)
         if isinstance(part, QuantizedKV) and type(part.qdata) is Tensor and part._is_view():
             # A cropped cache: autograd would keep the longer one alive, and Dynamo would guard on its shape.
-            return QuantizedKV(part.qdata, part.scale, part.dtype, part.shift, part._claim, part.stride())
+            return QuantizedKV.of(part.value, claim=part._claim, stride=part.stride())
         return part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedKV":
@@ -207,8 +246,8 @@ class QuantizedKV(Tensor):
         return memo.setdefault(id(self), copied)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Without spare rows.
-        return QuantizedKV, (self.qdata.contiguous(), self.scale.contiguous(), self.dtype, self.shift)
+        value = self.value
+        return QuantizedKV, tuple(value.of([part.contiguous() for part in value.rows]))  # without spare rows
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -227,6 +266,11 @@ class QuantizedKV(Tensor):
         if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:]):
             return x._batchwise(rule, args, kwargs)
         first = func._schema.arguments[0]
+        if func._schema.is_mutable and _is_view_with_exact_rows(x):
+            raise NotImplementedError(
+                "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this writes into "
+                "a view of it, and the rows that it keeps would not follow."
+            )
         if claim is not None and first.alias_info is not None:  # a write into x, or a view of it
             x.separate()
             claim = x._claim
@@ -239,17 +283,16 @@ class QuantizedKV(Tensor):
         if func._schema.is_mutable:
             result = x
         elif claim is not None and first.alias_info is not None:
-            result = cls(*parts, claim.of_view(_first_rows(func, args)))
+            result = cls.of(parts, claim=claim.of_view(_first_rows(func, args)))
         else:
-            result = cls(*parts)
+            result = cls.of(parts)
         return return_and_correct_aliasing(func, args, kwargs, result)
 
     def _batchwise(self, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedKV":
         """An operation on whole sequences, done to the spare rows as well: the result keeps room to grow."""
         assert self._claim is not None
-        qdata, scale = self._claim.room.parts
-        moved = rule(_EAGER, Quantized(qdata, scale, self.dtype, self.shift), *args[1:], **kwargs)
-        return self._on(Room(moved.rows), self.shape[2], self.dtype, moved.shift)
+        moved = rule(_EAGER, self.value.of(self._claim.room.parts), *args[1:], **kwargs)
+        return self._on(Room(moved.rows), self.shape[2], moved)
 
 
 def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
@@ -263,12 +306,21 @@ def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
     grown = x.reserve(sum(new.shape[2] for new in tensors[1:]))
     start = x.shape[2]
     for new in tensors[1:]:
-        rows = quantize_like(_EAGER, _to_parts(new), _to_parts(x))
+        rows = quantize_like(_EAGER, _to_parts(new), x.value)
         end = start + new.shape[2]
+        for name, part in keep_written(_EAGER, grown.value, _to_parts(new), start).items():
+            getattr(grown, name).copy_(part)
         grown.qdata[:, :, start:end].copy_(rows.qdata)
         grown.scale[:, :, start:end].copy_(rows.scale)
         start = end
     return grown
+
+
+def _is_view_with_exact_rows(x: Any) -> bool:
+    if not isinstance(x, QuantizedKV) or x.exact is None or type(x.qdata) is not Tensor:
+        return False
+    claim = x._claim
+    return claim.is_view if claim is not None else not _EAGER.is_whole(x.qdata)
 
 
 def _is_batchwise(func: Any, *args: Any) -> bool:
@@ -302,6 +354,9 @@ class _Eager:
     def tensor(self, operand: Tensor) -> Tensor:
         return operand
 
+    def size(self, operand: Tensor, dim: int) -> int:
+        return operand.shape[dim]
+
     def same(self, a: Tensor | None, b: Tensor | None) -> bool:
         if a is b:
             return True
@@ -317,7 +372,7 @@ _EAGER = _Eager()
 
 def _to_parts(value: Any) -> Any:
     if isinstance(value, QuantizedKV):
-        return Quantized(value.qdata, value.scale, value.dtype, value.shift)
+        return value.value
     if isinstance(value, (list, tuple)):
         return type(value)(_to_parts(v) for v in value)
     if isinstance(value, dict):
@@ -369,15 +424,18 @@ def _to_copy(
         return aten._to_copy.default(x.dequantize(), dtype=dtype, device=device, non_blocking=non_blocking, **kwargs)
     if x.scale.dtype == torch.float32 and scale_dtype != torch.float32:
         # Rounding the scales would move every value: round the values instead.
-        x = QuantizedKV.quantize(x.dequantize().to(dtype), equalize=x.shift is not None)
-    moved = [aten._to_copy.default(part, device=device, non_blocking=non_blocking) for part in x.parts]
-    qdata, scale, *shift = moved
-    return QuantizedKV(qdata, scale.to(scale_dtype), dtype or x.dtype, shift[0] if shift else None)
+        x = QuantizedKV.quantize(x.dequantize().to(dtype), equalize=x.shift is not None, keep=Keep.as_in(x.value))
+    value = x.value
+    moved = value.of_parts(
+        aten._to_copy.default(part, device=device, non_blocking=non_blocking) for part in value.parts.values()
+    )
+    dtype = dtype or x.dtype
+    exact = None if moved.exact is None else moved.exact.to(dtype)
+    return QuantizedKV.of(moved._replace(scale=moved.scale.to(scale_dtype), dtype=dtype, exact=exact))
 
 
 def _pin_memory(x: QuantizedKV, device: Any = None) -> QuantizedKV:
-    qdata, scale, *shift = (part.pin_memory(device) for part in x.parts)
-    return QuantizedKV(qdata, scale, x.dtype, shift[0] if shift else None)
+    return QuantizedKV.of(x.value.of_parts(part.pin_memory(device) for part in x.parts))
 
 
 #: Operations that say where or in which dtype a tensor lives: they have no counterpart in a graph of plain tensors.

@@ -11,7 +11,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, statically_known_true
 
-from icw_compile.rows import Quantized
+from icw_compile.rows import NOTHING, Quantized
 
 __all__ = [
     "SITE",
@@ -42,7 +42,8 @@ class Site:
 
     ``name`` is where the storage lives (``past_key_values.layers[0].keys``) or the layer that created it; ``layer``
     is the module path of the attention that uses it. ``shape`` is ``[batch, kv_heads, tokens, head_dim]``, symbolic
-    sizes as text. ``equalized``: outlier channels are shifted.
+    sizes as text. ``equalized``: outlier channels are shifted. ``float_tokens`` are kept in the model's dtype besides,
+    which takes ``float_tokens_bytes`` for each sequence.
     """
 
     name: str
@@ -57,6 +58,8 @@ class Site:
     float_bytes_per_token: int = 0
     bytes_per_token: int = 0
     equalized: bool = False
+    float_tokens: int = 0
+    float_tokens_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,8 +84,8 @@ class Input:
     ``parts`` are the names of the placeholders that take its parts. Where the graph appends rows to it, they take the
     grown tensor, ``rows`` longer (a number, or the placeholder that carries it); ``spare`` is then the placeholder for
     the rows that are still free behind it, and ``length`` that for its length before, unless that is a constant.
-    ``written`` says that the graph writes into rows that are there already, and ``adopted`` that the caller holds a
-    float tensor, to be replaced by a quantized one at the call.
+    ``written`` says that the graph writes into rows that are there already. Where the caller holds a float tensor, to
+    be replaced by a quantized one at the call, ``adopted`` is what that one is like.
     """
 
     parts: tuple[str, ...]
@@ -90,24 +93,27 @@ class Input:
     spare: str | None = None
     length: str | None = None
     written: bool = False
-    adopted: bool = False
+    adopted: Quantized | None = None
 
 
 @dataclass(frozen=True)
 class Output:
-    """One output of the original graph in terms of the rewritten one's: positions of its parts, or of itself.
+    """One output of the original graph in terms of the rewritten one's: the ``position`` of an ordinary one.
 
-    ``dtype`` is the float dtype of a quantized output and ``None`` for an ordinary one. A quantized output that is one
-    of the inputs, appended to, has no positions but that input's name.
+    A quantized one is ``quantized``, whose parts are positions, or, if it is an input that was appended to, the name of
+    that ``input``.
     """
 
-    positions: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
+    position: int = -1
+    quantized: Quantized | None = None
     input: str | None = None
 
 
 class Kernel(NamedTuple):
     """An attention kernel: a name for the report, an operator with ``icw_int8kv::attention``'s arguments.
+
+    It knows nothing of exact rows; ``with_lse`` is the same operator but that it returns
+    the logarithm of the sum of the exponentials of the scores as well, float32 ``[B, Hq, T]``.
 
     ``supports(query, key_qdata, value_qdata)`` is ``None`` for tensors that it takes, else the reason why not (empty:
     it is not meant for them).
@@ -115,6 +121,7 @@ class Kernel(NamedTuple):
 
     name: str
     operator: Any
+    with_lse: Any
     supports: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], str | None]
 
 
@@ -136,14 +143,17 @@ class KVGraph:
     Attributes:
         equalized: the roles, ``"key"`` and ``"value"``, of which storage that this graph makes int8 shifts outlier
             channels. Storage that is int8 already is as its maker wanted it.
+        keep: the rows that such storage keeps in the model's dtype.
+        skip_layers: the layers whose cache stays float: indices, ``"first"``, ``"last"``, ``"sliding"``.
         find_kernel: device type -> the attention kernel there, or why there is none (empty: none is wanted). Set it to
             offer kernels to the ``lower`` pass.
         sites: the key/value storages found, in graph order.
         skipped: what looks like one and stays float.
+        asked_float: storage that stays float because the caller wants it to.
         input_names: the placeholders of the graph as captured: the signature that the caller sees.
         inputs: placeholder name -> the `Input` that takes its place, of the inputs that are passed in as parts.
         outputs: the original outputs in terms of the present ones.
-        storage: the ``dequantize_per_head`` node that stands for a storage -> its site.
+        storage: the ``dequantize_per_head`` node that stands for a storage -> its parts and its site.
     """
 
     view = torch.ops.aten.reshape.default
@@ -162,13 +172,16 @@ class KVGraph:
         self.sliding_layers = sliding_layers
         self.adoptable = adoptable
         self.equalized: frozenset[Role] = frozenset()
+        self.keep = NOTHING
+        self.skip_layers: frozenset[int | str] = frozenset()
         self.find_kernel: Callable[[str], Kernel | str] = _no_kernel
         self.sites: list[Site] = []
         self.skipped: list[Skipped] = []
+        self.asked_float: list[Skipped] = []
         self.input_names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
         self.inputs: dict[str, Input] = {}
-        self.outputs = [Output((i,)) for i in range(len(self.output_nodes))]
-        self.storage: dict[Node, Site] = {}
+        self.outputs = [Output(i) for i in range(len(self.output_nodes))]
+        self.storage: dict[Node, tuple[Quantized, Site]] = {}
 
     @property
     def graph(self) -> torch.fx.Graph:
@@ -242,6 +255,11 @@ class KVGraph:
         source = ConstantSource(name)
         symbol = shape_env.create_symbol(_SIZE_HINT, source, dynamic_dim=DimDynamic.DYNAMIC)
         return shape_env.create_symintnode(symbol, hint=_SIZE_HINT, source=source)
+
+    def size(self, operand: Node, dim: int) -> Any:
+        """A size of an operand as an argument of a node: a number, or a node that computes it."""
+        size = self.tensor(operand).shape[dim]
+        return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, operand, dim)
 
     def _call_function(self, target: Any, args: Any, kwargs: Any, name: str | None) -> Node:
         return self.graph.create_node("call_function", target, args, kwargs, name)

@@ -33,8 +33,7 @@ aten = torch.ops.aten
 def propagate(graph: KVGraph) -> int:
     """Run the pass; returns the number of operations that now act on parts."""
     values: dict[Node, tuple[Quantized, Site]] = {}
-    for stand_in, site in graph.storage.items():
-        values[stand_in] = (Quantized(*stand_in.args), site)
+    values.update(graph.storage)
     graph.storage = {}
 
     for node in list(graph.graph.nodes):
@@ -99,6 +98,8 @@ def _write_back(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized, 
     with graph.before(node.next):
         for part, written in zip(parts.rows, quantize_like(graph, node, parts).rows, strict=True):
             graph.call(aten.copy_.default, part, written)
+        if parts.exact is not None:  # none of them is known to be as it was
+            graph.call(aten.fill_.Scalar, parts.position, -1)
 
 
 def _refuse_writes_through(node: Node, site: Site) -> None:
@@ -122,13 +123,14 @@ def _return_parts(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized
     for value in graph.output_nodes:
         if value in values:
             parts = values[value][0]
-            if (source := appended.get(tuple(part.name for part in parts.parts))) is not None:
-                outputs.append(Output(dtype=parts.dtype, input=source))
+            if (source := appended.get(tuple(part.name for part in parts.parts.values()))) is not None:
+                outputs.append(Output(input=source))
                 continue
-            outputs.append(Output(tuple(range(len(returned), len(returned) + len(parts.parts))), parts.dtype))
-            returned += parts.parts
+            positions = range(len(returned), len(returned) + len(parts.parts))
+            outputs.append(Output(quantized=parts.of_parts(positions)))
+            returned += parts.parts.values()
         else:
-            outputs.append(Output((len(returned),)))
+            outputs.append(Output(len(returned)))
             returned.append(value)
     node.args = (tuple(returned),)
     graph.outputs = outputs

@@ -47,7 +47,9 @@ def fuse_reads(graph: KVGraph) -> int:
         if any(operand.target is not _dequantize for operand in stored):
             continue
         repeated = [part for operand in stored for part in operand.args[:2]]
-        shifts = [operand.args[3] if len(operand.args) > 3 else None for operand in stored]
+        shifts, exacts, positions = ([_argument(operand, i) for operand in stored] for i in (3, 4, 5))
+        if (exacts[0] is None) != (exacts[1] is None):
+            continue
         unmerged = [strip_merge(part) for part in repeated]
         parts = [strip_repeat_kv(part) for part in unmerged]
         if any(graph.tensor(part).dim() != 4 for part in parts):
@@ -55,7 +57,8 @@ def fuse_reads(graph: KVGraph) -> int:
         if any(copy is not part and _written_between(part, copy, node) for part, copy in zip(parts, repeated)):
             continue
         with graph.before(node):
-            fused = _fuse(graph, found, parts, shifts, heads=graph.tensor(unmerged[0]).shape[1])
+            exact = _exact(graph, exacts, shifts, positions[0])
+            fused = _fuse(graph, found, parts, shifts, exact, heads=graph.tensor(unmerged[0]).shape[1])
         form = found.form + (" + repeat_kv" if unmerged[0] is not parts[0] else "")
         for operand in stored:
             operand.meta[SITE].reads.append(form)
@@ -64,7 +67,37 @@ def fuse_reads(graph: KVGraph) -> int:
     return matches
 
 
-def _fuse(graph: KVGraph, found: Attention, parts: Sequence[Node], shifts: Sequence[Node | None], heads: int) -> Node:
+def _argument(node: Node, position: int) -> Node | None:
+    return node.args[position] if len(node.args) > position else None
+
+
+def _exact(
+    graph: KVGraph, exacts: Sequence[Node | None], shifts: Sequence[Node | None], position: Node | None
+) -> tuple[Node, ...]:
+    """The rows that keys and values keep as they came, in the terms of the int8 ones: with shifted channels."""
+    if position is None:
+        return ()
+    rows = []
+    for exact, shift in zip(exacts, shifts, strict=True):
+        rows.append(_unrepeated(exact))
+        if shift is not None:
+            divided_by = graph.call(aten.neg.default, _unrepeated(shift))
+            rows[-1] = graph.call(_ops.scale_channels.default, rows[-1], divided_by)
+    return (*rows, position)
+
+
+def _unrepeated(part: Node) -> Node:
+    return strip_repeat_kv(strip_merge(part))
+
+
+def _fuse(
+    graph: KVGraph,
+    found: Attention,
+    parts: Sequence[Node],
+    shifts: Sequence[Node | None],
+    exact: Sequence[Node],
+    heads: int,
+) -> Node:
     """``found`` in one operation, in the shape, the dtype and the memory layout of what it replaces.
 
     ``heads`` are those of keys and values where they meet the query, and ``shifts`` their shifts there.
@@ -72,9 +105,9 @@ def _fuse(graph: KVGraph, found: Attention, parts: Sequence[Node], shifts: Seque
     query = _unshifted(graph, found.query, shifts[0])
     if found.merged:
         query = graph.call(aten.unflatten.int, query, 0, [-1, heads])
-    sinks = () if found.sinks is None else (found.sinks,)
+    last = () if found.sinks is None and not exact else (found.sinks, *exact)
     mask = _one_mask(graph, found.biases, heads)
-    fused = graph.call(_ops.attention.default, query, *parts, mask, found.is_causal, found.scale, found.softcap, *sinks)
+    fused = graph.call(_ops.attention.default, query, *parts, mask, found.is_causal, found.scale, found.softcap, *last)
     fused.meta[SITE] = tuple(strip_casts(operand).meta[SITE] for operand in (found.key, found.value))
     dtype = found.node.meta["val"].dtype
     result = fused if graph.tensor(fused).dtype == dtype else graph.call(aten.to.dtype, fused, dtype)

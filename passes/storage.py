@@ -29,7 +29,7 @@ recorded with its reason. Meaning is preserved up to the quantization of what is
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ from torch.fx import Node
 from icw_compile.ops import scale_dtype_for
 from icw_compile.passes.attention import Attention, match_attention
 from icw_compile.passes.graph import Input, KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
-from icw_compile.rows import RULES, Quantized, dequantize, quantize_like
+from icw_compile.rows import RULES, Quantized, dequantize, keep_written, quantize_like
 
 __all__ = ["find_storage"]
 
@@ -67,10 +67,13 @@ _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.e
 def find_storage(graph: KVGraph) -> int:
     """Run the pass; returns the number of storages taken."""
     uses = _AttentionUses(graph)
-    taken = set()
+    taken: set[Node] = set()
+    skipped = _skipped_storage(graph, uses)
     for node in list(graph.graph.nodes):
         if node in graph.quantized:
             _take_input(graph, node, uses)
+        elif node in skipped:
+            continue
         elif node in graph.adoptable and _is_written_storage(node, uses):
             _adopt_input(graph, node, uses)
         elif node.target in _ZEROS and _is_created_storage(graph, node, uses):
@@ -81,8 +84,46 @@ def find_storage(graph: KVGraph) -> int:
             continue
         taken.add(node)
     graph.quantized = {}
-    graph.skipped += uses.unquantized(taken) or _left_float(graph, taken)
+    graph.skipped += uses.unquantized(taken | skipped) or _left_float(graph, taken | skipped)
     return len(taken)
+
+
+def _skipped_storage(graph: KVGraph, uses: "_AttentionUses") -> set[Node]:
+    """The storage of the layers that the caller wants to stay float, recorded in ``graph.asked_float``."""
+    if not graph.skip_layers:
+        return set()
+    last = max((_layer_index(layer_of(attention.node)) or 0 for attention in uses.attentions), default=0)
+    found = set()
+    for node in graph.graph.nodes:
+        if node in graph.quantized or not _is_storage(graph, node, uses):
+            continue
+        use = uses.of(node)
+        name = node.meta.get("source_name") or (f"{layer_of(use[0].node)} {use[1]}s" if use else node.name)
+        index = _layer_index(name)
+        kinds = {index, *(["first"] if index == 0 else []), *(["last"] if index == last else [])}
+        if index in graph.sliding_layers:
+            kinds.add("sliding")
+        if kinds & graph.skip_layers:
+            found.add(node)
+            value = node.meta["val"]
+            size = int(value.shape[1] * value.shape[3] * value.dtype.itemsize)
+            graph.asked_float.append(Skipped("", name, f"icw.skip_layers: {size:,} bytes per token"))
+    return found
+
+
+def _is_storage(graph: KVGraph, node: Node, uses: "_AttentionUses") -> bool:
+    """Whether this is float storage that the pass would take."""
+    if node in graph.adoptable:
+        return _is_written_storage(node, uses)
+    if node.target in _ZEROS:
+        return _is_created_storage(graph, node, uses)
+    return node.target is aten.cat.default and _is_grown_storage(graph, node, uses)
+
+
+def _layer_index(name: str) -> int | None:
+    """``past_key_values.layers[3].keys``, ``model.layers.3.self_attn``: 3."""
+    found = re.search(r"\b(?:layers|h|blocks|block)\W(\d+)", name)
+    return None if found is None else int(found[1])
 
 
 def _left_float(graph: KVGraph, taken: set[Node]) -> list[Skipped]:
@@ -94,7 +135,7 @@ def _left_float(graph: KVGraph, taken: set[Node]) -> list[Skipped]:
         Skipped("", name, reason)
         for node in graph.graph.find_nodes(op="placeholder")
         if re.search(_CACHE_LAYER, name := node.meta.get("source_name", ""))
-        and node not in used
+        and node not in used | taken
         and node.name not in parts
         and node.meta["val"].dim() == 4
         and node.meta["val"].is_floating_point()
@@ -218,9 +259,12 @@ def _adopt_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
         qdata = torch.empty(value.shape, dtype=torch.int8, device=value.device)
         scale = torch.empty((*value.shape[:-1], 1), dtype=scale_dtype_for(value.dtype), device=value.device)
         shift = qdata.new_empty(_shift_size(value.shape)) if _is_equalized(graph, node, uses) else None
-    graph.quantized[node] = Quantized(qdata, scale, value.dtype, shift)
+        kept = graph.keep.nothing_yet(value.shape, value.dtype, value.device)
+    exact, position = kept
+    fakes = Quantized(qdata, scale, value.dtype, shift, exact, position, graph.keep.sinks)
+    graph.quantized[node] = fakes
     _take_input(graph, node, uses, note=", quantized here")
-    graph.inputs[node.name] = replace(graph.inputs[node.name], adopted=True)
+    graph.inputs[node.name] = replace(graph.inputs[node.name], adopted=fakes)
 
 
 def _is_equalized(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
@@ -240,14 +284,13 @@ def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses, note: str = ""
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
     with graph.graph.inserting_before(node):
         placeholders = [graph.graph.placeholder(f"{node.name}_qdata")]
-    for part in ("scale", "shift")[: len(fakes.parts) - 1]:
+    for part in list(fakes.parts)[1:]:
         with graph.graph.inserting_after(last):
             last = graph.graph.placeholder(f"{node.name}_{part}")
         placeholders.append(last)
-    for placeholder, fake in zip(placeholders, fakes.parts, strict=True):
+    for placeholder, fake in zip(placeholders, fakes.parts.values(), strict=True):
         placeholder.meta = {**node.meta, "val": fake}
-    qdata, scale, *shift = placeholders
-    parts = Quantized(qdata, scale, fakes.dtype, *shift)
+    parts = fakes.of_parts(placeholders)
     part_names = tuple(placeholder.name for placeholder in placeholders)
     name = node.meta.get("source_name")
     if append is None:
@@ -271,6 +314,8 @@ def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses, note: str = ""
         for part, written in zip(parts.rows, quantize_like(graph, append.new, parts).rows, strict=True):
             end = graph.call(aten.slice.Tensor, part, 2, start, _END)
             graph.call(aten.copy_.default, end, written)
+        for part, kept in keep_written(graph, parts, append.new, start).items():
+            graph.call(aten.copy_.default, getattr(parts, part), kept)
     _stand_for(graph, append.cat, parts, uses, before=append.cat, cache="dynamic", name=name)
     graph.sites[-1].writes.append("append")
     graph.graph.erase_node(node)
@@ -323,7 +368,7 @@ def _find_append(graph: KVGraph, node: Node) -> _Append | None:
             parts.append(
                 torch.empty_strided((batch, heads, tokens, size), strides, dtype=part.dtype, device=part.device)
             )
-    return _Append(cat, new, start, rows, spare, fakes.of(parts, fakes.shift))
+    return _Append(cat, new, start, rows, spare, fakes.of(parts))
 
 
 def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
@@ -337,21 +382,36 @@ def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
         shift = None
         if _is_equalized(graph, node, uses):
             shift = graph.call(aten.zeros.default, _shift_size(size), dtype=torch.int8, device=value.device)
-    parts = Quantized(qdata, scale, value.dtype, shift)
+        exact, position = _nothing_kept_yet(graph, size, value)
+    parts = Quantized(qdata, scale, value.dtype, shift, exact, position, graph.keep.sinks)
     _stand_for(graph, node, parts, uses, before=node, cache="static", note=", created here")
 
 
+def _nothing_kept_yet(
+    graph: KVGraph, size: Sequence[Any], value: torch.Tensor
+) -> tuple[Node, Node] | tuple[None, None]:
+    """Nodes for the kept rows of new storage of this size, and for their positions; none if none are kept."""
+    keep = graph.keep
+    if not any(keep):
+        return None, None
+    exact = graph.call(aten.zeros.default, keep.size(size), dtype=value.dtype, device=value.device)
+    rows = [keep.sinks + keep.recent]
+    return exact, graph.call(aten.full.default, rows, -1, dtype=torch.int64, device=value.device)
+
+
 def _take_grown(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
-    value = node.meta["val"]
-    with graph.before(node.next):
-        shift = ()
+    value, readers, after = node.meta["val"], set(node.users), node.next
+    with graph.before(after):
+        shift = None
         if _is_equalized(graph, node, uses):
-            shift = (graph.call(torch.ops.icw_int8kv.channel_shift.default, node),)
-        scale_dtype = scale_dtype_for(value.dtype)
-        rows = graph.call(torch.ops.icw_int8kv.quantize_per_head.default, node, scale_dtype, *shift)
-    qdata, scale = rows
-    parts = Quantized(qdata, scale, value.dtype, *shift)
-    _stand_for(graph, node, parts, uses, before=scale.next, cache="dynamic", note=", quantized here")
+            shift = graph.call(torch.ops.icw_int8kv.channel_shift.default, node)
+        parts = quantize_like(graph, node, Quantized(None, None, value.dtype, shift))
+        if any(graph.keep):
+            size = [graph.size(node, dim) for dim in range(4)]
+            exact, position = _nothing_kept_yet(graph, size, value)
+            parts = parts._replace(exact=exact, position=position, sinks=graph.keep.sinks)
+            parts = parts._replace(**keep_written(graph, parts, node, 0))
+    _stand_for(graph, node, parts, uses, before=after, cache="dynamic", note=", quantized here", readers=readers)
     graph.sites[-1].writes.append("cat")
 
 
@@ -365,8 +425,12 @@ def _stand_for(
     cache: str,
     name: str | None = None,
     note: str = "",
+    readers: Collection[Node] | None = None,
 ) -> None:
-    """Replace ``node`` by a node that stands for the storage made of ``parts``, and record the site."""
+    """Replace ``node`` by a node that stands for the storage made of ``parts``, and record the site.
+
+    ``readers`` are the users that get the stand-in, where some of them make the parts.
+    """
     use = uses.of(node)
     with graph.before(before):
         stand_in = dequantize(graph, parts)
@@ -374,8 +438,9 @@ def _stand_for(
     heads, head_dim = value.shape[1], value.shape[-1]
     layer = layer_of(use[0].node) if use else ""
     name = name or (f"{layer} {use[1]}s" if use else node.name)
-    index = re.search(r"\blayers\W(\d+)", name)  # past_key_values.layers[3].keys, model.layers.3.self_attn
-    sliding = index is not None and int(index[1]) in graph.sliding_layers
+    index = _layer_index(name)
+    sliding = index in graph.sliding_layers
+    kept = 0 if parts.exact is None else graph.tensor(parts.exact).shape[-2]
     site = Site(
         name=name,
         role=use[1] if use else None,
@@ -386,12 +451,11 @@ def _stand_for(
         float_bytes_per_token=int(heads * head_dim * parts.dtype.itemsize),
         bytes_per_token=int(heads * (head_dim + scale.dtype.itemsize)),
         equalized=parts.shift is not None,
+        float_tokens=kept,
+        float_tokens_bytes=int(heads * kept * head_dim * parts.dtype.itemsize),
     )
     graph.sites.append(site)
-    graph.storage[stand_in] = site
-    made_from_it = {
-        part.args[0] if part.target is operator.getitem else part for part in parts.parts if part.op == "call_function"
-    }
-    node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: user not in made_from_it)
+    graph.storage[stand_in] = (parts, site)
+    node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: readers is None or user in readers)
     if not node.users:
         graph.graph.erase_node(node)

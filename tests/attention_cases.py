@@ -54,3 +54,20 @@ def masks(batch, query_heads, tokens, length):
     yield "empty row", empty
     yield "empty", torch.zeros(1, 1, 1, length, dtype=torch.bool)
     yield "empty additive", torch.full((1, 1, 1, length), -torch.inf)
+
+
+def log_sums(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None):
+    """The logarithm of the sum of exponentials of each row's scores, float32 ``[B, Hq, T]``."""
+    query, key_qdata, key_scale = tensors[0].float(), *tensors[1:3]
+    key = ops.dequantize_per_head(key_qdata, key_scale, torch.float32)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    return scores.logsumexp(-1)

@@ -45,9 +45,9 @@ def run(graph: KVGraph, *inputs: Tensor) -> list[Tensor]:
         returned = graph.module(*flat)
     returned = returned if isinstance(returned, (tuple, list)) else (returned,)
     return [
-        returned[o.positions[0]]
-        if o.dtype is None
-        else QuantizedKV(*[returned[i] for i in o.positions], o.dtype).dequantize()
+        returned[o.position]
+        if o.quantized is None
+        else QuantizedKV.of(o.quantized.of_parts(returned[i] for i in o.quantized.parts.values())).dequantize()
         for o in graph.outputs
     ]
 

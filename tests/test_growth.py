@@ -25,7 +25,7 @@ def pair(seed: int = 0) -> tuple[QuantizedKV, Tensor]:
     """A tensor that owns its storage, as the backend returns it, and the float tensor that it stands for."""
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
     q = QuantizedKV.quantize(x)
-    return QuantizedKV.growing(q.qdata, q.scale, q.dtype), quantize_dequantize(x)
+    return QuantizedKV.growing(q.value), quantize_dequantize(x)
 
 
 def rows(count: int = 1) -> Tensor:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from attention_cases import make, masks, reference
+from attention_cases import log_sums, make, masks, reference
 
 from icw_compile.kernels import cpu
 
@@ -78,6 +78,19 @@ def test_sinks(dtype, length):
             check(tensors, mask, sinks=sinks, softcap=5.0)
     with pytest.raises(RuntimeError, match=r"sinks must be \[8\]"):
         kernel(tensors, sinks=torch.zeros(4))
+
+
+@pytest.mark.parametrize("length", [40, 3000])  # one chunk of positions, and several
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.0, 3.0, -2.0, 40.0])])
+def test_log_sums(length, sinks):
+    tensors = make(2, 4, 2, 2, length, 64, 64, torch.float32)
+    mask = torch.rand(2, 1, 2, length, generator=torch.Generator().manual_seed(1)) > 0.3
+    mask[1, :, 1] = False  # reads nothing
+    for engine in ENGINES.values():
+        others = (mask, False, 0.2, 5.0, sinks, engine)
+        output, log_sum = cpu.attention_lse(*tensors, *others)
+        assert torch.equal(output, cpu.attention(*tensors, *others))
+        torch.testing.assert_close(log_sum, log_sums(tensors, mask, False, 0.2, 5.0, sinks), rtol=1e-5, atol=1e-5)
 
 
 def test_empty_rows_are_zero():
@@ -237,7 +250,8 @@ def test_mask_that_does_not_broadcast():
 def test_operator_registration():
     tensors = make(1, 4, 2, 2, 100, 64, 32, torch.bfloat16)
     mask = torch.rand(1, 1, 2, 100) > 0.5
-    torch.library.opcheck(torch.ops.icw_int8kv_cpu.attention.default, (*tensors, mask, False, 0.1, None))
+    for operator in (cpu.attention, cpu.attention_lse):
+        torch.library.opcheck(operator, (*tensors, mask, False, 0.1, None))
 
 
 def test_compiles_with_symbolic_length():

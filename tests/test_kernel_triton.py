@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from attention_cases import make, masks, reference
+from attention_cases import log_sums, make, masks, reference
 from support import graphs, relative_distance, run, tiny_model, tokens
 from torch._dynamo.utils import counters
 
@@ -27,6 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 if DEVICE == "cpu":
     torch.library.impl("icw_int8kv_triton::attention", "CPU", gpu.attention_triton)
+    torch.library.impl("icw_int8kv_triton::attention_lse", "CPU", gpu.attention_lse_triton)
 
 #: Relative norm of the difference from float32: rounding of the weights and of the output. Triton's interpreter cuts
 #: bfloat16 off where a GPU rounds it.
@@ -99,6 +100,19 @@ def test_causal_softcap_and_sinks(splits):
         check(tensors, mask, True, 0.2, 5.0, splits=splits)
         check(tensors, sinks=sinks, splits=splits)
         check(tensors, mask, True, 0.2, 5.0, sinks, splits=splits)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.0, 3.0, -2.0, 40.0])])
+def test_log_sums(splits, sinks):
+    tensors = make(2, 4, 2, 2, 150, 64, 64, torch.float32)
+    mask = torch.rand(2, 1, 2, 150, generator=torch.Generator().manual_seed(1)) > 0.3
+    mask[1, :, 1] = False  # reads nothing
+    on_device = [x.to(DEVICE) for x in tensors]
+    others = (mask.to(DEVICE), False, 0.2, 5.0, None if sinks is None else sinks.to(DEVICE), splits)
+    output, log_sum = torch.ops.icw_int8kv_triton.attention_lse(*on_device, *others)
+    assert torch.equal(output, torch.ops.icw_int8kv_triton.attention(*on_device, *others))
+    torch.testing.assert_close(log_sum.cpu(), log_sums(tensors, mask, False, 0.2, 5.0, sinks), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -229,7 +243,8 @@ def test_arguments_that_do_not_fit():
 def test_operator_registration():
     tensors = [x.to(DEVICE) for x in make(1, 4, 2, 2, 100, 64, 32, torch.float32)]
     mask = torch.rand(1, 1, 2, 100, device=DEVICE) > 0.5
-    torch.library.opcheck(torch.ops.icw_int8kv_triton.attention.default, (*tensors, mask, False, 0.1, None))
+    for operator in (gpu.attention, gpu.attention_lse):
+        torch.library.opcheck(operator, (*tensors, mask, False, 0.1, None))
 
 
 def test_compiles_with_symbolic_length():
@@ -259,7 +274,7 @@ def test_splits():
 def test_whole_model(dtype, monkeypatch):
     """Prefill and decode through the backend; on the CPU the pass has to be told that the kernel is for it."""
     if DEVICE == "cpu":
-        anything = Kernel("triton kernel", gpu.attention, lambda *_: None)
+        anything = Kernel("triton kernel", gpu.attention, gpu.attention_lse, lambda *_: None)
         monkeypatch.setattr("icw_compile.backend.find_kernel", lambda device_type, choice: anything)
     model = tiny_model("gemma2", attention="eager", dtype=dtype).to(DEVICE)
     step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options={"icw.compiler": "eager"})
@@ -271,7 +286,7 @@ def test_whole_model(dtype, monkeypatch):
 
 
 def test_choosing_the_kernel():
-    assert find_kernel("cuda") == Kernel("triton kernel", gpu.attention, gpu.supports)
+    assert find_kernel("cuda") == Kernel("triton kernel", gpu.attention, gpu.attention_lse, gpu.supports)
     assert find_kernel("cuda", "triton") == find_kernel("cuda")
     assert find_kernel("cuda", "inductor") == ""
     assert "no kernel for xpu" in find_kernel("xpu")
@@ -360,7 +375,8 @@ for dtype, query_heads, heads, tokens, length, size, value_size, mask, causal, s
     dtype = getattr(torch, dtype)
     def scale():
         return torch.empty(1, heads, length, 1, dtype=scale_dtype_for(dtype))
-    gpu.attention_triton(
+    operator = gpu.attention_lse_triton if sinks else gpu.attention_triton
+    operator(
         torch.empty(1, query_heads, tokens, size, dtype=dtype),
         torch.empty(1, heads, length, size, dtype=torch.int8), scale(),
         torch.empty(1, heads, length, value_size, dtype=torch.int8), scale(),

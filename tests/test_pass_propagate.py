@@ -10,6 +10,7 @@ from torch import Tensor
 from icw_compile.passes import PASSES, run_passes
 from icw_compile.passes.propagate import propagate
 from icw_compile.reference import quantize_dequantize
+from icw_compile.rows import Quantized
 from icw_compile.tensor import QuantizedKV
 
 PROPAGATE = PASSES[:2]
@@ -157,8 +158,11 @@ def test_write_into_part_of_a_head_is_refused() -> None:
 def test_returned_storage_is_returned_as_parts() -> None:
     graph = trace(lambda keys, q: (q + 1, keys, keys[:, :, :2]), kv(), query(), quantized=[0])
     run_passes(graph, PROPAGATE)
-    assert [o.positions for o in graph.outputs] == [(0,), (1, 2), (3, 4)]
-    assert [o.dtype for o in graph.outputs] == [None, torch.float32, torch.float32]
+    assert [o.position for o in graph.outputs] == [0, -1, -1]
+    assert [o.quantized for o in graph.outputs[1:]] == [
+        Quantized(1, 2, torch.float32),
+        Quantized(3, 4, torch.float32),
+    ]
     assert "dequantize_per_head" not in counts(graph)
 
 

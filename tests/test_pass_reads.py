@@ -289,7 +289,7 @@ def accepts_one_token(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None if query.shape[2] == 1 else ""
 
 
-KERNEL = Kernel("a kernel", torch.ops.icw_int8kv.attention.default, accepts_one_token)
+KERNEL = Kernel("a kernel", torch.ops.icw_int8kv.attention.default, None, accepts_one_token)
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ class _Session:
                 layer = cache.layers[i]
                 for name in ("keys", "values"):
                     held = QuantizedKV.quantize(getattr(layer, name), equalize=True)
-                    setattr(layer, name, QuantizedKV.growing(held.qdata, held.scale, held.dtype, held.shift))
+                    setattr(layer, name, QuantizedKV.growing(held.value))
         self.cache = cache
 
     def cache_bytes(self) -> int:

@@ -41,4 +41,4 @@ def find_kernel(device_type: str, choice: str = "auto") -> Kernel | str:
         if choice != "auto":
             raise
         return str(error).splitlines()[0]
-    return Kernel(f"{name} kernel", module.attention, module.supports)
+    return Kernel(f"{name} kernel", module.attention, module.attention_lse, module.supports)

@@ -180,6 +180,7 @@ struct Problem {
   float scale = 1.0f, softcap = 0.0f;
   std::vector<float> sinks;  // One for each query head, or none.
   void* out = nullptr;  // Contiguous [B, Hq, T, Dv] of the query's type.
+  float* lse = nullptr;  // Contiguous [B, Hq, T]: the logarithm of the sum of exponentials; null if nobody asks.
 
   Engine engine = Engine::kPortable;
   int weight_digits = 2;
@@ -1014,14 +1015,18 @@ void write_partial(const Problem& p, const Workspace& w, Engine engine, float* o
 
 void write_output(const Problem& p, int64_t b, int64_t h, int64_t row, const float* values, float largest, float sum) {
   float factor = 1.0f;
-  if (!p.sinks.empty() && sum != 0.0f) {  // One more score, which has no value; an empty row stays empty.
+  if (!p.sinks.empty()) {  // One more score, which has no value.
     const float sink = p.sinks[h * p.groups + row / p.tokens], shift = std::max(largest, sink);
-    factor = exp_nonpositive(largest - shift);
-    sum = sum * factor + exp_nonpositive(sink - shift);
+    if (shift != -kInf) {
+      factor = exp_nonpositive(largest - shift);
+      sum = sum * factor + exp_nonpositive(sink - shift);
+      largest = shift;
+    }
   }
   const float inverse = sum == 0.0f ? 0.0f : factor / sum;
-  const int64_t offset = ((b * p.query_heads + h * p.groups) * p.tokens + row) * p.value_dim;
-  store_run(p.out, offset, p.value_dim, p.query.type, values, inverse);
+  const int64_t at = (b * p.query_heads + h * p.groups) * p.tokens + row;
+  store_run(p.out, at * p.value_dim, p.value_dim, p.query.type, values, inverse);
+  if (p.lse != nullptr) p.lse[at] = sum == 0.0f ? -kInf : largest + std::log(sum);
 }
 
 void merge_partials(const Problem& p, int64_t b, int64_t h, const float* partials, std::vector<float>& values) {
@@ -1171,7 +1176,17 @@ void check_shape(const Tensor& tensor, const char* name, int64_t b, int64_t h, i
                   ", ", sizes[3], "]");
 }
 
-Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes.begin()[i];
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// `lse`, unless null, becomes the logarithm of the sum of exponentials of each query row's scores, its sink included.
+Tensor compute(Tensor* lse, const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
                  const Tensor& value_scale, const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
                  std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine) {
   Problem p;
@@ -1221,21 +1236,41 @@ Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key
     load_run(sinks->data_ptr(), 0, sinks->stride(0), p.query_heads, type_of(*sinks, "sinks"), p.sinks.data());
   }
 
-  const int64_t out_sizes[4] = {p.batch, p.query_heads, p.tokens, p.value_dim};
-  const int64_t out_strides[4] = {p.query_heads * p.tokens * p.value_dim, p.tokens * p.value_dim, p.value_dim, 1};
   int32_t dtype;
   aoti_torch_get_dtype(query.get(), &dtype);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, out_sizes, out_strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor out(handle);
+  Tensor out = empty({p.batch, p.query_heads, p.tokens, p.value_dim}, dtype);
   p.out = out.data_ptr();
+  if (lse != nullptr) {
+    *lse = empty({p.batch, p.query_heads, p.tokens}, aoti_torch_dtype_float32());
+    p.lse = static_cast<float*>(lse->data_ptr());
+  }
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
   if (p.batch * p.query_heads * p.tokens * p.value_dim > 0) run(p, int(threads), int(engine));
   return out;
 }
 
+Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
+                 const Tensor& value_scale, const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
+                 std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine) {
+  return compute(nullptr, query, key_qdata, key_scale, value_qdata, value_scale, attn_mask, is_causal, scale, softcap,
+                 sinks, engine);
+}
+
+std::tuple<Tensor, Tensor> attention_lse(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale,
+                                         const Tensor& value_qdata, const Tensor& value_scale,
+                                         const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
+                                         std::optional<double> softcap, const std::optional<Tensor>& sinks,
+                                         int64_t engine) {
+  Tensor lse;
+  Tensor out = compute(&lse, query, key_qdata, key_scale, value_qdata, value_scale, attn_mask, is_causal, scale,
+                       softcap, sinks, engine);
+  return {out, lse};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_lse", TORCH_BOX(&attention_lse));
+}

@@ -149,6 +149,7 @@ def attend(
     sinks,  # None or [query heads]
     output,  # [batch, query heads, tokens, VALUE_DIM], with a state: float32 [..., tokens, splits, VALUE_DIM]
     state,  # None for one split, else float32 [batch, query heads, tokens, splits, 2]
+    lse,  # None, or float32 [batch, query heads, tokens] for one split
     stride_query_batch,
     stride_query_head,
     stride_query_token,
@@ -294,6 +295,8 @@ def attend(
     at = ((batch * heads * GROUP + query_head) * tokens + token) * (1 if state is None else splits)
     if state is None:
         accumulator = accumulator / tl.where(total == 0, 1.0, total)[:, None]
+        if lse is not None:
+            tl.store(lse + at, largest + tl.log(total), mask=valid)
     else:
         at += split
         tl.store(state + at * 2, largest, mask=valid)
@@ -311,6 +314,7 @@ def merge(
     partial,  # float32 [rows, splits, VALUE_DIM], what `attend` gave as its output
     state,  # float32 [rows, splits, 2]
     output,  # [rows, VALUE_DIM]
+    lse,  # None, or float32 [rows]: the logarithm of the sum of exponentials
     splits,
     VALUE_DIM: tl.constexpr,
     PADDED_VALUE_DIM: tl.constexpr,
@@ -340,4 +344,6 @@ def merge(
         accumulator = accumulator * decay + tl.sum(each * weights[:, None], 0)
         largest = new_largest
     accumulator = accumulator / tl.where(total == 0, 1.0, total)
+    if lse is not None:
+        tl.store(lse + row + tl.arange(0, 1), largest + tl.log(total))
     tl.store(output + row * VALUE_DIM + channel, accumulator.to(output.dtype.element_ty), mask=channel < VALUE_DIM)

@@ -19,6 +19,9 @@ value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, engin
     that the channels of the int8 tensors are contiguous. The result is contiguous, in the query's dtype. Raises
     RuntimeError for shapes and dtypes that do not fit. ``engine`` caps the instructions that are used, for tests: 0
     plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
+``attention_lse(...) -> (output[B, Hq, T, Dv], lse float32[B, Hq, T])``
+    The same, and the logarithm of the sum of exponentials of each query row's scores, its sink included: minus infinity
+    for a row that reads nothing.
 """
 
 import functools
@@ -29,6 +32,7 @@ import shlex
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +40,7 @@ from torch import Tensor
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.ops import ATTENTION_ARGUMENTS
 
-__all__ = ["attention", "is_available", "load", "supports"]
+__all__ = ["attention", "attention_lse", "is_available", "load", "supports"]
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 
@@ -215,11 +219,12 @@ def _cpu_description() -> str:
 
 
 def _register() -> None:
-    schema = f"({ATTENTION_ARGUMENTS}, int engine=-1) -> Tensor"
-    torch.library.define("icw_int8kv_cpu::attention", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = (torch.Tag.pt2_compliant_tag,)
+    arguments = f"({ATTENTION_ARGUMENTS}, int engine=-1)"
+    torch.library.define("icw_int8kv_cpu::attention", f"{arguments} -> Tensor", tags=tags)
+    torch.library.define("icw_int8kv_cpu::attention_lse", f"{arguments} -> (Tensor output, Tensor lse)", tags=tags)
 
-    @torch.library.register_fake("icw_int8kv_cpu::attention")  # type: ignore[untyped-decorator]
-    def _(
+    def fake(
         query: Tensor,
         key_qdata: Tensor,
         key_scale: Tensor,
@@ -234,8 +239,15 @@ def _register() -> None:
     ) -> Tensor:
         return query.new_empty((*query.shape[:3], value_qdata.shape[3]))
 
+    def fake_lse(query: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return fake(query, *others, **named), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+    torch.library.register_fake("icw_int8kv_cpu::attention", fake)
+    torch.library.register_fake("icw_int8kv_cpu::attention_lse", fake_lse)
+
 
 _register()
 
-#: The operator, as a graph calls it.
+#: The operators, as a graph calls them.
 attention = torch.ops.icw_int8kv_cpu.attention.default
+attention_lse = torch.ops.icw_int8kv_cpu.attention_lse.default

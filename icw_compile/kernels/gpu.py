@@ -18,8 +18,11 @@ value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, split
     result is contiguous, in the query's dtype. ``splits`` is for tests: how many programs share the positions, 0 for
     as many as suit the device. Raises ValueError for shapes and dtypes that do not fit, and `KernelUnavailableError`
     without Triton.
+``attention_lse(...) -> (output[B, Hq, T, Dv], lse float32[B, Hq, T])``
+    The same, and the logarithm of the sum of exponentials of each query row's scores, its sink included: minus infinity
+    for a row that reads nothing.
 
-It is an operator of torch's dispatcher and not a `torch.library.triton_op`, which Inductor would look into: there is
+They are operators of torch's dispatcher and not `torch.library.triton_op`s, which Inductor would look into: there is
 nothing in it to fuse, the number of splits is worked out from the lengths of the call and not from symbols, and the
 launch that runs in a compiled graph is the one that the tests run. Nothing it does depends on the content of a tensor,
 so that a CUDA graph can hold it; it allocates from torch's pools only.
@@ -27,7 +30,7 @@ so that a CUDA graph can hold it; it allocates from torch's pools only.
 
 import functools
 import importlib.util
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +42,8 @@ __all__ = [
     "MAX_HEAD_DIM",
     "Tiles",
     "attention",
+    "attention_lse",
+    "attention_lse_triton",
     "attention_triton",
     "choose_splits",
     "choose_tiles",
@@ -161,7 +166,19 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def attention_triton(
+def attention_triton(*arguments: Any, **named: Any) -> Tensor:
+    """``icw_int8kv_triton::attention`` on CUDA tensors, or on any where Triton interprets."""
+    return _compute(None, *arguments, **named)
+
+
+def attention_lse_triton(query: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """``icw_int8kv_triton::attention_lse``: the logarithm of the sum of exponentials of each row besides."""
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return _compute(lse, query, *arguments, **named), lse
+
+
+def _compute(
+    lse: Tensor | None,
     query: Tensor,
     key_qdata: Tensor,
     key_scale: Tensor,
@@ -174,7 +191,6 @@ def attention_triton(
     sinks: Tensor | None = None,
     splits: int = 0,
 ) -> Tensor:
-    """``icw_int8kv_triton::attention`` on CUDA tensors, or on any where Triton interprets."""
     load()
     from icw_compile.kernels.attention_triton import attend, merge
 
@@ -212,6 +228,7 @@ def attention_triton(
             None if sinks is None else sinks.contiguous(),
             partial,
             state,
+            lse,
             *query.stride(),
             *key_qdata.stride()[:3],
             *key_scale.stride()[:3],
@@ -236,8 +253,9 @@ def attention_triton(
         )
         if state is not None:
             merge[(batch * query_heads * tokens,)](
-                partial, state, output, splits, VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_value_dim, num_warps=4
-            )
+                partial, state, output, lse, splits,
+                VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_value_dim, num_warps=4,
+            )  # fmt: skip
     return output
 
 
@@ -293,12 +311,14 @@ def _check(
 
 
 def _register() -> None:
-    name = "icw_int8kv_triton::attention"
-    torch.library.define(name, f"({ATTENTION_ARGUMENTS}, int splits=0) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "CUDA", attention_triton)
+    tags = (torch.Tag.pt2_compliant_tag,)
+    arguments = f"({ATTENTION_ARGUMENTS}, int splits=0)"
+    torch.library.define("icw_int8kv_triton::attention", f"{arguments} -> Tensor", tags=tags)
+    torch.library.define("icw_int8kv_triton::attention_lse", f"{arguments} -> (Tensor output, Tensor lse)", tags=tags)
+    torch.library.impl("icw_int8kv_triton::attention", "CUDA", attention_triton)
+    torch.library.impl("icw_int8kv_triton::attention_lse", "CUDA", attention_lse_triton)
 
-    @torch.library.register_fake(name)  # type: ignore[untyped-decorator]
-    def _(
+    def fake(
         query: Tensor,
         key_qdata: Tensor,
         key_scale: Tensor,
@@ -313,8 +333,15 @@ def _register() -> None:
     ) -> Tensor:
         return query.new_empty((*query.shape[:3], value_qdata.shape[3]))
 
+    def fake_lse(query: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return fake(query, *others, **named), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+    torch.library.register_fake("icw_int8kv_triton::attention", fake)
+    torch.library.register_fake("icw_int8kv_triton::attention_lse", fake_lse)
+
 
 _register()
 
-#: The operator, as a graph calls it.
+#: The operators, as a graph calls them.
 attention = torch.ops.icw_int8kv_triton.attention.default
+attention_lse = torch.ops.icw_int8kv_triton.attention_lse.default
