@@ -68,56 +68,63 @@ def find_storage(graph: KVGraph) -> int:
     """Run the pass; returns the number of storages taken."""
     uses = _AttentionUses(graph)
     taken: set[Node] = set()
-    skipped = _skipped_storage(graph, uses)
+    skipped: set[Node] = set()
     for node in list(graph.graph.nodes):
         if node in graph.quantized:
             _take_input(graph, node, uses)
-        elif node in skipped:
+        elif not _is_storage(graph, node, uses):
             continue
-        elif node in graph.adoptable and _is_written_storage(node, uses):
+        elif _stays_float(graph, node, uses):
+            skipped.add(node)
+            continue
+        elif node in graph.adoptable:
             _adopt_input(graph, node, uses)
-        elif node.target in _ZEROS and _is_created_storage(graph, node, uses):
+        elif node.target in _ZEROS:
             _take_zeros(graph, node, uses)
-        elif node.target is aten.cat.default and _is_grown_storage(graph, node, uses):
-            _take_grown(graph, node, uses)
         else:
-            continue
+            _take_grown(graph, node, uses)
         taken.add(node)
     graph.quantized = {}
     graph.skipped += uses.unquantized(taken | skipped) or _left_float(graph, taken | skipped)
     return len(taken)
 
 
-def _skipped_storage(graph: KVGraph, uses: "_AttentionUses") -> set[Node]:
-    """The storage of the layers that the caller wants to stay float, recorded in ``graph.asked_float``."""
-    if not graph.skip_layers:
-        return set()
-    last = max((_layer_index(layer_of(attention.node)) or 0 for attention in uses.attentions), default=0)
-    found = set()
-    for node in graph.graph.nodes:
-        if node in graph.quantized or not _is_storage(graph, node, uses):
-            continue
-        use = uses.of(node)
-        name = node.meta.get("source_name") or (f"{layer_of(use[0].node)} {use[1]}s" if use else node.name)
-        index = _layer_index(name)
-        kinds = {index, *(["first"] if index == 0 else []), *(["last"] if index == last else [])}
-        if index in graph.sliding_layers:
-            kinds.add("sliding")
-        if kinds & graph.skip_layers:
-            found.add(node)
-            value = node.meta["val"]
-            size = int(value.shape[1] * value.shape[3] * value.dtype.itemsize)
-            graph.asked_float.append(Skipped("", name, f"icw.skip_layers: {size:,} bytes per token"))
-    return found
-
-
 def _is_storage(graph: KVGraph, node: Node, uses: "_AttentionUses") -> bool:
-    """Whether this is float storage that the pass would take."""
-    if node in graph.adoptable:
-        return _is_written_storage(node, uses)
+    """Whether this is float storage that can become int8."""
+    if node in graph.adoptable and _is_written_storage(node, uses):
+        return True
     if node.target in _ZEROS:
         return _is_created_storage(graph, node, uses)
     return node.target is aten.cat.default and _is_grown_storage(graph, node, uses)
+
+
+def _stays_float(graph: KVGraph, node: Node, uses: "_AttentionUses") -> bool:
+    """Whether the caller wants this storage to stay float (``icw.skip_layers``); recorded if so."""
+    name = _name_of(node, uses)
+    index = _layer_index(name)
+    if index is None or not graph.skip_layers:
+        return False
+    kinds: set[int | str] = {index}
+    if index == 0:
+        kinds.add("first")
+    if index == max((_layer_index(layer_of(attention.node)) or 0 for attention in uses.attentions), default=None):
+        kinds.add("last")
+    if index in graph.sliding_layers:
+        kinds.add("sliding")
+    if not kinds & graph.skip_layers:
+        return False
+    value = node.meta["val"]
+    size = int(value.shape[1] * value.shape[3] * value.dtype.itemsize)
+    graph.asked_float.append(Skipped("", name, f"icw.skip_layers: {size:,} bytes per token"))
+    return True
+
+
+def _name_of(storage: Node, uses: "_AttentionUses", source: str | None = None) -> str:
+    """Where storage lives, or the layer that uses it."""
+    if source := source or storage.meta.get("source_name"):
+        return source
+    use = uses.of(storage)
+    return f"{layer_of(use[0].node)} {use[1]}s" if use else storage.name
 
 
 def _layer_index(name: str) -> int | None:
@@ -437,7 +444,7 @@ def _stand_for(
     value, scale = graph.tensor(parts.qdata), graph.tensor(parts.scale)
     heads, head_dim = value.shape[1], value.shape[-1]
     layer = layer_of(use[0].node) if use else ""
-    name = name or (f"{layer} {use[1]}s" if use else node.name)
+    name = _name_of(node, uses, name)
     index = _layer_index(name)
     sliding = index in graph.sliding_layers
     kept = 0 if parts.exact is None else graph.tensor(parts.exact).shape[-2]
