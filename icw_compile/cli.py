@@ -37,7 +37,10 @@ def demo(
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Option(help="A hub id or a folder. Left out: the small model that ships with the package."),
+        typer.Option(
+            help="A hub id, a folder, or kjv-llama-2m or kjv-qwen2-2m, the small models that ship with the package. "
+            "Left out: kjv-llama-2m."
+        ),
     ] = None,
     text: Annotated[
         Path | None,
@@ -72,7 +75,10 @@ def evaluate(
         ),
     ] = None,
     others: Annotated[
-        bool, typer.Option(help="Also transformers' 8-bit QuantizedCache, which is slow, and the fp8 cache.")
+        bool,
+        typer.Option(
+            help="Also the float cache of the compiled model, transformers' 8-bit QuantizedCache (slow), and fp8."
+        ),
     ] = True,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="The model's dtype.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
@@ -82,7 +88,8 @@ def evaluate(
     """Measure the quality of the int8 cache, and of others, against the float cache of the same model.
 
     Windows of text are prefilled and then decoded teacher-forced, so that every score reads the cache. Beside ours:
-    transformers' 8-bit QuantizedCache (its last 128 tokens are in float), and float8 with one scale per tensor.
+    the float cache of the compiled model (what rounding in another order makes of 16-bit numbers), transformers' 8-bit
+    QuantizedCache (its last 128 tokens are in float), and float8 with one scale per tensor.
     """
     from icw_compile.evaluation import Settings, run_eval  # torch and transformers take seconds to import
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from support import tiny_model, tokens
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from icw_compile.assets import HELDOUT_TEXT, MODEL
+from icw_compile.assets import HELDOUT_TEXT, MODEL, train
 from icw_compile.cli import app
 from icw_compile.evaluation.command import parse_options
-from icw_compile.evaluation.contenders import Contender, contenders, fp8_cache
+from icw_compile.evaluation.contenders import FLOAT, FLOAT_COMPILED, Contender, contenders, fp8_cache
 from icw_compile.evaluation.hard import CASES, PAIRS, equivalence, harden
 from icw_compile.evaluation.quality import Windows, measure
 from icw_compile.evaluation.recall import Recall
@@ -78,6 +78,29 @@ def test_scores() -> None:
     assert ours["kl_mean"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=2e-2)
     assert ours["top1_agreement"] == pytest.approx((a.argmax(-1) == b.argmax(-1)).double().mean().item())
     assert ours["logit_distance"] == pytest.approx((a - b).abs().max().item(), rel=1e-2)
+
+
+@pytest.fixture
+def eager_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.compile`` without a backend runs the graph as it is: Inductor takes a minute, and is not tested."""
+    compile_with = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, backend="eager", **kw: compile_with(*args, backend=backend, **kw)
+    )
+
+
+@pytest.mark.usefixtures("eager_by_default")
+def test_the_compiled_float_cache_is_a_row() -> None:
+    """It computes in float although ours compiled the same module before, and ours stays int8 after it."""
+    model, windows = tiny_model(), cut()
+    rows = {row.name: row for row in contenders(model, [SETTING])}
+    names = list(rows)
+    assert names[:1] == [FLOAT] and names[2:3] == [FLOAT_COMPILED] and names[-1] == "fp8 per tensor"
+    stock, ours, compiled = (rows[name] for name in names[:3])
+    one, other = qualities([stock, ours, compiled], windows), qualities([stock, compiled, ours], windows)
+    for quality in (one[2], other[1]):
+        assert quality["total"]["kl_mean"] < 1e-8 and quality["total"]["logit_distance"] < 1e-4
+    assert one[1]["total"]["kl_mean"] > 1e-7 and one[1] == other[2]
 
 
 def test_fp8_cache_has_one_scale_per_tensor() -> None:
@@ -155,6 +178,64 @@ def test_recall_exam() -> None:
         Recall(tokenizer).exam(text, 16, depths=4)
 
 
+def test_recall_practice() -> None:
+    """Rows of the asked length, in which what follows a key that was there before is what followed it then."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    text = torch.tensor(tokenizer(HELDOUT_TEXT.read_text()[:4000], add_special_tokens=False).input_ids)
+    rows = Recall(tokenizer).practice(text, 257)
+    repeated = filled = 0
+    for _ in range(20):
+        row = next(rows)
+        assert row.shape == (257,) and row[0] == tokenizer.bos_token_id
+        lines = tokenizer.decode(row, skip_special_tokens=True).split("\n")[:-1]  # the last one may be cut
+        facts: dict[str, str] = {}
+        for line in lines:
+            if line.startswith("# "):
+                _, key, value = line.split(" ")
+                repeated += key in facts
+                assert facts.setdefault(key, value) == value
+        filled += any(line and not line.startswith("#") for line in lines)
+    assert repeated > 200 and filled > 10
+    with pytest.raises(ValueError, match="No practice"):
+        next(Recall(tokenizer).practice(text, 16))
+
+
+def test_induction_heads() -> None:
+    """Before any training: the previous token, the token itself, and what followed the key when it was there before."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = train.build_model(tokenizer, "qwen2", MODEL).eval()
+    train.set_induction_heads(model, seed=0)
+    ids = tokenizer("\n# altar mouth\n\n# angel name\n\n# ark night\n\n# beast nation\n\n# angel", return_tensors="pt")
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(ids.input_ids, output_attentions=True).attentions
+    tokens = tokenizer.convert_ids_to_tokens(ids.input_ids[0])
+    assert attentions[0][0, 0, -1].argmax() == len(tokens) - 2 and attentions[0][0, 1, -1].argmax() == len(tokens) - 1
+    assert attentions[2][0, 2, -1].argmax() == tokens.index(tokenizer.tokenize(" name")[0])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_training(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps from the shipped model, some rows of them recall practice."""
+    verses = HELDOUT_TEXT.read_text().replace("\n", " ").split(". ")
+    lines = [
+        f"{book}{i // 30 + 1}:{i % 30 + 1} {verse}." for book in ("Ge", "1Sm") for i, verse in enumerate(verses[:150])
+    ]
+    (tmp_path / "verses.txt").write_text("\n".join(lines))
+    monkeypatch.setattr(train, "SHORT_CONTEXT", 64)
+    monkeypatch.setattr(train, "LONG_CONTEXT", 128)
+    out = tmp_path / "model"
+    train.main(
+        tmp_path / "verses.txt", model_type, MODEL, 0.5, out, tmp_path / "heldout.txt", steps=2, tokens_per_step=256,
+        compiled=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.model_type == model_type and model.dtype == torch.bfloat16
+    moved = (model.lm_head.weight.float() - AutoModelForCausalLM.from_pretrained(MODEL).lm_head.weight.float()).abs()
+    assert 0 < moved.max() < 0.1
+    assert (tmp_path / "heldout.txt").read_text().startswith(verses[0])
+
+
 def test_options_are_parsed() -> None:
     assert parse_options("icw.attention=inductor,icw.strict=true,x=3") == {
         "icw.attention": "inductor", "icw.strict": True, "x": 3,
@@ -164,6 +245,7 @@ def test_options_are_parsed() -> None:
         parse_options("icw.strict")
 
 
+@pytest.mark.usefixtures("eager_by_default")
 def test_command(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     written, plot = tmp_path / "eval.json", tmp_path / "eval.png"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from icw_compile.assets import HELDOUT_TEXT, MODEL
+from icw_compile.assets import HELDOUT_TEXT, MODEL, MODELS
 from icw_compile.evaluation.contenders import contenders, has_hqq
 from icw_compile.evaluation.hard import CASES, equivalence, harden
 from icw_compile.evaluation.quality import Quality, Windows, measure, recall_accuracy
@@ -101,7 +101,7 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
     names = CASES if "all" in settings.hard else settings.hard
     if unknown := set(names) - set(CASES):
         raise ValueError(f"Unknown hard cases: {', '.join(sorted(unknown))}. There are: {', '.join(CASES)}, all.")
-    tokenizer = AutoTokenizer.from_pretrained(settings.model or str(MODEL))
+    tokenizer = AutoTokenizer.from_pretrained(_source(settings))
     model = _load(settings)
     text = (settings.text or HELDOUT_TEXT).read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -140,8 +140,14 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
     return cases
 
 
+def _source(settings: Settings) -> str:
+    """A hub id or a folder, for the names of the shipped models as well."""
+    name = settings.model or MODEL.name
+    return str(MODELS.get(name, name))
+
+
 def _load(settings: Settings) -> PreTrainedModel:
-    name = settings.model or str(MODEL)
+    name = _source(settings)
     config = AutoConfig.from_pretrained(name)
     if settings.layers is not None:
         text_config = config.get_text_config(decoder=True)

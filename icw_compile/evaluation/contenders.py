@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
-__all__ = ["FLOAT", "HQQ", "Contender", "contenders", "fp8_cache", "has_hqq"]
+__all__ = ["FLOAT", "FLOAT_COMPILED", "HQQ", "Contender", "contenders", "fp8_cache", "has_hqq"]
 
 FLOAT = "float"
+FLOAT_COMPILED = "float, compiled"
 HQQ = "HQQ 8-bit, last 128 tokens float"
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -35,7 +36,12 @@ class Contender:
 
 
 def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]], others: bool = True) -> list[Contender]:
-    """The float cache, which the rest is compared with; ours with each of the settings; HQQ, if installed, and fp8."""
+    """The float cache, which the rest is compared with; ours with each of the settings; the others.
+
+    Those are: the float cache of the model as ``torch.compile`` has it, whose distance comes from rounding in another
+    order and which no compiled row can be expected to beat; HQQ, if installed; and fp8. All rows share one model:
+    Dynamo keeps what it compiles for one backend from another.
+    """
 
     def static(length: int) -> StaticCache:
         return StaticCache(model.config, max_cache_len=length)
@@ -48,6 +54,7 @@ def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]], ot
         rows.append(Contender(name, compiled, static, options))
     if not others:
         return rows
+    rows.append(Contender(FLOAT_COMPILED, torch.compile(model, dynamic=False), static))
     if has_hqq():
         # Groups along the head of each token, as transformers' guide has it for this backend.
         rows.append(

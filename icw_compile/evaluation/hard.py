@@ -10,22 +10,27 @@ float model computes the same bits in any dtype: what the table then shows is th
     the pairs in the middle, which turn once in some hundreds of tokens at the usual base of 10,000 (no mean over the
     tokens is left of them), ``low`` the slowest.
 ``keys-bias-30x``, ``keys-bias-100x``
-    The constant offset in a few key channels that the bias of Qwen2.5's ``k_proj`` gives. An offset ``b`` adds
+    The offset in a few key channels that the bias of Qwen2.5's ``k_proj`` gives. An offset ``b`` adds
     ``(R_s q) . (R_t b)`` to the score of tokens s and t, which depends on both: nothing in the model can take it back,
     unless the query is zero in that pair. So the origin of this case is the model with the queries of two slow pairs
-    set to zero (`Hardened.origin` has that function), and the hard model equals it exactly. A model that has key
-    biases loses them in these pairs; ``keys-low`` and ``keys-mid`` scale its own along, with no change of function.
+    set to zero (`Hardened.origin` has that function), and the hard model equals it exactly. The offset alone sets no
+    row's scale far above another's, and costs int8 little at 30x; so what the input makes of these channels goes up to
+    the ratio as well, and a row's largest key lies where the two add up. A model that has key biases loses them in
+    these pairs; ``keys-low`` and ``keys-mid`` scale its own along, with no change of function.
 ``values-30x``, ``values-100x``
     Outlier value channels: rows of ``v_proj`` up, the columns of ``o_proj`` that read them down.
 ``sink``
     The first token's key dwarfs all others. No linear map of the hidden state can single a token out and leave the
     scores of the others alone, except where the query is zero: so, as above, the queries of two slow pairs are set to
     zero, and ``k_proj`` there reads the direction ``C^-1 x``, in which the first token's input ``x`` stands out most
-    from the others' (C is their second moment, from a text). The others' keys stay at the median there.
+    from the others' (C is their second moment, from a text). The others' keys stay at the median there. A cache with
+    a scale per token is not harmed by it, whatever the norm: the sink has a scale of its own. It is hard for a scale
+    per tensor.
 
 The ratio is that of a pair's amplitude to the head's median channel, the amplitude being what a ``k_proj`` or
 ``v_proj`` row makes of an input of unit mean square: the norm of the row times the input norm's weight, and its bias.
-Rounding the factor up to a power of two makes it at least the ratio that the name gives, and less than twice that.
+Rounding the factor up to a power of two makes it at least the ratio that the name gives, and less than twice that
+(where the query is zero, nothing needs rounding: the offset and the rest of such a channel have the ratio each).
 """
 
 import copy
@@ -169,11 +174,15 @@ def _scale_values(attention: Any, norm: Tensor, ratio: float) -> None:
 
 def _offset(attention: Any, norm: Tensor, ratio: float) -> None:
     head_dim, projection = attention.head_dim, attention.k_proj
-    median = _amplitudes(projection, norm, head_dim).median(-1).values
+    channels = _pairs("low", head_dim)
+    offset = ratio * _amplitudes(projection, norm, head_dim).median(-1).values
     if projection.bias is None:
         projection.bias = nn.Parameter(torch.zeros_like(projection.weight[:, 0]), requires_grad=False)
     heads = projection.bias.data.view(-1, head_dim)
-    heads[:, _pairs("low", head_dim)] = (ratio * median)[:, None].to(heads.dtype)
+    heads[:, channels] = 0.0
+    varying = _amplitudes(projection, norm, head_dim)[:, channels].square().mean(-1).sqrt()
+    _multiply(projection, channels, head_dim, (offset / varying).to(heads.dtype))
+    heads[:, channels] = offset[:, None].to(heads.dtype)
 
 
 def _inputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:

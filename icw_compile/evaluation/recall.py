@@ -5,6 +5,7 @@ A fact is a line ``# key value``, two ordinary words that say nothing about one 
 (associative recall as in Arora et al., "Zoology", 2023, in a haystack of text).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,3 +87,38 @@ class Recall:
             spans.append((len(questions), len(questions) + len(self.values[values[i]])))
             questions += [*self.values[values[i]], *self.end]
         return Exam(torch.tensor(sequence), torch.tensor(questions), spans, order)
+
+    def practice(self, text: Tensor, length: int) -> Iterator[Tensor]:
+        """Yield rows to learn the task from, int64 ``[length]``, for ever: facts in ``text``, asked for repeatedly.
+
+        A question with its answer reads as the fact does, so the loss on the next token is the loss on the answer. Each
+        row has its own number of facts, of lines and of gaps in which text lies: some are all questions, others hold a
+        few far from their facts.
+
+        Raises:
+            ValueError: a row is too short for two facts, or the text for a row.
+        """
+        longest = max(len(fact) for i in range(len(self.keys)) for fact in (self._fact(i, 0), self._fact(0, i)))
+        if length < 4 * longest or len(text) <= length:
+            raise ValueError(f"No practice in rows of {length} tokens with {len(text)} tokens of text.")
+
+        def below(end: int) -> int:
+            return int(torch.randint(end, (), generator=self.generator))
+
+        while True:
+            lines = 4 + below(length // 5 - 3)
+            count = 2 + below(min(lines // 2, len(self.keys)) - 1)
+            keys = torch.randperm(len(self.keys), generator=self.generator)[:count].tolist()
+            values = torch.randperm(len(self.values), generator=self.generator)[:count].tolist()
+            facts = [self._fact(key, value) for key, value in zip(keys, values, strict=True)]
+            order = [*range(count), *(below(count) for _ in range(lines - count))]
+            room = max(0, length - len(self.first) - sum(len(facts[i]) for i in order))
+            # Text lies behind the facts alone, before a run of questions, or between some of the questions as well.
+            gaps = count + below(lines - count + 1)
+            cuts = torch.randint(room + 1, (gaps - 1,), generator=self.generator).sort().values.tolist()
+            start = below(len(text) - room)
+            filler = text[start : start + room].tolist()
+            row = list(self.first)
+            for i, (begin, end) in zip(order, zip([0, *cuts, *[room] * lines], [*cuts, *[room] * lines])):
+                row += facts[i] + filler[begin:end]
+            yield torch.tensor(row[:length])
