@@ -71,7 +71,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Also the recall of facts strewn in texts of these lengths in tokens, separated by commas. It means "
-            "something for models that can do it; the shipped one cannot."
+            "something for models that can do it, such as kjv-qwen2-2m."
         ),
     ] = None,
     others: Annotated[

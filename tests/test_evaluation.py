@@ -129,6 +129,18 @@ def test_hard_models_are_equivalent(name: str, case: str) -> None:
         assert hardened.origin is model
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("keys")])
+def test_channels_of_zero_stay_as_they_are(case: str) -> None:
+    """A head that a model does not use in full, as `set_induction_heads` leaves some."""
+    model, ids = tiny_model("qwen2"), tokens(48, batch=2)
+    head_dim = model.model.layers[0].self_attn.head_dim
+    for projection in (model.model.layers[0].self_attn.k_proj, model.model.layers[0].self_attn.q_proj):
+        projection.weight.data[2:head_dim], projection.bias.data[2:head_dim] = 0.0, 0.0
+    hardened = harden(model, case, ids)
+    assert equivalence(hardened, ids) <= 1e-5
+    assert hardened.model.model.layers[0].self_attn.k_proj.weight.isfinite().all()
+
+
 def stored(model: Any, ids: Tensor, name: str) -> Tensor:
     """Keys or values of the first layer, ``[kv_heads, tokens, head_dim]``."""
     cache = contenders(model, [])[0].make_cache(ids.shape[1])
@@ -212,6 +224,13 @@ def test_induction_heads() -> None:
     tokens = tokenizer.convert_ids_to_tokens(ids.input_ids[0])
     assert attentions[0][0, 0, -1].argmax() == len(tokens) - 2 and attentions[0][0, 1, -1].argmax() == len(tokens) - 1
     assert attentions[2][0, 2, -1].argmax() == tokens.index(tokenizer.tokenize(" name")[0])
+
+    with torch.no_grad():
+        before = model(ids.input_ids).logits
+        assert model.model.layers[2].self_attn.k_proj.weight.abs().amax(1).eq(0).sum() == 32
+        train.fill_unread_keys(model, AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32))
+        assert model.model.layers[2].self_attn.k_proj.weight.abs().amax(1).all()
+        torch.testing.assert_close(model(ids.input_ids).logits, before)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])

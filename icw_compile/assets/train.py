@@ -198,6 +198,28 @@ def set_induction_heads(model: PreTrainedModel, seed: int) -> None:
         attention.o_proj.weight[:, head * head_dim : (head + 1) * head_dim] = code.T
 
 
+@torch.no_grad()
+def fill_unread_keys(model: PreTrainedModel, start: PreTrainedModel) -> None:
+    """Give key channels that are zero, and that no query reads, the weights of ``start``: the same function.
+
+    `set_induction_heads` leaves such channels, and training never moves them: their gradients are products with zeros.
+    No real cache is half zeros.
+    """
+    for layer, started in zip(model.model.layers, start.model.layers):
+        attention = layer.self_attn
+        heads = model.config.num_key_value_heads
+        half = attention.head_dim // 2
+
+        def size(projection: Any) -> Tensor:
+            """Of each rotary pair of each KV head, over the heads that share it, ``[kv_heads, 1, pairs]``."""
+            parameters = torch.cat([projection.weight, projection.bias[:, None]], dim=1).abs().amax(1)
+            return parameters.view(heads, -1, half).amax(1, keepdim=True)  # noqa: B023
+
+        unread = (size(attention.q_proj) == 0) & (size(attention.k_proj) == 0)
+        rows = unread.expand(-1, 2, -1).flatten()
+        attention.k_proj.weight[rows] = started.self_attn.k_proj.weight[rows].to(attention.k_proj.weight.dtype)
+
+
 def batches(
     tokens: Tensor, context: int, bos: int, tokens_per_step: int, recall: Recall, recall_share: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -351,6 +373,8 @@ def main(
     minutes = (time.perf_counter() - began) / 60
     console.print(f"trained on {steps * tokens_per_step:,} tokens in {minutes:.1f} minutes")
 
+    if start is not None and recall_share and model_type == "qwen2":
+        fill_unread_keys(model, AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32))
     out = out or ASSETS / f"kjv-{model_type}-2m"
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -27,13 +27,15 @@ float model computes the same bits in any dtype: what the table then shows is th
     a scale per token is not harmed by it, whatever the norm: the sink has a scale of its own. It is hard for a scale
     per tensor.
 
-The ratio is that of a pair's amplitude to the head's median channel, the amplitude being what a ``k_proj`` or
-``v_proj`` row makes of an input of unit mean square: the norm of the row times the input norm's weight, and its bias.
+The ratio is that of a pair's amplitude to the head's median channel (of those that are not zero), the amplitude being
+what a ``k_proj`` or ``v_proj`` row makes of an input of unit mean square: the norm of the row times the input norm's
+weight, and its bias.
 Rounding the factor up to a power of two makes it at least the ratio that the name gives, and less than twice that
 (where the query is zero, nothing needs rounding: the offset and the rest of such a channel have the ratio each).
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -150,9 +152,15 @@ def _power_of_two(factor: Tensor) -> Tensor:
 
 
 def _factor(projection: Any, norm: Tensor, head_dim: int, channels: Tensor, ratio: float) -> Tensor:
-    """What lifts the channels to ``ratio`` times the median of their head, float32 ``[heads]``."""
+    """What lifts the channels to ``ratio`` times the median of their head, float32 ``[heads]``; 1 if they are zero."""
     amplitudes = _amplitudes(projection, norm, head_dim)
-    return _power_of_two(ratio * amplitudes.median(-1).values / amplitudes[:, channels].square().mean(-1).sqrt())
+    own = amplitudes[:, channels].square().mean(-1).sqrt()
+    return torch.where(own > 0, _power_of_two(ratio * _median(amplitudes) / own.clamp(min=1e-12)), 1.0)
+
+
+def _median(amplitudes: Tensor) -> Tensor:
+    """The median of each head's channels that are not zero, float32 ``[heads]``."""
+    return amplitudes.masked_fill(amplitudes == 0, math.nan).nanmedian(-1).values.nan_to_num(0.0)
 
 
 def _scale_keys(attention: Any, norm: Tensor, ratio: float, where: str) -> None:
@@ -175,13 +183,13 @@ def _scale_values(attention: Any, norm: Tensor, ratio: float) -> None:
 def _offset(attention: Any, norm: Tensor, ratio: float) -> None:
     head_dim, projection = attention.head_dim, attention.k_proj
     channels = _pairs("low", head_dim)
-    offset = ratio * _amplitudes(projection, norm, head_dim).median(-1).values
+    offset = ratio * _median(_amplitudes(projection, norm, head_dim))
     if projection.bias is None:
         projection.bias = nn.Parameter(torch.zeros_like(projection.weight[:, 0]), requires_grad=False)
     heads = projection.bias.data.view(-1, head_dim)
     heads[:, channels] = 0.0
     varying = _amplitudes(projection, norm, head_dim)[:, channels].square().mean(-1).sqrt()
-    _multiply(projection, channels, head_dim, (offset / varying).to(heads.dtype))
+    _multiply(projection, channels, head_dim, (offset / varying.clamp(min=1e-12)).to(heads.dtype))
     heads[:, channels] = offset[:, None].to(heads.dtype)
 
 
@@ -200,7 +208,7 @@ def _inputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 
 def _sink(attention: Any, norm: Tensor, seen: Tensor) -> None:
     head_dim, projection = attention.head_dim, attention.k_proj
-    median = _amplitudes(projection, norm, head_dim).median(-1).values
+    median = _median(_amplitudes(projection, norm, head_dim))
     first, others = seen[0, 0], seen[:, 1:].flatten(0, 1)
     second_moment = others.T @ others / len(others)
     ridge = 1e-3 * second_moment.diagonal().mean() * torch.eye(len(first), device=first.device)
