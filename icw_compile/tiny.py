@@ -156,8 +156,8 @@ def _shrunk(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> 
         # Latent attention expands its keys and values to every query head before they are cached.
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     if "layer_types" in names:
-        # One layer of each kind that the architecture mixes, two if there is but one.
+        # The kinds that the architecture mixes, by turns: one layer of each, two if there is but one.
         kinds = list(dict.fromkeys(config_class().layer_types or ["full_attention"]))
-        sizes["layer_types"] = kinds if len(kinds) > 1 else 2 * kinds
-        sizes["num_hidden_layers"] = len(sizes["layer_types"])
+        layers = sizes["num_hidden_layers"] = own.get("num_hidden_layers", max(2, len(kinds)))
+        sizes["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
     return config_class(**{**{name: v for name, v in sizes.items() if name in names}, **inner, **own})

@@ -36,10 +36,7 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mistral-full": (MistralConfig, {"sliding_window": None}),
     "gemma": (GemmaConfig, {}),
     "gemma2": (Gemma2Config, {"sliding_window": WINDOW, "attn_logit_softcapping": 20.0}),
-    "gemma3_text": (
-        Gemma3TextConfig,
-        {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
+    "gemma3_text": (Gemma3TextConfig, {"sliding_window": WINDOW, "sliding_window_pattern": 2}),
     "phi3": (Phi3Config, {}),
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {}),

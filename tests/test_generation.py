@@ -139,9 +139,7 @@ def model_for(name: str, **overrides: Any) -> PreTrainedModel:
 
 def assistant_for(name: str) -> PreTrainedModel:
     """A smaller model of the same kind, which guesses a few tokens at a time, some of them wrong."""
-    listed = name in ("gemma3_text", "cohere2", "gpt_oss")  # their layers, which have to be as many
-    layers = {"layer_types": ["sliding_attention"]} if listed else {}
-    model = model_for(name, num_hidden_layers=1, **layers)
+    model = model_for(name, num_hidden_layers=1)
     model.generation_config.num_assistant_tokens = 4
     model.generation_config.num_assistant_tokens_schedule = "constant"
     model.generation_config.assistant_confidence_threshold = 0
