@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, statically_known_true
+from torch.utils._pytree import tree_map
 
 from icw_compile.rows import NOTHING, Quantized
 
@@ -182,6 +183,7 @@ class KVGraph:
         self.inputs: dict[str, Input] = {}
         self.outputs = [Output(i) for i in range(len(self.output_nodes))]
         self.storage: dict[Node, tuple[Quantized, Site]] = {}
+        self._results: dict[Any, Any] = {}
 
     @property
     def graph(self) -> torch.fx.Graph:
@@ -209,10 +211,7 @@ class KVGraph:
         for name in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if name in self._origin.meta:
                 node.meta[name] = self._origin.meta[name]
-        fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.fake_mode or nullcontext(), torch.no_grad():
-            value = target(*fake_args, **fake_kwargs)
-        node.meta["val"] = value
+        value = node.meta["val"] = self._result(target, *torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"]))
         if not isinstance(value, (tuple, list)):
             return node
         elements = []
@@ -222,6 +221,20 @@ class KVGraph:
             item.meta = {**node.meta, "val": element}
             elements.append(item)
         return tuple(elements)
+
+    def _result(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``target`` returns for fake arguments.
+
+        An operation of ours is a dozen of torch's, whose symbolic shapes are slow to work out, and each layer asks for
+        the same: those results are made from the layout of the first.
+        """
+        with self.fake_mode or nullcontext(), torch.no_grad():
+            if self.fake_mode is None or getattr(target, "namespace", "") != "icw_int8kv":
+                return target(*args, **kwargs)
+            key = (target, _layout(args), _layout(tuple(kwargs.items())))
+            if key not in self._results:
+                self._results[key] = target(*args, **kwargs)
+            return tree_map(_another, self._results[key])
 
     def number(self, size: int | torch.SymInt) -> int | Node | None:
         """``size`` as an argument of a node: itself, or the placeholder that carries it; ``None`` if there is none."""
@@ -283,6 +296,21 @@ class KVGraph:
 
 def _short_name(target: Any) -> str | None:
     return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else None
+
+
+def _layout(value: Any) -> Any:
+    """Arguments as a key: all that the shape, the strides and the dtype of a result can depend on."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device, _layout(value.shape), _layout(value.stride())
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    if isinstance(value, (float, torch.SymFloat)):
+        return float
+    return tuple(map(_layout, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _another(fake: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
 
 
 def _written(node: Node | None) -> Node | None:

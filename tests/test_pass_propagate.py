@@ -172,3 +172,19 @@ def test_second_run_matches_nothing() -> None:
     before = text(graph)
     assert propagate(graph) == 0
     assert text(graph) == before
+
+
+def test_a_result_of_the_same_layout_is_made_from_an_earlier_one() -> None:
+    """As the operation returns it: shape, strides and dtype; and a tensor of its own."""
+    turned = kv().transpose(1, 2).contiguous().transpose(1, 2)
+    shift = torch.zeros(2, 2, 1, HEAD_DIM, dtype=torch.int8)
+    inputs = (kv(), turned, kv(3), kv().half(), kv(), shift)
+    graph = trace(lambda *inputs: inputs[0] + 1, *inputs)
+    *operands, shift_node = graph.graph.find_nodes(op="placeholder")
+    scale_channels = torch.ops.icw_int8kv.scale_channels.default
+    with graph.before(graph.graph.output_node()):
+        made = [graph.call(scale_channels, operand, shift_node).meta["val"] for operand in operands]
+    expected = [scale_channels(operand, shift) for operand in inputs[:-1]]
+    for fake, real in zip(made, expected, strict=True):
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+    assert len({id(fake) for fake in made}) == len(made)
