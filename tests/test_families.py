@@ -102,14 +102,16 @@ def test_left_padded_batch(name: str, attention: str) -> None:
 
     def generate(cache: StaticCache, model: object) -> torch.Tensor:
         logits = []
-        step, seen = ids, mask
+        # Of the cache's length from the start, which BLOOM's position biases have to be.
+        step, seen = ids, torch.nn.functional.pad(mask, (0, 8))
         position = mask.cumsum(-1) - 1
         for _ in range(6):
             with torch.no_grad():
                 out = model(step, attention_mask=seen, position_ids=position.clamp(min=0), past_key_values=cache)
             logits.append(out.logits[:, -1])
             step = tokens(1, batch=3, seed=len(logits))
-            seen = torch.cat([seen, torch.ones_like(step)], dim=1)
+            seen = seen.clone()
+            seen[:, length - 1 + len(logits)] = 1
             position = position[:, -1:] + 1
         return torch.stack(logits, dim=1)
 
