@@ -338,8 +338,10 @@ def _first_rows(func: Any, args: tuple[Any, ...]) -> int | None:
         return None
     defaults: tuple[Any, ...] = (0, None, None, 1)
     x, dim, start, end, step = args + defaults[len(args) - 1 :]
+    if x.dim() != 4 or dim not in (2, -2) or step != 1:
+        return None
     rows = range(x.shape[2])[start:end]
-    return len(rows) if x.dim() == 4 and dim in (2, -2) and rows.start == 0 and step == 1 else None
+    return len(rows) if rows.start == 0 else None
 
 
 class _Eager:

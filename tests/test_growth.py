@@ -96,6 +96,14 @@ def test_a_view_keeps_storage_from_being_taken() -> None:
     assert torch.equal(grown.dequantize(), before)
 
 
+def test_rows_of_one_head() -> None:
+    q, x = pair()
+    rows_of_head = q[0, 0][1:3]
+    assert same(rows_of_head, x[0, 0][1:3])
+    rows_of_head.zero_()
+    assert not q[0, 0, 1:3].dequantize().any() and same(q[1], x[1])
+
+
 def test_layout_does_not_show() -> None:
     """As the result of `cat`, it is contiguous: code that says `view` works."""
     q, x = pair()
