@@ -24,9 +24,8 @@ lint: $(VENV)/requirements
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-# From another folder, so that it is the installed package that is checked.
-types: $(VENV)/installed
-	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p icw_compile
+types: $(VENV)/requirements
+	$(BIN)/mypy -p icw_compile
 
 notebooks: $(VENV)/installed
 	$(BIN)/jupytext --test --to py:percent notebooks/*.ipynb

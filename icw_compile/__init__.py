@@ -5,11 +5,11 @@ at what was done (`report`, `explain`), for making an int8 cache by hand (`stati
 that it holds (`QuantizedKV`).
 """
 
-from icw_compile.cache import cache_bytes, static_cache
+from icw_compile.cache.static import cache_bytes, static_cache
+from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
 from icw_compile.explain import Explanation, explain
 from icw_compile.report import GraphReport, Report, report, reset_report
-from icw_compile.tensor import QuantizedKV
 
 __all__ = [
     "Explanation",

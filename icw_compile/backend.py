@@ -12,9 +12,10 @@ import torch
 import torch._inductor.config
 from torch.fx import GraphModule, Node
 
-from icw_compile import ops
-from icw_compile.binding import bind
-from icw_compile.capture import (
+from icw_compile.cache.binding import bind
+from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
+from icw_compile.formats import ops
+from icw_compile.frontend.capture import (
     NotCapturedError,
     capture,
     example_inputs,
@@ -22,8 +23,7 @@ from icw_compile.capture import (
     source_name,
     works_on_a_cache,
 )
-from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
-from icw_compile.families import family_of
+from icw_compile.frontend.families import family_of
 from icw_compile.kernels import find_kernel
 from icw_compile.options import Options, split_options
 from icw_compile.passes import PASSES, Kernel, KVGraph, Skipped, run_passes

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from icw_compile.binding import bind
-from icw_compile.capture import capture
+from icw_compile.cache.binding import bind
+from icw_compile.frontend.capture import capture
 from icw_compile.kernels import find_kernel
 from icw_compile.options import Options
 from icw_compile.passes import PASSES, PassResult, Site, Skipped, run_passes

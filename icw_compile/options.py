@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-from icw_compile.rows import Keep
+from icw_compile.formats.rows import Keep
 
 __all__ = ["Options", "split_options"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from icw_compile.growth import Growth, growth, reset_growth
+from icw_compile.cache.growth import Growth, growth, reset_growth
 from icw_compile.passes import Site, Skipped
 
 __all__ = ["GraphReport", "Report", "report", "reset_report"]
@@ -19,7 +19,7 @@ class GraphReport:
 
     Attributes:
         name: ``graph 0``, ``graph 1``, ... in the order of compilation.
-        family: the model type whose code the graph came from, if it is one of `icw_compile.families`.
+        family: the model type whose code the graph came from, if it is one of `icw_compile.frontend.families`.
         expected_sites: the key/value storages that a graph with this many layers of that family has.
         sites: each key or value storage that lives as int8, and how it is written and read.
         skipped: what looks like a cache and stays float, or is read through a dequantized copy, and why.

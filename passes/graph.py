@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, statically_known_true
 from torch.utils._pytree import tree_map
 
-from icw_compile.rows import NOTHING, Quantized
+from icw_compile.formats.rows import NOTHING, Quantized
 
 __all__ = [
     "SITE",
@@ -278,7 +278,7 @@ class KVGraph:
         return self.graph.create_node("call_function", target, args, kwargs, name)
 
     def tensor(self, operand: Any) -> torch.Tensor:
-        """The fake tensor of a node; with `call`, this makes the graph an `icw_compile.rows.Evaluator`."""
+        """The fake tensor of a node; with `call`, this makes the graph an `icw_compile.formats.rows.Evaluator`."""
         return operand.meta["val"]
 
     def same(self, a: Node | None, b: Node | None) -> bool:

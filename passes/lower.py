@@ -10,8 +10,8 @@
 
 A kernel reads the int8 rows once for all query heads that share them. Without one, decode reads them inside the
 reductions that Inductor generates; neither makes a float cache. Prefill dequantizes the one layer that it reads and
-hands it to torch's attention. All compute the same function (`icw_compile.ops`). Rows that are kept in the model's
-dtype are masked out of the kernel's attention and merged with its output; prefill puts them in their places.
+hands it to torch's attention. All compute the same function (`icw_compile.formats.ops`). Rows that are kept in the
+model's dtype are masked out of the kernel's attention and merged with its output; prefill puts them in their places.
 """
 
 from typing import Any

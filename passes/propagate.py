@@ -13,8 +13,9 @@
                                                     other = mul(window, 3)
     return (new,)                                   return (new_qdata, new_scale)
 
-What an operation does to the parts is `icw_compile.rows.RULES`. An operation without a rule gets the dequantized
-value, taken right where it is used, so that it sees every write before it. Order and aliasing of writes are preserved.
+What an operation does to the parts is `icw_compile.formats.rows.RULES`. An operation without a rule gets the
+dequantized value, taken right where it is used, so that it sees every write before it. Order and aliasing of writes are
+preserved.
 """
 
 from typing import Any
@@ -22,8 +23,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from icw_compile.formats.rows import RULES, Quantized, dequantize, quantize_like
 from icw_compile.passes.graph import SITE, KVGraph, Output, Site, aliases, is_mutation
-from icw_compile.rows import RULES, Quantized, dequantize, quantize_like
 
 __all__ = ["propagate"]
 

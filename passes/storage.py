@@ -36,10 +36,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from icw_compile.ops import scale_dtype_for
+from icw_compile.formats.ops import scale_dtype_for
+from icw_compile.formats.rows import RULES, Quantized, dequantize, keep_written, quantize_like
 from icw_compile.passes.attention import Attention, match_attention
 from icw_compile.passes.graph import Input, KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
-from icw_compile.rows import RULES, Quantized, dequantize, keep_written, quantize_like
 
 __all__ = ["find_storage"]
 

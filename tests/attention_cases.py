@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from icw_compile import ops
+from icw_compile.formats import ops
 
 
 def make(batch, query_heads, heads, tokens, length, head_dim, value_dim, dtype, seed=0):

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.formats.rows import Quantized
 from icw_compile.passes import KVGraph
-from icw_compile.rows import Quantized
-from icw_compile.tensor import QuantizedKV
 
 BATCH, HEADS, QUERY_HEADS, TOKENS, HEAD_DIM = 2, 2, 4, 8, 16
 

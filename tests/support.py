@@ -23,8 +23,8 @@ from transformers import (
 )
 
 import icw_compile
-from icw_compile.families import FAMILIES
-from icw_compile.tiny import VOCABULARY, tiny_causal_lm
+from icw_compile.frontend.families import FAMILIES
+from icw_compile.lab.tiny import VOCABULARY, tiny_causal_lm
 
 #: Run the rewritten graph as it is, with nothing in it but what Inductor could compile.
 EAGER = {"icw.compiler": "eager", "icw.attention": "inductor"}

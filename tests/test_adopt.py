@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.generation import CompileConfig
 
 from icw_compile import QuantizedKV
-from icw_compile.adopt import adopt, find_owners
-from icw_compile.reference import quantize_dequantize, reference_cache
+from icw_compile.cache.adopt import adopt, find_owners
+from icw_compile.lab.reference import quantize_dequantize, reference_cache
 
 
 def filled(model: PreTrainedModel, length: int, max_cache_len: int) -> tuple[StaticCache, StaticCache, torch.Tensor]:

@@ -18,7 +18,7 @@ import icw_compile
 from icw_compile import QuantizedKV, UnquantizedCacheWarning
 from icw_compile.kernels import cpu
 from icw_compile.kernels.cpu import KernelUnavailableError
-from icw_compile.reference import reference_cache
+from icw_compile.lab.reference import reference_cache
 
 
 def test_found_by_name_without_an_import() -> None:

@@ -11,14 +11,21 @@ from support import tiny_model, worker
 from transformers.utils import is_hqq_available
 from typer.testing import CliRunner
 
-import icw_compile.bench.model as bench_model
+import icw_compile.lab.bench.model as bench_model
 from icw_compile import QuantizedKV
-from icw_compile.bench.measure import Spread, WorkerError, in_own_process, peak_bytes, ratio, reset_peak, take_turns
-from icw_compile.bench.model import CONTENDERS, ContextResult, Measured, Settings, choose_contenders, measure_context
-from icw_compile.bench.operator import OPERATOR_CONTENDERS, Case, run_case
-from icw_compile.bench.output import context_notes, plot_contexts
-from icw_compile.bench.shapes import SHAPES, build_model, load_config
-from icw_compile.cli import app
+from icw_compile.lab.bench.measure import Spread, WorkerError, in_own_process, peak_bytes, ratio, reset_peak, take_turns
+from icw_compile.lab.bench.model import (
+    CONTENDERS,
+    ContextResult,
+    Measured,
+    Settings,
+    choose_contenders,
+    measure_context,
+)
+from icw_compile.lab.bench.operator import OPERATOR_CONTENDERS, Case, run_case
+from icw_compile.lab.bench.output import context_notes, plot_contexts
+from icw_compile.lab.bench.shapes import SHAPES, build_model, load_config
+from icw_compile.lab.cli import app
 
 CPU = torch.device("cpu")
 
@@ -206,7 +213,7 @@ def test_operator() -> None:
 
 
 def test_operator_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("icw_compile.bench.CASES", (Case(2, 2, 64, 256),))
+    monkeypatch.setattr("icw_compile.lab.bench.CASES", (Case(2, 2, 64, 256),))
     file = tmp_path / "results.json"
     done = CliRunner().invoke(
         app, ["bench", "--op", "attention", "--steps", "2", "--json", str(file)], catch_exceptions=False

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from transformers import StaticCache
 
 import icw_compile
-from icw_compile.capture import capture, example_inputs, source_name
+from icw_compile.frontend.capture import capture, example_inputs, source_name
 from icw_compile.passes import KVGraph
 
 

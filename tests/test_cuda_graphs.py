@@ -10,7 +10,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from transformers import Cache, DynamicCache, StaticCache
 
 import icw_compile
-from icw_compile.reference import reference_cache
+from icw_compile.lab.reference import reference_cache
 
 
 @pytest.fixture

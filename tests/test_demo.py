@@ -6,8 +6,8 @@ from support import tiny_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from icw_compile.assets import MODEL
-from icw_compile.cli import app
+from icw_compile.lab.assets import MODEL
+from icw_compile.lab.cli import app
 
 
 def test_demo_with_a_model_of_the_users_own(tmp_path: Path) -> None:

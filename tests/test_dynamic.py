@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from icw_compile import QuantizedKV
-from icw_compile.reference import dynamic_reference_cache
+from icw_compile.lab.reference import dynamic_reference_cache
 
 
 @pytest.mark.parametrize(("name", "attention"), MODEL_ATTENTIONS)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from icw_compile.reference import quantize_dequantize
+from icw_compile.lab.reference import quantize_dequantize
 
 TOKENS, HEAD_DIM, QUERIES, OUTLIER_PAIRS = 4096, 128, 64, 2
 PLAIN = 0.012  # what int8 keys and values without outliers stay below

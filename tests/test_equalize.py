@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import icw_compile
-from icw_compile import QuantizedKV, reference
-from icw_compile.ops import channel_shift, dequantize_per_head, quantize_per_head
-from icw_compile.reference import dynamic_reference_cache, quantize_dequantize, reference_cache
+from icw_compile import QuantizedKV
+from icw_compile.formats.ops import channel_shift, dequantize_per_head, quantize_per_head
+from icw_compile.lab import reference
+from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize, reference_cache
 
 OUTLIERS = {3: 30.0, 9: 100.0}
 

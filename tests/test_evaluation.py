@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from icw_compile.assets import HELDOUT_TEXT, MODEL, train
-from icw_compile.cli import app
-from icw_compile.evaluation.command import parse_options
-from icw_compile.evaluation.contenders import FLOAT, FLOAT_COMPILED, Contender, contenders, fp8_cache
-from icw_compile.evaluation.hard import CASES, PAIRS, equivalence, harden
-from icw_compile.evaluation.quality import Windows, measure
-from icw_compile.evaluation.recall import Recall
-from icw_compile.reference import reference_cache
+from icw_compile.lab.assets import HELDOUT_TEXT, MODEL, train
+from icw_compile.lab.cli import app
+from icw_compile.lab.evaluation.command import parse_options
+from icw_compile.lab.evaluation.contenders import FLOAT, FLOAT_COMPILED, Contender, contenders, fp8_cache
+from icw_compile.lab.evaluation.hard import CASES, PAIRS, equivalence, harden
+from icw_compile.lab.evaluation.quality import Windows, measure
+from icw_compile.lab.evaluation.recall import Recall
+from icw_compile.lab.reference import reference_cache
 
 SETTING = {"icw.compiler": "eager", "icw.attention": "inductor"}
 

@@ -20,8 +20,8 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 import icw_compile
-from icw_compile.families import FAMILIES
-from icw_compile.reference import reference_cache
+from icw_compile.frontend.families import FAMILIES
+from icw_compile.lab.reference import reference_cache
 
 DECODE = (1,) * 24
 LENGTH = 48

@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import DynamicCache, StaticCache
 
 from icw_compile import QuantizedKV
-from icw_compile.flex import is_elementwise, spell_out
-from icw_compile.reference import dynamic_reference_cache, reference_cache
+from icw_compile.frontend.flex import is_elementwise, spell_out
+from icw_compile.lab.reference import dynamic_reference_cache, reference_cache
 
 CHUNKS = (9, *(1,) * 9)  # past the window of 16 where there is one
 

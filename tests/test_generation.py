@@ -18,9 +18,9 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from icw_compile import QuantizedKV
-from icw_compile.assets import MODEL
-from icw_compile.families import FAMILIES
-from icw_compile.reference import dynamic_reference_cache, reference_cache
+from icw_compile.frontend.families import FAMILIES
+from icw_compile.lab.assets import MODEL
+from icw_compile.lab.reference import dynamic_reference_cache, reference_cache
 
 LENGTH = 64
 NEW = 12

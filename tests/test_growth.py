@@ -15,8 +15,8 @@ from transformers import DynamicCache
 
 import icw_compile
 from icw_compile import QuantizedKV
-from icw_compile.growth import capacity_for, growth
-from icw_compile.reference import dynamic_reference_cache, quantize_dequantize
+from icw_compile.cache.growth import capacity_for, growth
+from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize
 
 SHAPE = (2, 2, 5, 8)
 

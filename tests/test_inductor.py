@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 
 import icw_compile
 from icw_compile import QuantizedKV
-from icw_compile.reference import dynamic_reference_cache, reference_cache
+from icw_compile.lab.reference import dynamic_reference_cache, reference_cache
 
 #: Small enough to compile quickly; each number in a shape of the cache is one that no weight has.
 TOKENS, HEAD_DIM, KV_HEADS = 320, 40, 2

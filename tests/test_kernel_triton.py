@@ -18,8 +18,8 @@ from torch._dynamo.utils import counters
 import icw_compile
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.kernels import find_kernel, gpu
+from icw_compile.lab.reference import reference_cache
 from icw_compile.passes import Kernel
-from icw_compile.reference import reference_cache
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -349,7 +349,7 @@ import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from icw_compile.kernels import attention_triton, gpu
-from icw_compile.ops import scale_dtype_for
+from icw_compile.formats.ops import scale_dtype_for
 
 capability, cases = json.loads(sys.argv[1])
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from support import relative_distance
 from torch import Tensor
 
-from icw_compile import ops
-from icw_compile.reference import quantize_dequantize
+from icw_compile.formats import ops
+from icw_compile.lab.reference import quantize_dequantize
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = ["attention", "attention_prefill"]

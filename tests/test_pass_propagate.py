@@ -7,11 +7,11 @@ from graphs import HEAD_DIM, counts, kv, query, run, text, trace
 from support import relative_distance
 from torch import Tensor
 
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.formats.rows import Quantized
+from icw_compile.lab.reference import quantize_dequantize
 from icw_compile.passes import PASSES, run_passes
 from icw_compile.passes.propagate import propagate
-from icw_compile.reference import quantize_dequantize
-from icw_compile.rows import Quantized
-from icw_compile.tensor import QuantizedKV
 
 PROPAGATE = PASSES[:2]
 POSITION = torch.tensor([3])

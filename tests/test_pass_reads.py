@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import dropout, softmax
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.lab.reference import quantize_dequantize
 from icw_compile.passes import PASSES, Kernel, KVGraph, run_passes
 from icw_compile.passes.attention import match_attention
 from icw_compile.passes.lower import lower
 from icw_compile.passes.reads import fuse_reads
-from icw_compile.reference import quantize_dequantize
-from icw_compile.tensor import QuantizedKV
 
 SCALE = 0.3
 SINKS = torch.linspace(-1.0, 3.0, QUERY_HEADS)

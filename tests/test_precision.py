@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import icw_compile
-from icw_compile import QuantizedKV, ops
-from icw_compile.cache import cache_bytes
+from icw_compile import QuantizedKV
+from icw_compile.cache.static import cache_bytes
+from icw_compile.formats import ops
+from icw_compile.formats.ops import keep_rows
+from icw_compile.formats.rows import Keep
 from icw_compile.kernels import cpu
-from icw_compile.ops import keep_rows
+from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize, reference_cache
 from icw_compile.options import split_options
-from icw_compile.reference import dynamic_reference_cache, quantize_dequantize, reference_cache
-from icw_compile.rows import Keep
 
 SINKS, RECENT = 2, 3
 KEEP = {"sink_tokens": SINKS, "recent_tokens": RECENT}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
-from icw_compile.assets import HELDOUT_TEXT, MODEL
+from icw_compile.lab.assets import HELDOUT_TEXT, MODEL
 
 BATCH, PROMPT, DECODED = 8, 64, 512
 

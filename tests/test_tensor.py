@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from icw_compile import QuantizedKV, cache_bytes, static_cache
-from icw_compile.reference import quantize_dequantize, reference_cache
+from icw_compile.lab.reference import quantize_dequantize, reference_cache
 
 SHAPE = (2, 3, 7, 8)
 

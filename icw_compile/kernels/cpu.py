@@ -5,7 +5,7 @@ traced and printed anywhere. `load` compiles ``attention.cpp`` for this machine 
 uses (two to five seconds), keeps the shared library in Inductor's cache directory, and gives the operator its CPU
 kernel; calling the operator before that is an error of torch's dispatcher.
 
-Shapes, in the letters of `icw_compile.ops`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query
+Shapes, in the letters of `icw_compile.formats.ops`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query
 tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from icw_compile.errors import KernelUnavailableError
-from icw_compile.ops import ATTENTION_ARGUMENTS
+from icw_compile.formats.ops import ATTENTION_ARGUMENTS
 
 __all__ = ["attention", "attention_lse", "is_available", "load", "supports"]
 

@@ -5,7 +5,7 @@ that graphs that hold it can be traced and printed anywhere. The kernels are in 
 which is imported at the first call; Triton compiles each variant at its first call (about a second) and keeps it in
 its own cache on disk.
 
-Shapes, in the letters of `icw_compile.ops`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query
+Shapes, in the letters of `icw_compile.formats.ops`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query
 tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from icw_compile.errors import KernelUnavailableError
-from icw_compile.ops import ATTENTION_ARGUMENTS
+from icw_compile.formats.ops import ATTENTION_ARGUMENTS
 
 __all__ = [
     "MAX_HEAD_DIM",

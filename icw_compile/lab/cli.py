@@ -28,7 +28,7 @@ def demo(
     rounds: Annotated[int, typer.Option(min=1, help="Timed generations of each kind, in turn.")] = 3,
 ) -> None:
     """Continue prompts with the stock compiled cache and with the int8 one, and compare."""
-    from icw_compile.demo import run_demo  # torch and transformers take seconds to import
+    from icw_compile.lab.demo import run_demo  # torch and transformers take seconds to import
 
     run_demo(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, device=device, rounds=rounds)
 
@@ -91,7 +91,7 @@ def evaluate(
     the float cache of the compiled model (what rounding in another order makes of 16-bit numbers), transformers' 8-bit
     QuantizedCache (its last 128 tokens are in float), and float8 with one scale per tensor.
     """
-    from icw_compile.evaluation import Settings, run_eval  # torch and transformers take seconds to import
+    from icw_compile.lab.evaluation import Settings, run_eval  # torch and transformers take seconds to import
 
     lengths = tuple(int(length) for length in recall.split(",")) if recall else ()
     settings = Settings(
@@ -139,7 +139,7 @@ def bench(
 
     Exits with 1 if something failed or did not fit in memory.
     """
-    from icw_compile.bench import Settings, run_model_bench, run_operator_bench  # torch takes seconds to import
+    from icw_compile.lab.bench import Settings, run_model_bench, run_operator_bench  # torch takes seconds to import
 
     if op is not None:
         raise typer.Exit(run_operator_bench(batch=batch, device=device, dtype=dtype, rounds=steps, json_file=json))
@@ -165,7 +165,7 @@ def sweep(
 
     Exits with 1 if an answer is wrong, or if something fails that stock torch.compile can do.
     """
-    from icw_compile.sweep import run_sweep  # torch and transformers take seconds to import
+    from icw_compile.lab.sweep import run_sweep  # torch and transformers take seconds to import
 
     chosen = types.split(",") if types else None
     raise typer.Exit(run_sweep(chosen, attention=attention, jobs=jobs, json_file=json, as_markdown=markdown))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from icw_compile.families import FAMILIES
+from icw_compile.frontend.families import FAMILIES
 
 __all__ = ["SHAPES", "Shape", "build_model", "load_config"]
 

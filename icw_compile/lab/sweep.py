@@ -1,8 +1,8 @@
 """What the backend does with each architecture of transformers: one tiny model of each, checked against a reference.
 
-Every model type is built small (`icw_compile.tiny`), fed a prompt and a few single tokens through the compiled model,
-its rewritten graphs run as they are, and compared with the same model run eagerly on a cache that stores what int8
-reads back (`icw_compile.reference`). Each type runs in a process of its own: a crash is a row of the table.
+Every model type is built small (`icw_compile.lab.tiny`), fed a prompt and a few single tokens through the compiled
+model, its rewritten graphs run as they are, and compared with the same model run eagerly on a cache that stores what
+int8 reads back (`icw_compile.lab.reference`). Each type runs in a process of its own: a crash is a row of the table.
 """
 
 import inspect
@@ -28,10 +28,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from icw_compile.reference import store_quantized
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.lab.reference import store_quantized
+from icw_compile.lab.tiny import VOCABULARY, causal_lm_types, tiny_causal_lm
 from icw_compile.report import GraphReport, report, reset_report
-from icw_compile.tensor import QuantizedKV
-from icw_compile.tiny import VOCABULARY, causal_lm_types, tiny_causal_lm
 
 __all__ = ["Run", "Swept", "markdown", "run_sweep", "sweep", "sweep_type", "table"]
 

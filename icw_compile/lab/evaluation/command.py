@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from icw_compile.assets import HELDOUT_TEXT, MODEL, MODELS
-from icw_compile.evaluation.contenders import contenders, has_hqq
-from icw_compile.evaluation.hard import CASES, equivalence, harden
-from icw_compile.evaluation.quality import Quality, Windows, measure, recall_accuracy
-from icw_compile.evaluation.recall import Recall
+from icw_compile.lab.assets import HELDOUT_TEXT, MODEL, MODELS
+from icw_compile.lab.evaluation.contenders import contenders, has_hqq
+from icw_compile.lab.evaluation.hard import CASES, equivalence, harden
+from icw_compile.lab.evaluation.quality import Quality, Windows, measure, recall_accuracy
+from icw_compile.lab.evaluation.recall import Recall
 from icw_compile.report import report, reset_report
 
 __all__ = ["Case", "Settings", "parse_options", "run_eval"]
@@ -54,7 +54,7 @@ class Case:
     """The table of one model: as it is, or made hard.
 
     Attributes:
-        name: ``"as it is"``, or one of `icw_compile.evaluation.hard.CASES`.
+        name: ``"as it is"``, or one of `icw_compile.lab.evaluation.hard.CASES`.
         rows: each contender's quality, the float cache first.
         recall: context length -> contender -> share of right answers by depth.
         lowerings: how our graphs compute attention, from the report.

@@ -3,7 +3,7 @@
 A quantized value is its parts, int8 rows and one scale per row, and for some the shift of each channel, and some rows
 that are kept in the float dtype as well. An operation that only moves rows (``slice`` of tokens, ``roll``,
 ``index_select`` of the batch, ...) does the same to each part, exactly; an operation that writes rows quantizes just
-what is new. Every rule is written once, over an *evaluator*: for eager tensors (`icw_compile.tensor`) it runs the
+what is new. Every rule is written once, over an *evaluator*: for eager tensors (`icw_compile.cache.tensor`) it runs the
 operation, for a graph (`icw_compile.passes.propagate`) it adds a node.
 
 A rule returns the resulting parts, or ``None`` where these arguments reach inside a row (``slice`` of head_dim, a
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from icw_compile.ops import scale_dtype_for
+from icw_compile.formats.ops import scale_dtype_for
 
 __all__ = [
     "NOTHING",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from icw_compile.rows import NOTHING, Keep
-from icw_compile.tensor import QuantizedKV
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.formats.rows import NOTHING, Keep
 
 __all__ = ["adopt", "find_owners"]
 

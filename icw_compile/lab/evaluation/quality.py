@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from icw_compile.cache import cache_bytes
-from icw_compile.evaluation.contenders import Contender
-from icw_compile.evaluation.recall import Recall
+from icw_compile.cache.static import cache_bytes
+from icw_compile.lab.evaluation.contenders import Contender
+from icw_compile.lab.evaluation.recall import Recall
 
 __all__ = ["Bucket", "Quality", "Windows", "measure", "recall_accuracy"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from icw_compile.bench.measure import OtherLoad, Spread, ratio, seconds, take_turns
+from icw_compile.formats.ops import scale_dtype_for
 from icw_compile.kernels import find_kernel
-from icw_compile.ops import scale_dtype_for
+from icw_compile.lab.bench.measure import OtherLoad, Spread, ratio, seconds, take_turns
 
 __all__ = ["CASES", "OPERATOR_CONTENDERS", "Case", "OperatorResult", "run_case"]
 

@@ -1,7 +1,8 @@
 """``icw-compile bench``: time and memory of the int8 cache beside what one would use otherwise.
 
-`icw_compile.bench.model` runs whole models, `icw_compile.bench.operator` one attention; `icw_compile.bench.measure` is
-how, `icw_compile.bench.output` what is printed, and ``results`` holds what was measured, one file for each command.
+`icw_compile.lab.bench.model` runs whole models, `icw_compile.lab.bench.operator` one attention;
+`icw_compile.lab.bench.measure` is how, `icw_compile.lab.bench.output` what is printed, and ``results`` holds what was
+measured, one file for each command.
 """
 
 import json
@@ -14,10 +15,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from icw_compile.bench.measure import Spread, environment
-from icw_compile.bench.model import Settings, choose_contenders, measure_context, units
-from icw_compile.bench.operator import CASES, OPERATOR_CONTENDERS, run_case
-from icw_compile.bench.output import context_notes, context_table, operator_table, plot_contexts
+from icw_compile.lab.bench.measure import Spread, environment
+from icw_compile.lab.bench.model import Settings, choose_contenders, measure_context, units
+from icw_compile.lab.bench.operator import CASES, OPERATOR_CONTENDERS, run_case
+from icw_compile.lab.bench.output import context_notes, context_table, operator_table, plot_contexts
 
 __all__ = ["Settings", "run_model_bench", "run_operator_bench"]
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from icw_compile.adopt import adopt, find_owners
+from icw_compile.cache.adopt import adopt, find_owners
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.formats.rows import Keep, Quantized
 from icw_compile.passes import KVGraph
-from icw_compile.rows import Keep, Quantized
-from icw_compile.tensor import QuantizedKV
 
 __all__ = ["bind"]
 

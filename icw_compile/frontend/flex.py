@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from icw_compile.tensor import QuantizedKV
+from icw_compile.cache.tensor import QuantizedKV
 
 __all__ = ["FLEX_ATTENTION", "is_elementwise", "spell_out"]
 

@@ -7,7 +7,7 @@ rows and not the cache. The shorter tensor stays valid, as the input of ``cat`` 
 Each tensor on a room holds a `Claim`. Tensors that an append parted are independent of each other, as the input and
 the result of ``cat`` are; a view and what it views are not. One rule keeps that true: *a room holds either one tensor
 and its views, or several independent tensors without views*. Where an operation would break it, its operand first
-moves to a room of its own (`icw_compile.tensor.QuantizedKV`).
+moves to a room of its own (`icw_compile.cache.tensor.QuantizedKV`).
 """
 
 import weakref

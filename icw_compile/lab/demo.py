@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from icw_compile.assets import MODEL
-from icw_compile.cache import cache_bytes, static_cache
+from icw_compile.cache.static import cache_bytes, static_cache
+from icw_compile.lab.assets import MODEL
 from icw_compile.report import report, reset_report
 
 __all__ = ["run_demo"]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from icw_compile.bench.measure import Spread
-from icw_compile.bench.model import CONTENDERS, ContextResult, Measured
-from icw_compile.bench.operator import OPERATOR_CONTENDERS, OperatorResult
+from icw_compile.lab.bench.measure import Spread
+from icw_compile.lab.bench.model import CONTENDERS, ContextResult, Measured
+from icw_compile.lab.bench.operator import OPERATOR_CONTENDERS, OperatorResult
 
 __all__ = ["context_notes", "context_table", "operator_table", "plot_contexts"]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
-from icw_compile.rows import Keep
-from icw_compile.tensor import QuantizedKV
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.formats.rows import Keep
 
 __all__ = ["cache_bytes", "static_cache"]
 

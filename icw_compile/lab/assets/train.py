@@ -50,9 +50,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from icw_compile.evaluation.contenders import contenders
-from icw_compile.evaluation.quality import recall_accuracy
-from icw_compile.evaluation.recall import Recall
+from icw_compile.lab.evaluation.contenders import contenders
+from icw_compile.lab.evaluation.quality import recall_accuracy
+from icw_compile.lab.evaluation.recall import Recall
 
 ASSETS = Path(__file__).parent
 BOS, EOS = "<|bos|>", "<|eos|>"

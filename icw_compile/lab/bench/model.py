@@ -23,7 +23,9 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 from transformers.utils import is_hqq_available
 from transformers.utils import logging as transformers_logging
 
-from icw_compile.bench.measure import (
+from icw_compile.cache.static import cache_bytes, static_cache
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.lab.bench.measure import (
     OtherLoad,
     Say,
     Spread,
@@ -37,9 +39,7 @@ from icw_compile.bench.measure import (
     seconds,
     take_turns,
 )
-from icw_compile.bench.shapes import build_model, load_config
-from icw_compile.cache import cache_bytes, static_cache
-from icw_compile.tensor import QuantizedKV
+from icw_compile.lab.bench.shapes import build_model, load_config
 
 __all__ = [
     "CONTENDERS",

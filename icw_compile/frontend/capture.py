@@ -15,11 +15,11 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from icw_compile.adopt import find_owners
-from icw_compile.flex import FLEX_ATTENTION, is_elementwise, spell_out
+from icw_compile.cache.adopt import find_owners
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.frontend.flex import FLEX_ATTENTION, is_elementwise, spell_out
 from icw_compile.passes import KVGraph
 from icw_compile.passes.graph import aliases, is_mutation
-from icw_compile.tensor import QuantizedKV
 
 __all__ = ["NotCapturedError", "capture", "example_inputs", "forward_dynamo_metadata", "works_on_a_cache"]
 

@@ -1,0 +1,1 @@
+"""What a stored value is, and what an operation does to it."""

@@ -1,0 +1,1 @@
+"""From Dynamo's graph to the one that the passes work on."""
