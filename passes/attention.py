@@ -40,15 +40,14 @@ class Bias(NamedTuple):
     """What is added to the scores: ``factor * node``, which broadcasts to ``[B, heads, T, S]``.
 
     With ``filler``, ``node`` is boolean: the scores are that very negative number where it is ``fills``. A boolean
-    ``node`` without filler is a mask of torch's own attention. ``merged``: the first dimension of ``node`` is
-    ``B * heads``.
+    ``node`` without filler is a mask of torch's own attention. Beside merged scores, ``[B * heads, T, S]``, its first
+    dimension is merged as well, or 1.
     """
 
     node: Node
     factor: float = 1.0
     filler: float | None = None
     fills: bool = True
-    merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
         if filler is None or filler * factor > _MASKED or not isinstance(inner, Node):
             return None
         found = _match_scores(inner, factor)
-        return found and replace(found, biases=(*found.biases, Bias(condition, filler=filler, fills=not keeps)))
+        return found and replace(found, biases=(*found.biases, Bias(condition, filler=filler * factor, fills=not keeps)))
     if target is aten.tanh.default:
         found = _match_scores(args[0])
         if found is None or found.biases or found.softcap is not None or factor <= 0:
@@ -197,7 +196,7 @@ def _match_product(node: Node, factor: float) -> Attention | None:
         alpha, beta = _number(a["alpha"]), _number(a["beta"])
         if alpha is None or beta is None:
             return None
-        biases = (Bias(a["self"], beta * factor, merged=True),) if beta else ()
+        biases = (Bias(a["self"], beta * factor),) if beta else ()
         query, transposed, factor = a["batch1"], a["batch2"], alpha * factor
     elif node.target in (aten.matmul.default, aten.bmm.default):
         query, transposed = node.args

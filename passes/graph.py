@@ -1,41 +1,39 @@
 """The graph that passes work on, and what they know about it: its key/value storage, its signature, its sites."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_map
 
-from icw_compile.formats.rows import NOTHING, Quantized
+from icw_compile.formats import Format, Stored, make_format
 
 __all__ = [
-    "SITE",
+    "Endpoint",
+    "FusedAttention",
+    "Grown",
     "Input",
     "KVGraph",
     "Kernel",
     "Output",
     "Site",
     "Skipped",
+    "Storage",
     "aliases",
     "arguments",
     "is_mutation",
     "layer_of",
+    "root_of",
+    "viewed_by",
+    "written_by",
 ]
 
 Role = Literal["key", "value"]
-
-#: ``meta`` key of a ``dequantize_per_head`` node: the `Site` whose rows it reads.
-SITE = "icw_site"
-
-#: What Inductor takes a size of `KVGraph.new_size` to be where it has to choose.
-_SIZE_HINT = 256
-
 
 @dataclass
 class Site:
@@ -80,40 +78,91 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Input:
-    """A quantized input of the original graph in terms of the rewritten one's placeholders.
+    """A stored input of the original graph in terms of the rewritten one's placeholders.
 
-    ``parts`` are the names of the placeholders that take its parts. Where the graph appends rows to it, they take the
-    grown tensor, ``rows`` longer (a number, or the placeholder that carries it); ``spare`` is then the placeholder for
-    the rows that are still free behind it, and ``length`` that for its length before, unless that is a constant.
-    ``written`` says that the graph writes into rows that are there already. Where the caller holds a float tensor, to
-    be replaced by a quantized one at the call, ``adopted`` is what that one is like.
+    Attributes:
+        parts: the names of the placeholders that take its parts, as its buffers.
+        length: the placeholder that takes its number of tokens, unless that is a constant or known already.
+        appended: the rows that the graph appends to it in place (a number, or the placeholder that carries it). The
+            placeholders then take buffers with as many rows free behind its own.
+        written: the graph writes into rows that are there already.
+        adopted: the format in which it is to be stored, where the caller holds a float tensor: it is replaced.
     """
 
     parts: tuple[str, ...]
-    rows: int | str = 0
-    spare: str | None = None
     length: str | None = None
+    appended: int | str = 0
     written: bool = False
-    adopted: Quantized | None = None
+    adopted: Format | None = None
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What becomes of an input with appended rows: all of it, or its last ``rows``.
+
+    ``others`` are the parts that are no rows and that the graph makes anew: name -> position among its outputs.
+    """
+
+    input: str
+    rows: int | None = None
+    others: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Output:
     """One output of the original graph in terms of the rewritten one's: the ``position`` of an ordinary one.
 
-    A quantized one is ``quantized``, whose parts are positions, or, if it is an input that was appended to, the name of
-    that ``input``.
+    A stored one is ``stored``, whose parts are positions, or, where it is an input that grew in place, ``grown``.
+    ``grows``: it may grow, once it has room.
     """
 
     position: int = -1
-    quantized: Quantized | None = None
-    input: str | None = None
+    stored: Stored | None = None
+    grown: Grown | None = None
+    grows: bool = False
+
+
+@dataclass
+class Storage:
+    """A value of the graph as it is stored, and the site that it belongs to."""
+
+    stored: Stored
+    site: Site
+    grows: bool = False
+
+
+@dataclass
+class FusedAttention:
+    """One ``icw_int8kv::attention``, and what its keys and values are stored as."""
+
+    node: Node
+    key: Storage
+    value: Storage
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the caller keeps a cache tensor: what Dynamo knows of an input, or of an attribute that an output becomes.
+
+    Attributes:
+        name: ``past_key_values.layers[3].keys``, or the same with ``new`` in front for a cache made in the graph.
+        layer: index of the cache layer.
+        role: ``"key"`` or ``"value"``.
+        is_sliding: whether the layer is a sliding window.
+        is_last: whether it is the last layer of its cache.
+    """
+
+    name: str
+    layer: int
+    role: Role
+    is_sliding: bool = False
+    is_last: bool = False
 
 
 class Kernel(NamedTuple):
-    """An attention kernel: a name for the report, an operator with ``icw_int8kv::attention``'s arguments.
+    """An attention kernel: a name for the report, an operator over rows with a scale each.
 
-    It knows nothing of exact rows; ``with_lse`` is the same operator but that it returns
+    It knows nothing of kept rows; ``with_lse`` is the same operator but that it returns
     the logarithm of the sum of the exponentials of the scores as well, float32 ``[B, Hq, T]``.
 
     ``supports(query, key_qdata, value_qdata)`` is ``None`` for tensors that it takes, else the reason why not (empty:
@@ -136,15 +185,16 @@ class KVGraph:
     Args:
         module: the graph. Every node that computes a tensor carries a fake one in ``meta["val"]``.
         fake_mode: the mode of those fake tensors; ``None`` when they need none.
-        quantized: the placeholders that stand for a quantized tensor, each with the fake tensors of its parts. In
+        stored: the placeholders that stand for a stored tensor, each with the fake tensors of its buffers. In
             the graph such a placeholder is an ordinary float tensor until the ``storage`` pass takes it apart.
-        sliding_layers: indices of the cache layers that are sliding windows, for the report.
-        adoptable: the placeholders of float tensors that their owner would let us replace by quantized ones.
+        growing: those of them that have spare rows behind their own.
+        endpoints: where the caller keeps what placeholders take.
+        returned_to: the same of outputs, by position.
+        adoptable: the placeholders of float tensors that their owner would let us replace by stored ones.
 
     Attributes:
-        equalized: the roles, ``"key"`` and ``"value"``, of which storage that this graph makes int8 shifts outlier
-            channels. Storage that is int8 already is as its maker wanted it.
-        keep: the rows that such storage keeps in the model's dtype.
+        format_for: ``(dtype, role)`` -> the format of storage that this graph makes. Storage that there is already
+            stays as its maker wanted it.
         skip_layers: the layers whose cache stays float: indices, ``"first"``, ``"last"``, ``"sliding"``.
         find_kernel: device type -> the attention kernel there, or why there is none (empty: none is wanted). Set it to
             offer kernels to the ``lower`` pass.
@@ -154,7 +204,10 @@ class KVGraph:
         input_names: the placeholders of the graph as captured: the signature that the caller sees.
         inputs: placeholder name -> the `Input` that takes its place, of the inputs that are passed in as parts.
         outputs: the original outputs in terms of the present ones.
-        storage: the ``dequantize_per_head`` node that stands for a storage -> its parts and its site.
+        storage: found by the ``storage`` pass for ``propagate``: the node that stands for a storage -> what it is.
+        grown: found by the same: position of an output -> the input that it is, grown in place.
+        decoded: made by ``propagate`` for ``reads``: the node that decodes a stored value -> what it decodes.
+        attentions: made by ``reads`` for ``lower``.
     """
 
     view = torch.ops.aten.reshape.default
@@ -163,17 +216,20 @@ class KVGraph:
         self,
         module: GraphModule,
         fake_mode: Any = None,
-        quantized: dict[Node, Quantized] | None = None,
-        sliding_layers: frozenset[int] = frozenset(),
+        stored: dict[Node, Stored] | None = None,
+        growing: frozenset[Node] = frozenset(),
+        endpoints: Mapping[Node, Endpoint] | None = None,
+        returned_to: Mapping[int, Endpoint] | None = None,
         adoptable: frozenset[Node] = frozenset(),
     ) -> None:
         self.module = module
         self.fake_mode = fake_mode
-        self.quantized = quantized or {}
-        self.sliding_layers = sliding_layers
+        self.stored = stored or {}
+        self.growing = growing
+        self.endpoints = endpoints or {}
+        self.returned_to = returned_to or {}
         self.adoptable = adoptable
-        self.equalized: frozenset[Role] = frozenset()
-        self.keep = NOTHING
+        self.format_for: Callable[[torch.dtype, Role | None], Format] = lambda dtype, role: make_format(dtype)
         self.skip_layers: frozenset[int | str] = frozenset()
         self.find_kernel: Callable[[str], Kernel | str] = _no_kernel
         self.sites: list[Site] = []
@@ -182,7 +238,10 @@ class KVGraph:
         self.input_names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
         self.inputs: dict[str, Input] = {}
         self.outputs = [Output(i) for i in range(len(self.output_nodes))]
-        self.storage: dict[Node, tuple[Quantized, Site]] = {}
+        self.storage: dict[Node, Storage] = {}
+        self.grown: dict[int, Grown] = {}
+        self.decoded: dict[Node, Storage] = {}
+        self.attentions: list[FusedAttention] = []
         self._results: dict[Any, Any] = {}
 
     @property
@@ -215,8 +274,9 @@ class KVGraph:
         if not isinstance(value, (tuple, list)):
             return node
         elements = []
+        returns = target._schema.returns
         for i, element in enumerate(value):
-            name = target._schema.returns[i].name
+            name = returns[i].name if len(returns) == len(value) else None
             item = self._call_function(operator.getitem, (node, i), {}, name)
             item.meta = {**node.meta, "val": element}
             elements.append(item)
@@ -246,29 +306,6 @@ class KVGraph:
                 return node
         return None
 
-    def same_size(self, size: torch.SymInt) -> torch.SymInt | None:
-        """``size`` to be given to a placeholder of its own; ``None`` if it is no plain symbol.
-
-        Dynamo may know a size by several symbols that turned out to be equal, and Inductor looks for the one that all
-        of them were replaced by among the inputs.
-        """
-        symbol = size.node.expr
-        if not symbol.is_symbol:
-            return None
-        return self.fake_mode.shape_env.create_symintnode(symbol, hint=size.node.hint)
-
-    def new_size(self, name: str) -> torch.SymInt | None:
-        """A size that the compiled code learns at each call, at least 2; ``None`` where sizes cannot be symbolic.
-
-        It is no size of any tensor that Dynamo guards on.
-        """
-        shape_env = getattr(self.fake_mode, "shape_env", None)
-        if shape_env is None:
-            return None
-        source = ConstantSource(name)
-        symbol = shape_env.create_symbol(_SIZE_HINT, source, dynamic_dim=DimDynamic.DYNAMIC)
-        return shape_env.create_symintnode(symbol, hint=_SIZE_HINT, source=source)
-
     def size(self, operand: Node, dim: int) -> Any:
         """A size of an operand as an argument of a node: a number, or a node that computes it."""
         size = self.tensor(operand).shape[dim]
@@ -281,13 +318,16 @@ class KVGraph:
         """The fake tensor of a node; with `call`, this makes the graph an `icw_compile.formats.rows.Evaluator`."""
         return operand.meta["val"]
 
-    def same(self, a: Node | None, b: Node | None) -> bool:
+    def same(self, a: Node, b: Node) -> bool:
         """Whether two nodes are one part of one storage, written into in between or not."""
         return _written(a) is _written(b)
 
-    def is_whole(self, part: Node) -> bool:
-        """Whether a node is a storage, and no view of some of it."""
-        return part.op == "placeholder" or part.target is torch.ops.aten.zeros.default
+    def decode(self, value: Storage, dtype: torch.dtype | None = None) -> Node:
+        """Add the nodes that compute what is stored; the last of them is found in ``decoded``."""
+        stored = value.stored
+        node: Node = stored.format.decode(self, stored, dtype or stored.dtype)
+        self.decoded[node] = value
+        return node
 
     def readable(self) -> str:
         """The graph as Python text, with shapes and dtypes."""
@@ -327,6 +367,42 @@ def is_mutation(node: Node) -> bool:
     )
 
 
+def _operands(node: Node) -> Iterator[tuple[Any, Node]]:
+    """Each node that an operator is called with, in lists as well, and the argument of its schema that it is."""
+    for i, argument in enumerate(node.target._schema.arguments):
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, Node):
+                yield argument, each
+
+
+def written_by(node: Node) -> list[Node]:
+    """The operands that the node writes into, as its schema says: any of its arguments, in lists as well."""
+    if not is_mutation(node):
+        return []
+    return [each for argument, each in _operands(node) if argument.alias_info is not None and argument.alias_info.is_write]
+
+
+def viewed_by(node: Node) -> list[Node]:
+    """The operands that what the node returns may be a view of, or be, as its schema says."""
+    if node.target is operator.getitem:
+        return [node.args[0]] if isinstance(node.args[0], Node) else []
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    returned = [_sets(each.alias_info) for each in node.target._schema.returns if each.alias_info is not None]
+    may_be_any = set() in returned  # a list of views, whose names the schema does not give
+    return [
+        each
+        for argument, each in _operands(node)
+        if argument.alias_info is not None
+        and (may_be_any or any(names & _sets(argument.alias_info) for names in returned))
+    ]
+
+
+def _sets(alias_info: Any) -> set[str]:
+    return set(alias_info.before_set) | set(alias_info.after_set)
+
+
 def aliases(storage: Node) -> Iterator[Node]:
     """``storage``, then the nodes that are views of it or write into it, each as its schema says."""
     pending, seen = [storage], {storage}
@@ -334,12 +410,16 @@ def aliases(storage: Node) -> Iterator[Node]:
         current = pending.pop(0)
         yield current
         for user in current.users:
-            if user in seen or not isinstance(user.target, torch._ops.OpOverload):
-                continue
-            first = user.target._schema.arguments[:1]
-            if user.args[:1] == (current,) and first and first[0].alias_info is not None:
+            if user not in seen and (current in viewed_by(user) or current in written_by(user)):
                 seen.add(user)
                 pending.append(user)
+
+
+def root_of(node: Node) -> Node:
+    """What ``node`` is a view of, directly or through other views and in-place writes."""
+    while viewed := viewed_by(node):
+        node = viewed[0]
+    return node
 
 
 def arguments(node: Node) -> dict[str, Any]:

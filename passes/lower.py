@@ -1,17 +1,18 @@
-"""Choose how each attention over int8 is computed.
+"""Choose how each attention over a stored cache is computed.
 
 ::
 
-    # before                                # after, one query token      # after, several
-    attention(query, key_qdata, ...)        attention_decode(...)         attention_prefill(...)
+    # before                                          # after, with a kernel for the device and the call
+    keys = dequantize_per_head(key_qdata, ...)        output = icw_int8kv_cpu.attention(query, key_qdata, ...)
+    values = dequantize_per_head(value_qdata, ...)
+    output = attention(query, keys, values, ...)      # after, one query token: inside the reductions of Inductor
+                                                      output = attention_decode(query, key_qdata, ...)
 
-    # after, with a kernel for the device: on the CPU for at most 16 query tokens, on CUDA for any number
-    icw_int8kv_cpu.attention(query, key_qdata, ...)   icw_int8kv_triton.attention(query, key_qdata, ...)
+                                                      # after, otherwise: as it was, one layer decoded for torch's kernels
 
-A kernel reads the int8 rows once for all query heads that share them. Without one, decode reads them inside the
-reductions that Inductor generates; neither makes a float cache. Prefill dequantizes the one layer that it reads and
-hands it to torch's attention. All compute the same function (`icw_compile.formats.ops`). Rows that are kept in the
-model's dtype are masked out of the kernel's attention and merged with its output; prefill puts them in their places.
+A kernel reads what is stored once for all query heads that share it. Where channels were divided, the query is
+multiplied for the keys and the output for the values. Rows that are kept in the model's dtype are masked out of the
+kernel's attention and merged with its output. All compute the same function (`icw_compile.kernels.inductor`).
 """
 
 from typing import Any
@@ -20,66 +21,112 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from icw_compile.passes.graph import SITE, Kernel, KVGraph, Site, Skipped, layer_of
+from icw_compile.formats import Stored
+from icw_compile.formats.rules import RULES, decode
+from icw_compile.passes.graph import FusedAttention, Kernel, KVGraph, Skipped, Storage, layer_of
 
 __all__ = ["lower"]
 
+aten = torch.ops.aten
 _ops = torch.ops.icw_int8kv
-_SINKS = 9  # the place of `sinks` among the arguments of attention; exact rows follow
 
 
 def lower(graph: KVGraph) -> int:
     """Run the pass; returns the number of attentions lowered."""
-    matches = 0
-    for node in graph.graph.find_nodes(op="call_function", target=_ops.attention.default):
-        sites = node.meta[SITE]
-        lowering = _lower(graph, node)
-        for site in sites:
-            site.lowering = lowering
-        matches += 1
-    for node in graph.graph.find_nodes(op="call_function", target=_ops.dequantize_per_head.default):
-        if SITE in node.meta:
-            _report_dequantized(graph, node, node.meta[SITE])
-    return matches
+    for attention in graph.attentions:
+        lowering = _lower(graph, attention)
+        for value in (attention.key, attention.value):
+            value.site.lowering = lowering
+    for node, value in graph.decoded.items():
+        readers = [user for user in node.users if user.target is not _ops.attention.default]
+        if readers:
+            _report_dequantized(graph, node, readers, value)
+    return len(graph.attentions)
 
 
-def _lower(graph: KVGraph, node: Node) -> str:
-    query, key, value = (graph.tensor(node.args[i]) for i in (0, 1, 3))
+def _lower(graph: KVGraph, attention: FusedAttention) -> str:
+    node = attention.node
+    query = graph.tensor(node.args[0])
+    bases = [_base(value.stored) for value in (attention.key, attention.value)]
     kernel = graph.find_kernel(query.device.type)
-    reason = kernel if isinstance(kernel, str) else kernel.supports(query, key, value)
+    reason: str | None
+    if isinstance(kernel, str):
+        reason = kernel
+    else:
+        key, value = (graph.tensor(base.parts[0]) for base in bases)
+        reason = kernel.supports(query, key, value)
     if isinstance(kernel, Kernel) and reason is None:
-        _call(graph, node, kernel.operator, kernel.with_lse)
+        _call(graph, attention, kernel.operator, kernel.with_lse)
         return kernel.name
     if not statically_known_true(query.shape[2] == 1):
-        node.target = _ops.attention_prefill.default
         return f"inductor prefill ({reason})" if reason else "inductor prefill"
-    _call(graph, node, _ops.attention_decode.default, _ops.attention_decode_lse.default)
+    _call(graph, attention, _ops.attention_decode.default, _ops.attention_decode_lse.default)
     return f"inductor decode ({reason})" if reason else "inductor decode"
 
 
-def _call(graph: KVGraph, node: Node, operator: Any, with_lse: Any) -> None:
-    """Let ``operator`` compute the attention, or, where there are exact rows, ``with_lse`` and what merges them."""
-    if len(node.args) <= _SINKS + 1:
-        node.target = operator
-        return
-    query, key_qdata, mask, is_causal, scale, softcap = (node.args[i] for i in (0, 1, 5, 6, 7, 8))
-    key_exact, value_exact, position = node.args[_SINKS + 1 :]
+def _base(stored: Stored) -> Stored:
+    """What the innermost format stores."""
+    while len(stored.format.layers) > 1:
+        stored = stored.inner
+    return stored
+
+
+def _call(graph: KVGraph, attention: FusedAttention, operator: Any, with_lse: Any) -> None:
+    """Let ``operator`` compute the attention, or, where rows are kept besides, ``with_lse`` and what merges them."""
+    node, key, value = attention.node, attention.key.stored, attention.value.stored
+    query, _, _, mask, is_causal, scale, softcap, *sinks = node.args
+    rest = (is_causal, scale, softcap)
     with graph.before(node):
-        tokens = graph.size(key_qdata, 2)
-        rest = graph.call(_ops.without_rows.default, mask, position, tokens)
-        output, lse = graph.call(with_lse, query, *node.args[1:5], rest, is_causal, scale, softcap, node.args[_SINKS])
-        rows = (key_exact, value_exact, position, mask, is_causal, scale, softcap)
-        merged = graph.call(_ops.merge_rows.default, output, lse, query, *rows, tokens)
-    node.replace_all_uses_with(merged)
+        rows = (*_base(key).parts, *_base(value).parts)
+        inner_query = key.format.into_query(graph, query, key)
+        if not key.kept and not value.kept:
+            output = graph.call(operator, inner_query, *rows, mask, *rest, *sinks)
+            output = value.format.into_output(graph, output, value)
+        else:
+            position = _kept_positions(graph, key, value)
+            tokens = graph.size(rows[0], 2)
+            others = graph.call(_ops.without_rows.default, mask, position, tokens)
+            output, lse = graph.call(with_lse, inner_query, *rows, others, *rest, *sinks)
+            output = value.format.into_output(graph, output, value)
+            exact = [_rows_at(graph, stored, position) for stored in (key, value)]
+            output = graph.call(
+                _ops.merge_rows.default, output, lse, query, *exact, position, mask, *rest, tokens
+            )
+        if graph.tensor(output).dtype != graph.tensor(node).dtype:
+            output = graph.call(aten.to.dtype, output, graph.tensor(node).dtype)
+    node.replace_all_uses_with(output)
     graph.graph.erase_node(node)
 
 
-def _report_dequantized(graph: KVGraph, node: Node, site: Site) -> None:
-    """What no rule fused keeps its dequantized value: correct, slow, and said."""
-    readers = ", ".join(sorted({str(user.target) for user in node.users}))
+def _kept_positions(graph: KVGraph, key: Stored, value: Stored) -> Node:
+    """The rows of which the keys, or the values, are kept besides: -1 for none. Each may have rows of its own."""
+    positions = [stored["position"] for stored in (key, value) if stored.kept]
+    if len(positions) == 1:
+        return positions[0]  # type: ignore[no-any-return]
+    united: Node = graph.call(_ops.unite_positions.default, *positions)
+    return united
+
+
+def _rows_at(graph: KVGraph, stored: Stored, position: Node) -> Node:
+    """The values ``[B, H, K, D]`` of the rows ``position``: as they were kept, or as they are stored."""
+    inner = stored.inner if stored.kept else stored
+    at = graph.call(aten.clamp.default, position, 0)
+    picked = RULES[aten.index_select.default](graph, inner, 2, at)
+    assert isinstance(picked, Stored)
+    rows: Node = decode(graph, picked)
+    if stored.kept:
+        rows = graph.call(_ops.place_kept.default, rows, stored["exact"], stored["position"], position)
+    return rows
+
+
+def _report_dequantized(graph: KVGraph, node: Node, users: list[Node], value: Storage) -> None:
+    """What no rule fused keeps its decoded value: correct, slow, and said."""
+    site = value.site
+    readers = ", ".join(sorted({str(user.target) for user in users}))
     site.reads.append(f"dequantized for {readers}")
     site.lowering = site.lowering or "dequantize"
     layer = site.layer or layer_of(node)
+    what = "written by" if any(user.target is aten.copy_.default for user in users) else "read by"
     graph.skipped.append(
-        Skipped(layer, f"{site.role}s" if site.role else site.name, f"read by {readers}, which no rule fuses")
+        Skipped(layer, f"{site.role}s" if site.role else site.name, f"{what} {readers}, which no rule fuses")
     )

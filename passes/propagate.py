@@ -13,18 +13,29 @@
                                                     other = mul(window, 3)
     return (new,)                                   return (new_qdata, new_scale)
 
-What an operation does to the parts is `icw_compile.formats.rows.RULES`. An operation without a rule gets the
+What an operation does to the parts is `icw_compile.formats.rules.RULES`. An operation without a rule gets the
 dequantized value, taken right where it is used, so that it sees every write before it. Order and aliasing of writes are
 preserved.
 """
 
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from icw_compile.formats.rows import RULES, Quantized, dequantize, quantize_like
-from icw_compile.passes.graph import SITE, KVGraph, Output, Site, aliases, is_mutation
+from icw_compile.formats import Stored
+from icw_compile.formats.rules import RULES, overwrite
+from icw_compile.passes.graph import (
+    Grown,
+    KVGraph,
+    Output,
+    Storage,
+    aliases,
+    is_mutation,
+    viewed_by,
+    written_by,
+)
 
 __all__ = ["propagate"]
 
@@ -33,37 +44,49 @@ aten = torch.ops.aten
 
 def propagate(graph: KVGraph) -> int:
     """Run the pass; returns the number of operations that now act on parts."""
-    values: dict[Node, tuple[Quantized, Site]] = {}
-    values.update(graph.storage)
+    values: dict[Node, Storage] = dict(graph.storage)
     graph.storage = {}
-
+    pieces: dict[Node, tuple[Stored, ...]] = {}  # of an operation that returns several
+    done: set[Node] = set()  # in-place operations that stay
     for node in list(graph.graph.nodes):
+        if node.target is operator.getitem and node.args[0] in pieces:
+            values[node] = _part_of(values[node.args[0]], pieces[node.args[0]][node.args[1]])
+            continue
         operands = [n for n in node.all_input_nodes if n in values]
         if not operands or node in values:
             continue
-        site = values[operands[0]][1]
+        source = values[operands[0]]
         if node.op == "output":
             _return_parts(graph, node, values)
         elif (result := _apply_rule(graph, node, values)) is not None:
-            values[node] = (result, site)
+            if isinstance(result, tuple):
+                pieces[node] = result
+                result = result[0]
+            values[node] = _part_of(source, result)
             if is_mutation(node) or node.target in (aten.cat.default, aten.roll.default):
-                _note(site.writes, node)
-        elif is_mutation(node) and node.args[0] in operands:
-            values[node] = values[node.args[0]]
-            _write_back(graph, node, values)
-            _note(site.writes, node)
+                _note(source.site.writes, node)
+        elif written := [n for n in written_by(node) if n in values]:
+            _write_back(graph, node, written, values)
+            done.add(node)
+            for each in written:
+                _note(values[each].site.writes, node)
         else:
-            if node.args and node.args[0] in operands:
-                _refuse_writes_through(node, site)
+            _refuse_writes_through(node, values)
             _give_values(graph, node, values)
 
     for node in reversed(values):
-        if not node.users:  # the in-place operations of `_write_back` stay
+        if not node.users and node not in done:
             graph.graph.erase_node(node)
     return len(values)
 
 
-def _apply_rule(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized, Site]]) -> Quantized | None:
+def _part_of(source: Storage, stored: Stored) -> Storage:
+    return Storage(stored, source.site, source.grows)
+
+
+def _apply_rule(
+    graph: KVGraph, node: Node, values: dict[Node, Storage]
+) -> Stored | tuple[Stored, ...] | None:
     rule = RULES.get(node.target)
     if rule is None:
         return None
@@ -71,9 +94,9 @@ def _apply_rule(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized, 
         return rule(graph, *_with_parts(node.args, values), **_with_parts(node.kwargs, values))
 
 
-def _with_parts(value: Any, values: dict[Node, tuple[Quantized, Site]]) -> Any:
+def _with_parts(value: Any, values: dict[Node, Storage]) -> Any:
     if isinstance(value, Node):
-        return values[value][0] if value in values else value
+        return values[value].stored if value in values else value
     if isinstance(value, (list, tuple)):
         return type(value)(_with_parts(v, values) for v in value)
     if isinstance(value, dict):
@@ -81,58 +104,64 @@ def _with_parts(value: Any, values: dict[Node, tuple[Quantized, Site]]) -> Any:
     return value
 
 
-def _give_values(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized, Site]]) -> None:
-    """Hand ``node`` the dequantized value of each operand that is quantized."""
+def _give_values(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> dict[Node, Node]:
+    """Hand ``node`` the decoded value of each operand that is stored; returns which."""
+    given = {}
     for operand in node.all_input_nodes:
         if operand in values:
-            parts, site = values[operand]
             with graph.before(node):
-                value = dequantize(graph, parts)
-            value.meta[SITE] = site
-            node.replace_input_with(operand, value)
+                given[operand] = graph.decode(values[operand])
+            node.replace_input_with(operand, given[operand])
+    return given
 
 
-def _write_back(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized, Site]]) -> None:
-    """An in-place operation without a rule: run it on the values, quantize what came out into the same storage."""
-    parts = values[node.args[0]][0]
-    _give_values(graph, node, values)
-    with graph.before(node.next):
-        for part, written in zip(parts.rows, quantize_like(graph, node, parts).rows, strict=True):
-            graph.call(aten.copy_.default, part, written)
-        if parts.exact is not None:  # none of them is known to be as it was
-            graph.call(aten.fill_.Scalar, parts.position, -1)
+def _write_back(graph: KVGraph, node: Node, written: list[Node], values: dict[Node, Storage]) -> None:
+    """An in-place operation without a rule: run it on the values, and store what came out in the same place."""
+    viewed = viewed_by(node)
+    given = _give_values(graph, node, values)
+    after = node.next
+    for operand in written:
+        with graph.before(after):
+            overwrite(graph, values[operand].stored, given[operand])
+        if operand in viewed:
+            values[node] = values[operand]
 
 
-def _refuse_writes_through(node: Node, site: Site) -> None:
+def _refuse_writes_through(node: Node, values: dict[Node, Storage]) -> None:
     """A view that cuts through head_dim becomes a copy: a write into it would be lost."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not any(a.alias_info is not None for a in schema.arguments[:1]):
-        return
-    for view in aliases(node):
-        if is_mutation(view):
+    viewed = [each for each in viewed_by(node) if each in values]
+    for view in aliases(node) if viewed else ():
+        if view is not node and is_mutation(view):
             raise NotImplementedError(
-                f"icw_int8kv: `{view.format_node()}` writes into part of a head of {site.name} through "
-                f"`{node.target}`; a quantized cache is written in whole rows of head_dim."
+                f"icw_int8kv: `{view.format_node()}` writes into part of a head of {values[viewed[0]].site.name} "
+                f"through `{node.target}`; a quantized cache is written in whole rows of head_dim."
             )
 
 
-def _return_parts(graph: KVGraph, node: Node, values: dict[Node, tuple[Quantized, Site]]) -> None:
-    """Return the parts of a quantized output, one after the other, and say so in ``graph.outputs``."""
+def _return_parts(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> None:
+    """Return the parts of a stored output, one after the other, and say so in ``graph.outputs``."""
     returned: list[Any] = []
     outputs = []
-    appended = {taken.parts: name for name, taken in graph.inputs.items() if taken.spare}
-    for value in graph.output_nodes:
-        if value in values:
-            parts = values[value][0]
-            if (source := appended.get(tuple(part.name for part in parts.parts.values()))) is not None:
-                outputs.append(Output(input=source))
-                continue
-            positions = range(len(returned), len(returned) + len(parts.parts))
-            outputs.append(Output(quantized=parts.of_parts(positions)))
-            returned += parts.parts.values()
+
+    def place(part: Node) -> int:
+        returned.append(part)
+        return len(returned) - 1
+
+    for i, value in enumerate(graph.output_nodes):
+        if value not in values:
+            outputs.append(Output(place(value)))
+            continue
+        storage = values[value]
+        if (grown := graph.grown.get(i)) is not None:
+            others = {
+                spec.name: place(part)
+                for spec, part in zip(storage.stored.format.parts, storage.stored.parts, strict=True)
+                if not spec.has_rows and part.op != "placeholder"
+            }
+            outputs.append(Output(grown=Grown(grown.input, grown.rows, others)))
         else:
-            outputs.append(Output(len(returned)))
-            returned.append(value)
+            stored = storage.stored.of_parts([place(part) for part in storage.stored.parts])
+            outputs.append(Output(stored=stored, grows=storage.grows))
     node.args = (tuple(returned),)
     graph.outputs = outputs
 

@@ -1,16 +1,17 @@
-"""Make attention read the int8 parts.
+"""Make every attention over a stored cache one operation.
 
 ::
 
     # before                                                  # after
-    keys = dequantize_per_head(key_qdata, key_scale)          output = attention(query, key_qdata, key_scale,
-    values = dequantize_per_head(value_qdata, value_scale)                       value_qdata, value_scale, mask, ...)
-    output = scaled_dot_product_attention(query, keys, values, mask)
+    keys = dequantize_per_head(key_qdata, key_scale)          keys = dequantize_per_head(key_qdata, key_scale)
+    values = dequantize_per_head(value_qdata, value_scale)    values = dequantize_per_head(value_qdata, value_scale)
+    output = scaled_dot_product_attention(                    output = attention(query, keys, values, mask, ...)
+        query, repeat_kv(keys), repeat_kv(values), mask)
 
-Where channels were shifted, the query is multiplied for the keys, and the output for the values. The attention may be
-fused or spelled out (`icw_compile.passes.attention`). ``repeat_kv`` in front of it, which
+The attention may be fused or spelled out (`icw_compile.passes.attention`). ``repeat_kv`` in front of it, which
 ``propagate`` has carried to the parts, is dropped: ``icw_int8kv::attention`` shares a head among its group. All masks
-and biases become one tensor. The result is the same up to the order of floating-point operations.
+and biases become one tensor. The result is the same up to the order of floating-point operations. A read is never moved
+past a write. What is stored, and how an attention reads it, is none of its business: that is ``lower``'s.
 """
 
 from collections.abc import Sequence
@@ -21,124 +22,96 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from icw_compile.passes.attention import (
     Attention,
-    Bias,
     match_attention,
     strip_casts,
     strip_merge,
     strip_repeat_kv,
 )
-from icw_compile.passes.graph import SITE, KVGraph, is_mutation
+from icw_compile.passes.graph import FusedAttention, KVGraph, Storage, is_mutation, root_of, written_by
 
 __all__ = ["fuse_reads"]
 
 aten = torch.ops.aten
 _ops = torch.ops.icw_int8kv
-_dequantize = _ops.dequantize_per_head.default
 
 
 def fuse_reads(graph: KVGraph) -> int:
-    """Run the pass; returns the number of attentions that read int8."""
-    matches = 0
+    """Run the pass; returns the number of attentions that read what is stored."""
     for node in list(graph.graph.nodes):
         found = match_attention(node)
         if found is None:
             continue
-        stored = [strip_casts(operand) for operand in (found.key, found.value)]
-        if any(operand.target is not _dequantize for operand in stored):
+        operands = [strip_casts(operand) for operand in (found.key, found.value)]
+        if any(operand not in graph.decoded for operand in operands):
             continue
-        repeated = [part for operand in stored for part in operand.args[:2]]
-        shifts, exacts, positions = ([_argument(operand, i) for operand in stored] for i in (3, 4, 5))
-        if (exacts[0] is None) != (exacts[1] is None):
+        repeated = [graph.decoded[operand] for operand in operands]
+        unrepeated = [_unrepeated(graph, each) for each in repeated]
+        if None in unrepeated or _written_since(repeated, operands, node):
             continue
-        unmerged = [strip_merge(part) for part in repeated]
-        parts = [strip_repeat_kv(part) for part in unmerged]
-        if any(graph.tensor(part).dim() != 4 for part in parts):
-            continue
-        if any(copy is not part and _written_between(part, copy, node) for part, copy in zip(parts, repeated)):
-            continue
+        key, value = (each for each in unrepeated if each is not None)
         with graph.before(node):
-            exact = _exact(graph, exacts, shifts, positions[0])
-            fused = _fuse(graph, found, parts, shifts, exact, heads=graph.tensor(unmerged[0]).shape[1])
-        form = found.form + (" + repeat_kv" if unmerged[0] is not parts[0] else "")
-        for operand in stored:
-            operand.meta[SITE].reads.append(form)
-        node.replace_all_uses_with(fused)
-        matches += 1
-    return matches
+            fused, replacement = _fuse(graph, found, key, value, heads=_heads(graph, repeated[0]))
+        merged = strip_merge(repeated[0].stored.parts[0])
+        form = found.form + (" + repeat_kv" if key.stored.parts[0] is not merged else "")
+        for each in repeated:
+            each.site.reads.append(form)
+        node.replace_all_uses_with(replacement)
+        graph.attentions.append(FusedAttention(fused, key, value))
+    return len(graph.attentions)
 
 
-def _argument(node: Node, position: int) -> Node | None:
-    return node.args[position] if len(node.args) > position else None
+def _heads(graph: KVGraph, value: Storage) -> int:
+    """The heads of keys or values where they meet the query."""
+    heads: int = graph.tensor(strip_merge(value.stored.parts[0])).shape[1]
+    return heads
 
 
-def _exact(
-    graph: KVGraph, exacts: Sequence[Node | None], shifts: Sequence[Node | None], position: Node | None
-) -> tuple[Node, ...]:
-    """The rows that keys and values keep as they came, in the terms of the int8 ones: with shifted channels."""
-    if position is None:
-        return ()
-    rows = []
-    for exact, shift in zip(exacts, shifts, strict=True):
-        rows.append(_unrepeated(exact))
-        if shift is not None:
-            divided_by = graph.call(aten.neg.default, _unrepeated(shift))
-            rows[-1] = graph.call(_ops.scale_channels.default, rows[-1], divided_by)
-    return (*rows, position)
+def _unrepeated(graph: KVGraph, value: Storage) -> Storage | None:
+    """What is stored of ``[B, H, S, D]`` keys or values, of which this is each head several times, and merged."""
+    stored = value.stored
+    specs = stored.format.parts
+    parts = [
+        strip_repeat_kv(strip_merge(part)) if spec.is_aligned else part
+        for spec, part in zip(specs, stored.parts, strict=True)
+    ]
+    aligned = [graph.tensor(part) for spec, part in zip(specs, parts, strict=True) if spec.is_aligned]
+    heads = aligned[0].shape[:2] if aligned[0].dim() == 4 else None
+    if heads is None or any(each.dim() != 4 or each.shape[:2] != heads for each in aligned):
+        return None
+    return Storage(type(stored)(stored.format, tuple(parts)), value.site, value.grows)
 
 
-def _unrepeated(part: Node) -> Node:
-    return strip_repeat_kv(strip_merge(part))
-
-
-def _fuse(
-    graph: KVGraph,
-    found: Attention,
-    parts: Sequence[Node],
-    shifts: Sequence[Node | None],
-    exact: Sequence[Node],
-    heads: int,
-) -> Node:
-    """``found`` in one operation, in the shape, the dtype and the memory layout of what it replaces.
-
-    ``heads`` are those of keys and values where they meet the query, and ``shifts`` their shifts there.
-    """
-    query = _unshifted(graph, found.query, shifts[0])
+def _fuse(graph: KVGraph, found: Attention, key: Storage, value: Storage, heads: int) -> tuple[Node, Node]:
+    """``found`` in one operation, and that in the shape, the dtype and the memory layout of what it replaces."""
+    query = found.query
     if found.merged:
         query = graph.call(aten.unflatten.int, query, 0, [-1, heads])
-    last = () if found.sinks is None and not exact else (found.sinks, *exact)
-    mask = _one_mask(graph, found.biases, heads)
-    fused = graph.call(_ops.attention.default, query, *parts, mask, found.is_causal, found.scale, found.softcap, *last)
-    fused.meta[SITE] = tuple(strip_casts(operand).meta[SITE] for operand in (found.key, found.value))
+    sinks = () if found.sinks is None else (found.sinks,)
+    mask = _one_mask(graph, found, heads)
+    operands = (query, graph.decode(key), graph.decode(value), mask)
+    fused = graph.call(_ops.attention.default, *operands, found.is_causal, found.scale, found.softcap, *sinks)
     dtype = found.node.meta["val"].dtype
     result = fused if graph.tensor(fused).dtype == dtype else graph.call(aten.to.dtype, fused, dtype)
     if found.merged:
-        return _unshifted(graph, graph.call(aten.flatten.using_ints, result, 0, 1), shifts[1])
-    result = _unshifted(graph, result, shifts[1])
-    return _in_layout_of(graph, found.node, result)
+        return fused, graph.call(aten.flatten.using_ints, result, 0, 1)
+    return fused, _in_layout_of(graph, found.node, result)
 
 
-def _unshifted(graph: KVGraph, x: Node, shift: Node | None) -> Node:
-    """``x``, a query or an output, with what the keys or values were divided by."""
-    if shift is None:
-        return x
-    value = graph.tensor(x)
-    groups = value.shape[1] // graph.tensor(shift).shape[1] if value.dim() == 4 else 1
-    if groups > 1:
-        shift = graph.call(aten.repeat_interleave.self_int, shift, groups, 1)
-    return graph.call(_ops.scale_channels.default, x, shift)
-
-
-def _one_mask(graph: KVGraph, biases: Sequence[Bias], heads: int) -> Node | None:
+def _one_mask(graph: KVGraph, found: Attention, heads: int) -> Node | None:
     """All that is added to the scores, in one tensor of four dimensions."""
     total = None
-    for bias in biases:
+    for bias in found.biases:
         node = bias.node
+        value = graph.tensor(node)
+        if not value.is_floating_point() and value.dtype != torch.bool:
+            node = graph.call(aten.to.dtype, node, torch.float32)  # a table of relative positions
         if bias.filler is not None:
             filled = (bias.filler, 0.0) if bias.fills else (0.0, bias.filler)
             node = graph.call(aten.where.Scalar, node, *filled)
         elif bias.factor != 1.0:
             node = graph.call(aten.mul.Tensor, node, bias.factor)
-        if bias.merged:
+        shape = graph.tensor(node).shape
+        if found.merged and len(shape) == 3 and not statically_known_true(shape[0] == 1):
             node = graph.call(aten.unflatten.int, node, 0, [-1, heads])
         while graph.tensor(node).dim() < 4:
             node = graph.call(aten.unsqueeze.default, node, 0)
@@ -158,21 +131,13 @@ def _in_layout_of(graph: KVGraph, node: Node, fused: Node) -> Node:
     return graph.call(aten.transpose.int, graph.call(aten.contiguous.default, swapped), 1, 2)
 
 
-def _written_between(part: Node, copy: Node, reader: Node) -> bool:
-    """Whether storage that ``part`` is a view of is written after ``copy`` was taken of it and before ``reader``."""
-    root = _root(part)
-    node = copy.next
+def _written_since(values: Sequence[Storage], decoded: Sequence[Node], reader: Node) -> bool:
+    """Whether something that is read is written after the first of it was read, and before ``reader``."""
+    roots = {root_of(part) for each in values for part in each.stored.parts}
+    # Decoding begins with the parts, which come before the nodes of `decoded`; what is written in between is seen.
+    node = min(decoded)
     while node is not reader:
-        if is_mutation(node) and _root(node.args[0]) is root:
+        if is_mutation(node) and any(root_of(each) in roots for each in written_by(node)):
             return True
         node = node.next
     return False
-
-
-def _root(node: Node) -> Node:
-    """What ``node`` is a view of, directly or through other views and in-place writes."""
-    while isinstance(node.target, torch._ops.OpOverload) and node.target._schema.arguments:
-        if node.target._schema.arguments[0].alias_info is None:
-            break
-        node = node.args[0]
-    return node

@@ -1,4 +1,4 @@
-"""Find the graph's key/value storage and give it its int8 parts.
+"""Find the graph's key/value storage and give it its stored parts.
 
 ::
 
@@ -15,31 +15,45 @@
                                                qdata, scale = quantize_per_head(grown)
                                                keys = dequantize_per_head(qdata, scale)
 
-    # before: one that grows, passed in         # after: the caller passes it with room for the new rows
-    previous = placeholder                     qdata, scale, spare = placeholders
+    # before: one that grows, passed in         # after: its buffers, with rows to spare
+    previous = placeholder                     qdata, scale, length = placeholders
                                                new_qdata, new_scale = quantize_per_head(new)
-                                               copy_(slice(qdata, 2, start), new_qdata)
-                                               copy_(slice(scale, 2, start), new_scale)
-    keys = cat([previous, new], -2)            keys = dequantize_per_head(qdata, scale)
+                                               copy_(narrow(qdata, 2, length, rows), new_qdata)
+                                               copy_(narrow(scale, 2, length, rows), new_scale)
+    keys = cat([previous, new], -2)            keys = dequantize_per_head(narrow(qdata, 2, 0, length + rows), ...)
 
-The ``dequantize_per_head`` node only *stands for* the storage: nothing reads it in the end. ``propagate`` carries the
-parts to every operation that can use them, and replaces the rest. What looks like storage and is not taken is
-recorded with its reason. Meaning is preserved up to the quantization of what is written.
+A cache is known by where the caller keeps it (`icw_compile.passes.graph.Endpoint`). Outside of transformers' caches it is
+what a recognised attention reads and the graph writes or returns. The node that decodes a storage only *stands for* it:
+nothing reads it in the end. ``propagate`` carries the parts to every operation that can use them, and replaces the rest.
+What looks like storage and is not taken is recorded with its reason. Meaning is preserved up to the quantization of what
+is written.
 """
 
 import operator
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from icw_compile.formats.ops import scale_dtype_for
-from icw_compile.formats.rows import RULES, Quantized, dequantize, keep_written, quantize_like
+from icw_compile.formats import Format, Stored
+from icw_compile.formats.rules import RULES, append, encode_like
 from icw_compile.passes.attention import Attention, match_attention
-from icw_compile.passes.graph import Input, KVGraph, Role, Site, Skipped, aliases, is_mutation, layer_of
+from icw_compile.passes.graph import (
+    Grown,
+    Input,
+    KVGraph,
+    Role,
+    Site,
+    Skipped,
+    Storage,
+    aliases,
+    is_mutation,
+    layer_of,
+    written_by,
+)
 
 __all__ = ["find_storage"]
 
@@ -54,12 +68,8 @@ _SAME_VALUES = (
     aten.to.dtype_layout,
     aten.to.device,
     aten._to_copy.default,
-    aten.chunk.default,
-    aten.split.Tensor,
     operator.getitem,
 )
-#: Where transformers' caches keep keys and values.
-_CACHE_LAYER = r"\.layers\[\d+\]\.(keys|values)$"
 #: What an attention that `match_attention` does not know is made of.
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
@@ -70,7 +80,7 @@ def find_storage(graph: KVGraph) -> int:
     taken: set[Node] = set()
     skipped: set[Node] = set()
     for node in list(graph.graph.nodes):
-        if node in graph.quantized:
+        if node in graph.stored:
             _take_input(graph, node, uses)
         elif not _is_storage(graph, node, uses):
             continue
@@ -84,32 +94,62 @@ def find_storage(graph: KVGraph) -> int:
         else:
             _take_grown(graph, node, uses)
         taken.add(node)
-    graph.quantized = {}
-    graph.skipped += uses.unquantized(taken | skipped) or _left_float(graph, taken | skipped)
+    graph.stored = {}
+    unread = uses.unquantized(taken | skipped)
+    graph.skipped += [*unread, *_left_float(graph, taken | skipped, {each.layer for each in unread})]
     return len(taken)
 
 
 def _is_storage(graph: KVGraph, node: Node, uses: "_AttentionUses") -> bool:
-    """Whether this is float storage that can become int8."""
-    if node in graph.adoptable and _is_written_storage(node, uses):
-        return True
+    """Whether this is float storage that can become stored parts."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() != 4 or not value.is_floating_point():
+        return False
+    if uses.of(node) is None and not (_endpoint(graph, node) is not None and _meets_a_product(node)):
+        return False
+    views = list(aliases(node))
+    is_written = any(map(is_mutation, views))
+    if node.op == "placeholder":
+        return node in graph.adoptable and is_written
+    returned = set(graph.output_nodes)
+    if not any(view in returned for view in views):
+        return False
     if node.target in _ZEROS:
-        return _is_created_storage(graph, node, uses)
-    return node.target is aten.cat.default and _is_grown_storage(graph, node, uses)
+        return is_written
+    # `cat([previous, new], -2)` of a cache that is float so far, which is empty or was filled before.
+    dim = node.args[1] if node.target is aten.cat.default and len(node.args) > 1 else 0
+    if node.target is not aten.cat.default or dim not in (-2, 2):
+        return False
+    return not any(previous in graph.storage for previous in _same_values(node.args[0]))
+
+
+def _endpoint(graph: KVGraph, node: Node) -> Any:
+    """Where the caller keeps this storage, or what becomes of it; ``None`` if that is not known."""
+    if node in graph.endpoints:
+        return graph.endpoints[node]
+    if not graph.returned_to:
+        return None
+    views = set(aliases(node))
+    return next(
+        (end for i, value in enumerate(graph.output_nodes) if value in views and (end := graph.returned_to.get(i))), None
+    )
 
 
 def _stays_float(graph: KVGraph, node: Node, uses: "_AttentionUses") -> bool:
     """Whether the caller wants this storage to stay float (``icw.skip_layers``); recorded if so."""
-    name = _name_of(node, uses)
-    index = _layer_index(name)
-    if index is None or not graph.skip_layers:
+    if not graph.skip_layers:
+        return False
+    name, end = _name_of(graph, node, uses), _endpoint(graph, node)
+    index = end.layer if end is not None else _layer_index(name)
+    if index is None:
         return False
     kinds: set[int | str] = {index}
     if index == 0:
         kinds.add("first")
-    if index == max((_layer_index(layer_of(attention.node)) or 0 for attention in uses.attentions), default=None):
+    last = max((_layer_index(layer_of(attention.node)) or 0 for attention in uses.attentions), default=None)
+    if end.is_last if end is not None else index == last:
         kinds.add("last")
-    if index in graph.sliding_layers:
+    if end is not None and end.is_sliding:
         kinds.add("sliding")
     if not kinds & graph.skip_layers:
         return False
@@ -119,34 +159,33 @@ def _stays_float(graph: KVGraph, node: Node, uses: "_AttentionUses") -> bool:
     return True
 
 
-def _name_of(storage: Node, uses: "_AttentionUses", source: str | None = None) -> str:
+def _name_of(graph: KVGraph, storage: Node, uses: "_AttentionUses") -> str:
     """Where storage lives, or the layer that uses it."""
-    if source := source or storage.meta.get("source_name"):
-        return source
+    if source := storage.meta.get("source_name"):
+        return str(source)
     use = uses.of(storage)
     return f"{layer_of(use[0].node)} {use[1]}s" if use else storage.name
 
 
 def _layer_index(name: str) -> int | None:
-    """``past_key_values.layers[3].keys``, ``model.layers.3.self_attn``: 3."""
+    """``model.layers.3.self_attn``: 3."""
     found = re.search(r"\b(?:layers|h|blocks|block)\W(\d+)", name)
     return None if found is None else int(found[1])
 
 
-def _left_float(graph: KVGraph, taken: set[Node]) -> list[Skipped]:
+def _left_float(graph: KVGraph, taken: set[Node], said: set[str]) -> list[Skipped]:
     """The float keys and values of a cache layer that are inputs, and that no attention was seen to read."""
     reason = "no attention was found that reads it, as a latent cache is not read as keys and values; it stays float"
     used = {source for node in taken for source in node.all_input_nodes}
     parts = {name for each in graph.inputs.values() for name in each.parts}
-    return [
-        Skipped("", name, reason)
-        for node in graph.graph.find_nodes(op="placeholder")
-        if re.search(_CACHE_LAYER, name := node.meta.get("source_name", ""))
-        and node not in used | taken
-        and node.name not in parts
-        and node.meta["val"].dim() == 4
-        and node.meta["val"].is_floating_point()
-    ]
+    left = []
+    for node, end in graph.endpoints.items():
+        value = node.meta.get("val")
+        if node in used | taken or node.name in parts or not isinstance(value, torch.Tensor):
+            continue
+        if value.dim() == 4 and value.is_floating_point() and not said:
+            left.append(Skipped("", end.name, reason))
+    return left
 
 
 class _AttentionUses:
@@ -172,26 +211,12 @@ class _AttentionUses:
         if storage in self.readers:
             return self.readers[storage]
         for write in aliases(storage):
-            if is_mutation(write):
-                for source in write.args[1:]:
-                    for node in _same_values(source):
-                        if node in self.readers:
-                            return self.readers[node]
+            written = set(written_by(write))
+            for source in write.all_input_nodes if written else ():
+                for node in _same_values(source) if source not in written else ():
+                    if node in self.readers:
+                        return self.readers[node]
         return None
-
-    def read(self, storage: Node) -> bool:
-        """Whether attention reads ``storage``: one that we know, or a product with the values in it."""
-        if self.of(storage) is not None:
-            return True
-        pending, seen = [storage], {storage}
-        while pending:
-            for user in pending.pop().users:
-                if user.target in _PRODUCTS:
-                    return True
-                if user not in seen and (user.target in RULES or user.target in _SAME_VALUES):
-                    seen.add(user)
-                    pending.append(user)
-        return False
 
     def unquantized(self, taken: set[Node]) -> list[Skipped]:
         """The attentions that read something like a cache which was not taken, with the reason."""
@@ -219,33 +244,17 @@ def _same_values(node: object) -> Iterable[Node]:
                 pending += current.args
 
 
-def _is_created_storage(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
-    value = node.meta["val"]
-    if value.dim() != 4 or not value.is_floating_point():
-        return False
-    returned = set(graph.output_nodes)
-    views = list(aliases(node))
-    return any(v in returned for v in views) and any(map(is_mutation, views)) and uses.read(node)
-
-
-def _is_written_storage(node: Node, uses: _AttentionUses) -> bool:
-    """Whether this float input is a cache that was filled before the first compiled call, and is written in place."""
-    return any(map(is_mutation, aliases(node))) and uses.read(node)
-
-
-def _is_grown_storage(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
-    """Whether this is ``cat([previous, new], -2)`` of a DynamicCache that is not quantized yet.
-
-    The previous tensor is the empty one of a new cache, or was filled with floats before the first compiled call. One
-    that is quantized already is an input, which is taken as such.
-    """
-    value, dim = node.meta["val"], node.args[1] if len(node.args) > 1 else 0
-    if value.dim() != 4 or not value.is_floating_point() or dim not in (-2, 2):
-        return False
-    returned = set(graph.output_nodes)
-    if not any(view in returned for view in aliases(node)) or not uses.read(node):
-        return False
-    return not any(previous in graph.storage for previous in _same_values(node.args[0]))
+def _meets_a_product(storage: Node) -> bool:
+    """Whether it, moved but not changed, is multiplied: what an attention that no rule knows is made of."""
+    pending, seen = [storage], {storage}
+    while pending:
+        for user in pending.pop().users:
+            if user.target in _PRODUCTS:
+                return True
+            if user not in seen and (user.target in RULES or user.target in _SAME_VALUES):
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _why_not(node: Node) -> str | None:
@@ -262,170 +271,203 @@ def _why_not(node: Node) -> str | None:
 
 def _adopt_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     value = node.meta["val"]
+    layout = _format_for(graph, node, uses)
     with graph.fake_mode:
-        qdata = torch.empty(value.shape, dtype=torch.int8, device=value.device)
-        scale = torch.empty((*value.shape[:-1], 1), dtype=scale_dtype_for(value.dtype), device=value.device)
-        shift = qdata.new_empty(_shift_size(value.shape)) if _is_equalized(graph, node, uses) else None
-        kept = graph.keep.nothing_yet(value.shape, value.dtype, value.device)
-    exact, position = kept
-    fakes = Quantized(qdata, scale, value.dtype, shift, exact, position, graph.keep.sinks)
-    graph.quantized[node] = fakes
-    _take_input(graph, node, uses, note=", quantized here")
-    graph.inputs[node.name] = replace(graph.inputs[node.name], adopted=fakes)
+        fakes = layout.empty(_FAKES, value.shape, value.device)
+    graph.stored[node] = fakes
+    _take_input(graph, node, uses, note=", quantized here", adopted=layout)
 
 
-def _is_equalized(graph: KVGraph, node: Node, uses: _AttentionUses) -> bool:
+class _Fakes:
+    """The `icw_compile.formats.Evaluator` of fake tensors."""
+
+    view = aten.view.default
+
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    def tensor(self, operand: torch.Tensor) -> torch.Tensor:
+        return operand
+
+    def size(self, operand: torch.Tensor, dim: int) -> Any:
+        return operand.shape[dim]
+
+    def same(self, a: Any, b: Any) -> bool:
+        return a is b
+
+
+_FAKES = _Fakes()
+
+
+def _format_for(graph: KVGraph, node: Node, uses: _AttentionUses) -> Format:
     use = uses.of(node)
-    return use[1] in graph.equalized if use is not None else graph.equalized == {"key", "value"}
+    return graph.format_for(node.meta["val"].dtype, use[1] if use else None)
 
 
-def _shift_size(size: Sequence[Any]) -> list[Any]:
-    return [*size[:-2], 1, size[-1]]
-
-
-def _take_input(graph: KVGraph, node: Node, uses: _AttentionUses, note: str = "") -> None:
-    fakes = graph.quantized[node]
-    append = _find_append(graph, node)
-    if append is not None:
-        fakes = append.grown
+def _take_input(
+    graph: KVGraph, node: Node, uses: _AttentionUses, note: str = "", adopted: Format | None = None
+) -> None:
+    fakes, value = graph.stored[node], node.meta["val"]
     last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+    specs = fakes.format.parts
     with graph.graph.inserting_before(node):
-        placeholders = [graph.graph.placeholder(f"{node.name}_qdata")]
-    for part in list(fakes.parts)[1:]:
+        placeholders = [graph.graph.placeholder(f"{node.name}_{specs[0].name}")]
+
+    def placeholder(name: str) -> Node:
+        nonlocal last
         with graph.graph.inserting_after(last):
-            last = graph.graph.placeholder(f"{node.name}_{part}")
-        placeholders.append(last)
-    for placeholder, fake in zip(placeholders, fakes.parts.values(), strict=True):
-        placeholder.meta = {**node.meta, "val": fake}
-    parts = fakes.of_parts(placeholders)
-    part_names = tuple(placeholder.name for placeholder in placeholders)
-    name = node.meta.get("source_name")
-    if append is None:
-        written = any(is_mutation(alias) for alias in aliases(node))
-        graph.inputs[node.name] = Input(part_names, written=written)
+            last = graph.graph.placeholder(f"{node.name}_{name}")
+        return last
+
+    placeholders += [placeholder(spec.name) for spec in specs[1:]]
+    for made, fake in zip(placeholders, fakes.parts, strict=True):
+        made.meta = {**node.meta, "val": fake}
+    stored = fakes.of_parts(placeholders)
+    names = tuple(each.name for each in placeholders)
+    name = _name_of(graph, node, uses)
+    written = any(is_mutation(alias) for alias in aliases(node))
+    if node not in graph.growing:
+        graph.inputs[node.name] = Input(names, written=written, adopted=adopted)
         cache = "static" if written else "dynamic"
-        _stand_for(graph, node, parts, uses, before=last.next, cache=cache, name=name, note=note)
+        _stand_for(graph, node, stored, uses, before=last.next, cache=cache, name=name, note=note)
         return
-    extra = {}
-    after = last
-    for name_of, value in (("spare", append.spare), ("length", append.start)):
-        if isinstance(value, torch.SymInt):
-            with graph.graph.inserting_after(after):
-                after = extra[name_of] = graph.graph.placeholder(f"{node.name}_{name_of}")
-            after.meta = {"val": value, "dynamo_placeholder": node.meta.get("dynamo_placeholder")}
-    rows = append.rows if isinstance(append.rows, int) else append.rows.name
-    names = {name_of: placeholder.name for name_of, placeholder in extra.items()}
-    graph.inputs[node.name] = Input(part_names, rows, **names)
-    start = extra.get("length", append.start)
-    with graph.before(append.cat):
-        for part, written in zip(parts.rows, quantize_like(graph, append.new, parts).rows, strict=True):
-            end = graph.call(aten.slice.Tensor, part, 2, start, _END)
-            graph.call(aten.copy_.default, end, written)
-        for part, kept in keep_written(graph, parts, append.new, start).items():
-            graph.call(aten.copy_.default, getattr(parts, part), kept)
-    _stand_for(graph, append.cat, parts, uses, before=append.cat, cache="dynamic", name=name)
-    graph.sites[-1].writes.append("append")
-    graph.graph.erase_node(node)
+    length: Any = graph.number(value.shape[2])
+    extra = None
+    if length is None:
+        length = placeholder("length")
+        length.meta = {"val": value.shape[2], "dynamo_placeholder": node.meta.get("dynamo_placeholder")}
+        extra = length.name
+    appends = _Append.find(graph, node, stored)
+    rows = 0 if appends is None else appends.rows
+    graph.inputs[node.name] = Input(names, extra, rows if isinstance(rows, int) else rows.name, written)
+    if appends is not None:
+        _append(graph, appends, stored, length, names)
+        _stand_for(graph, appends.cat, appends.result, uses, before=appends.cat, cache="dynamic", name=name)
+        graph.sites[-1].writes.append("append")
+    with graph.before(last.next):
+        shown = stored.with_parts(
+            **{each: graph.call(aten.narrow.default, part, 2, 0, length) for each, part in stored.rows.items()}
+        )
+    if node.users:
+        _stand_for(graph, node, shown, uses, before=last.next, cache="dynamic", name=name, is_site=appends is None)
+    else:
+        if appends is None:
+            _stand_for(graph, node, shown, uses, before=last.next, cache="dynamic", name=name)
+        else:
+            graph.graph.erase_node(node)
 
 
-class _Append(NamedTuple):
+class _Append:
     """``cat([previous, new], -2)`` that can write ``new`` behind the rows of ``previous``, where there is room.
 
-    ``start`` and ``rows`` are the lengths of the two, ``grown`` the fake parts of the result: ``spare`` rows lie
-    between the end of one head and the start of the next.
+    Attributes:
+        cat: the node.
+        new: what is appended.
+        rows: how many rows it has: a number, or the placeholder that carries it.
+        output: the position among the outputs of what is returned of it: all of it, or its last rows.
+        keep: the number of these, ``None`` for all.
+        result: once it is written, what ``cat`` is.
     """
 
-    cat: Node
-    new: Node
-    start: int | torch.SymInt
-    rows: int | Node
-    spare: torch.SymInt
-    grown: Quantized
+    def __init__(self, cat: Node, new: Node, rows: int | Node, output: int, keep: int | None) -> None:
+        self.cat = cat
+        self.new = new
+        self.rows = rows
+        self.output = output
+        self.keep = keep
+        self.result: Stored = None  # type: ignore[assignment]
+
+    @classmethod
+    def find(cls, graph: KVGraph, node: Node, stored: Stored) -> "_Append | None":
+        """The append to the input ``node``, if who holds the result cannot tell it from a copy.
+
+        It, or its last rows, are returned once, and nothing writes into it, or into what it grew from.
+        """
+        cats = [
+            user
+            for user in node.users
+            if user.target is aten.cat.default and list(user.args[0][:1]) == [node] and len(user.args[0]) == 2
+        ]
+        if len(cats) != 1:
+            return None
+        cat = cats[0]
+        new, dim = cat.args[0][1], cat.args[1] if len(cat.args) > 1 else 0
+        value, grown = node.meta["val"], cat.meta["val"]
+        if new is node or value.dim() != 4 or dim not in (-2, 2) or new.meta["val"].dtype != value.dtype:
+            return None
+        views = list(aliases(cat))
+        returned = [i for i, output in enumerate(graph.output_nodes) if output in views]
+        if len(returned) != 1 or any(map(is_mutation, views)) or any(map(is_mutation, aliases(node))):
+            return None
+        keep = _is_tail(graph.output_nodes[returned[0]], cat)
+        rows = graph.number(new.meta["val"].shape[2])
+        if keep is False or rows is None:
+            return None
+        for part in stored.rows.values():
+            # A guard, of sizes that Dynamo can look at: with less room another graph is compiled, which copies.
+            if not grown.shape[2] <= graph.tensor(part).shape[2]:
+                return None
+        return cls(cat, new, rows, returned[0], keep)
 
 
-def _find_append(graph: KVGraph, node: Node) -> _Append | None:
-    """The append to the quantized input ``node``, if that is all the graph does with it.
+def _is_tail(node: Node, cat: Node) -> Any:
+    """How many of the last rows of ``cat`` the node is, ``None`` for all of them; ``False`` if it is something else."""
+    total, size = cat.meta["val"].shape[2], node.meta["val"].shape[2]
+    while node is not cat:
+        if node.target is not aten.slice.Tensor:
+            return False
+        x, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+        whole = start in (None, 0) and end in (None, _END)
+        if step != 1 or end not in (None, _END) or not (whole or dim in (2, -2)):
+            return False
+        node = x
+    if statically_known_true(size == total):
+        return None
+    return size if isinstance(size, int) else False
 
-    Who holds the result must not be able to tell it from a copy: it is returned whole, and nothing writes into it.
-    """
-    cat = next(iter(node.users)) if len(node.users) == 1 else None
-    if cat is None or cat.target is not aten.cat.default or len(cat.args[0]) != 2 or cat.args[0][0] is not node:
-        return None
-    new, dim = cat.args[0][1], cat.args[1] if len(cat.args) > 1 else 0
-    value, grown = node.meta["val"], cat.meta["val"]
-    if new is node or value.dim() != 4 or dim not in (-2, 2) or new.meta["val"].dtype != value.dtype:
-        return None
-    views = list(aliases(cat))
-    if [view for view in graph.output_nodes if view in views] != [cat] or any(map(is_mutation, views)):
-        return None
-    spare, rows = graph.new_size(f"{node.name}_spare"), graph.number(new.meta["val"].shape[2])
-    start = value.shape[2]
-    if isinstance(start, torch.SymInt):
-        start = graph.same_size(start)
-    if start is None or rows is None or spare is None:
-        return None
-    fakes = graph.quantized[node]
-    batch, heads, tokens = grown.shape[:3]
-    capacity = tokens + spare
-    parts = []
-    for part in fakes.rows:
-        size = part.shape[-1]
-        strides = (heads * capacity * size, capacity * size, size, 1)
-        with graph.fake_mode:
-            parts.append(
-                torch.empty_strided((batch, heads, tokens, size), strides, dtype=part.dtype, device=part.device)
-            )
-    return _Append(cat, new, start, rows, spare, fakes.of(parts))
+
+def _append(graph: KVGraph, found: _Append, stored: Stored, length: Any, names: tuple[str, ...]) -> None:
+    """Write the new rows behind those that are there, and say what becomes of the input."""
+    cat, specs = found.cat, stored.format.parts
+    with graph.before(cat):
+        written = append(graph, stored, found.new, length, found.rows)
+        total = cat.meta["val"].shape[2]
+        end = total if isinstance(total, int) else graph.call(operator.add, length, found.rows)
+        found.result = written.with_parts(
+            **{name: graph.call(aten.narrow.default, part, 2, 0, end) for name, part in stored.rows.items()}
+        )
+    source = next(name for name, each in graph.inputs.items() if each.parts == names)
+    assert specs
+    graph.grown[found.output] = Grown(source, found.keep)
 
 
 def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     value = node.meta["val"]
-    scale_dtype = scale_dtype_for(value.dtype)
     sizes_at = node.target._schema.arguments[0].name == "self"  # new_zeros(self, size) against zeros(size)
     size = list(node.args[int(sizes_at)])
     with graph.before(node):
-        qdata = graph.call(aten.zeros.default, size, dtype=torch.int8, device=value.device)
-        scale = graph.call(aten.zeros.default, [*size[:-1], 1], dtype=scale_dtype, device=value.device)
-        shift = None
-        if _is_equalized(graph, node, uses):
-            shift = graph.call(aten.zeros.default, _shift_size(size), dtype=torch.int8, device=value.device)
-        exact, position = _nothing_kept_yet(graph, size, value)
-    parts = Quantized(qdata, scale, value.dtype, shift, exact, position, graph.keep.sinks)
-    _stand_for(graph, node, parts, uses, before=node, cache="static", note=", created here")
-
-
-def _nothing_kept_yet(
-    graph: KVGraph, size: Sequence[Any], value: torch.Tensor
-) -> tuple[Node, Node] | tuple[None, None]:
-    """Nodes for the kept rows of new storage of this size, and for their positions; none if none are kept."""
-    keep = graph.keep
-    if not any(keep):
-        return None, None
-    exact = graph.call(aten.zeros.default, keep.size(size), dtype=value.dtype, device=value.device)
-    rows = [keep.sinks + keep.recent]
-    return exact, graph.call(aten.full.default, rows, -1, dtype=torch.int64, device=value.device)
+        stored = _format_for(graph, node, uses).empty(graph, size, value.device)
+    _stand_for(graph, node, stored, uses, before=node, cache="static", note=", created here")
 
 
 def _take_grown(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     value, readers, after = node.meta["val"], set(node.users), node.next
+    layout = _format_for(graph, node, uses)
     with graph.before(after):
-        shift = None
-        if _is_equalized(graph, node, uses):
-            shift = graph.call(torch.ops.icw_int8kv.channel_shift.default, node)
-        parts = quantize_like(graph, node, Quantized(None, None, value.dtype, shift))
-        if any(graph.keep):
-            size = [graph.size(node, dim) for dim in range(4)]
-            exact, position = _nothing_kept_yet(graph, size, value)
-            parts = parts._replace(exact=exact, position=position, sinks=graph.keep.sinks)
-            parts = parts._replace(**keep_written(graph, parts, node, 0))
-    _stand_for(graph, node, parts, uses, before=after, cache="dynamic", note=", quantized here", readers=readers)
+        stored = layout.empty(graph, [graph.size(node, dim) for dim in range(4)], value.device)
+        stored = layout.settle(graph, stored, node)
+        stored = stored.with_parts(**encode_like(graph, node, stored))
+        if stored.kept:
+            index = graph.call(aten.arange.default, graph.size(node, 2), device=value.device)
+            stored = stored.with_parts(**layout.keep(graph, stored, node, index))
+    _stand_for(graph, node, stored, uses, before=after, cache="dynamic", note=", quantized here", readers=readers)
     graph.sites[-1].writes.append("cat")
 
 
 def _stand_for(
     graph: KVGraph,
     node: Node,
-    parts: Quantized,
+    stored: Stored,
     uses: _AttentionUses,
     *,
     before: Node,
@@ -433,36 +475,37 @@ def _stand_for(
     name: str | None = None,
     note: str = "",
     readers: Collection[Node] | None = None,
+    is_site: bool = True,
 ) -> None:
-    """Replace ``node`` by a node that stands for the storage made of ``parts``, and record the site.
+    """Replace ``node`` by a node that stands for the storage, and record the site.
 
     ``readers`` are the users that get the stand-in, where some of them make the parts.
     """
-    use = uses.of(node)
-    with graph.before(before):
-        stand_in = dequantize(graph, parts)
-    value, scale = graph.tensor(parts.qdata), graph.tensor(parts.scale)
+    use, end = uses.of(node), _endpoint(graph, node)
+    value = node.meta["val"]
     heads, head_dim = value.shape[1], value.shape[-1]
-    layer = layer_of(use[0].node) if use else ""
-    name = _name_of(node, uses, name)
-    index = _layer_index(name)
-    sliding = index in graph.sliding_layers
-    kept = 0 if parts.exact is None else graph.tensor(parts.exact).shape[-2]
+    kept = [graph.tensor(part).shape[-2] for part in stored.kept.values() if graph.tensor(part).dim() == value.dim()]
     site = Site(
-        name=name,
-        role=use[1] if use else None,
-        layer=layer,
-        cache=f"{cache}{' sliding' if sliding else ''}{note}",
+        name=name or _name_of(graph, node, uses),
+        role=use[1] if use else None if end is None else end.role,
+        layer=layer_of(use[0].node) if use else "",
+        cache=f"{cache}{' sliding' if end is not None and end.is_sliding else ''}{note}",
         shape=tuple(s if isinstance(s, int) else str(s) for s in value.shape),
-        dtype=str(parts.dtype).removeprefix("torch."),
-        float_bytes_per_token=int(heads * head_dim * parts.dtype.itemsize),
-        bytes_per_token=int(heads * (head_dim + scale.dtype.itemsize)),
-        equalized=parts.shift is not None,
-        float_tokens=kept,
-        float_tokens_bytes=int(heads * kept * head_dim * parts.dtype.itemsize),
+        dtype=str(stored.dtype).removeprefix("torch."),
+        format=str(stored.format),
+        float_bytes_per_token=int(heads * head_dim * stored.dtype.itemsize),
+        bytes_per_token=int(stored.format.bytes_per_token(heads, head_dim)),
+        equalized="shift" in stored.named,
+        float_tokens=kept[0] if kept else 0,
+        float_tokens_bytes=int(heads * sum(kept) * head_dim * stored.dtype.itemsize),
     )
-    graph.sites.append(site)
-    graph.storage[stand_in] = (parts, site)
+    if is_site:
+        graph.sites.append(site)
+    with graph.before(before):
+        storage = Storage(stored, site if is_site else graph.sites[-1], grows=cache == "dynamic")
+        stand_in = graph.decode(storage)
+    del graph.decoded[stand_in]
+    graph.storage[stand_in] = storage
     node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: readers is None or user in readers)
     if not node.users:
         graph.graph.erase_node(node)

@@ -1,25 +1,28 @@
 """Storage that grows like a vector, and who may write where in it.
 
-A `Room` is what the parts of a growing tensor lie in: ``[batch, heads, capacity, size]``, of which the tensor shows
-the first rows. Appending writes behind them and gives a longer tensor on the same room, so that a step costs its new
-rows and not the cache. The shorter tensor stays valid, as the input of ``cat`` does.
+A `Room` is what the rows of a growing tensor lie in: ``[batch, heads, capacity, size]``, of which the tensor shows some
+that follow each other. Appending writes behind them and gives a longer tensor on the same room, so that a step costs
+its new rows and not the cache. A window that slides shows the last rows of it, and moves to the front of a new room
+when it reaches the end. The shorter tensor stays valid, as the input of ``cat`` does.
 
 Each tensor on a room holds a `Claim`. Tensors that an append parted are independent of each other, as the input and
 the result of ``cat`` are; a view and what it views are not. One rule keeps that true: *a room holds either one tensor
 and its views, or several independent tensors without views*. Where an operation would break it, its operand first
-moves to a room of its own (`icw_compile.cache.tensor.QuantizedKV`).
+moves to a room of its own (`icw_compile.cache.tensor.QuantizedKV`). A room may be used by several threads.
 """
 
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["MIN_SPARE", "Claim", "Growth", "Room", "capacity_for", "growth", "reset_growth"]
 
-#: Compiled code takes it that there are spare rows, so that a head never touches the next.
-MIN_SPARE = 2
+#: What compiled code returns has at least this many spare rows: the next step finds room without asking.
+MIN_SPARE = 64
 
 
 @dataclass
@@ -38,49 +41,46 @@ class Growth:
 
 
 def capacity_for(rows: int) -> int:
-    """Rows to make room for where ``rows`` are needed: geometric, a quarter more once there are 1,024 of them."""
-    return rows + max(256, rows // 4)
+    """Rows to make room for where ``rows`` are needed: geometric, a quarter more once there are 1,024 of them.
+
+    A multiple of 64, so that kernels find every head of a part at an aligned address.
+    """
+    return (rows + max(256, rows // 4)) // 64 * 64
 
 
 class Claim:
-    """That a tensor lives on a room; it ends with the tensor.
+    """That a tensor lives on a room; it ends with the tensor. `Room.claim` and `Room.extend` make one.
 
-    Args:
+    Attributes:
         room: where.
-        rows: how many rows of the room, from the first, the tensor and what it is a view of reach.
-        owner: the same object for a tensor and its views; left out, a new one.
-        is_view: the tensor is not just the first rows of the room.
+        start, end: the rows of the room that the tensor shows, or that what it is a view of shows.
+        owner: the same object for a tensor and its views.
+        is_view: the tensor is not just rows that follow each other.
     """
 
-    __slots__ = ("__weakref__", "is_view", "owner", "room", "rows")
+    __slots__ = ("__weakref__", "end", "is_view", "owner", "room", "start")
 
-    def __init__(self, room: "Room", rows: int, owner: object = None, is_view: bool = False) -> None:
+    def __init__(self, room: "Room", start: int, end: int, owner: object, is_view: bool) -> None:
         self.room = room
-        self.rows = rows
-        self.owner = owner or object()
+        self.start = start
+        self.end = end
+        self.owner = owner
         self.is_view = is_view
-        room.claims.append(weakref.ref(self, room.claims.remove))
 
     def others(self) -> "list[Claim]":
         """The claims of the other tensors on this room."""
-        live = (reference() for reference in self.room.claims)
-        return [claim for claim in live if claim is not None and claim is not self]
+        with self.room.lock:
+            return [claim for claim in self.room.claims if claim is not self]
 
-    def may_extend(self) -> bool:
-        """Whether the rows behind this tensor's may be written without another tensor's noticing."""
-        if self.is_view:
-            return False
-        return all(other.owner is not self.owner and other.rows <= self.rows for other in self.others())
-
-    def of_view(self, rows: int | None) -> "Claim":
-        """The claim of a view: of the first ``rows`` rows, or of another kind (``None``)."""
+    def of_view(self, rows: range | None) -> "Claim":
+        """The claim of a view: of these of the tensor's rows, or of another kind (``None``)."""
         if rows is None or self.is_view:
-            return Claim(self.room, self.rows, self.owner, is_view=True)
-        return Claim(self.room, rows, self.owner)
+            return self.room.claim(self.start, self.end, self.owner, is_view=True)
+        return self.room.claim(self.start + rows.start, self.start + rows.stop, self.owner)
 
 
 class Room:
-    """Storage ``[batch, heads, capacity, size]`` for each part of a growing tensor.
+    """Storage ``[batch, heads, capacity, size]`` for each part of a growing tensor that has rows.
 
     Args:
         parts: the storage of each part, contiguous.
@@ -89,35 +89,77 @@ class Room:
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self.parts = tuple(parts)
         self.capacity: int = self.parts[0].shape[2]
-        self.claims: list[weakref.ref[Claim]] = []
-        _rooms.add(self)
+        self.claims: weakref.WeakSet[Claim] = weakref.WeakSet()
+        self.lock = threading.Lock()
+        for part in self.parts:
+            # The capacity is a symbol of every graph from the first on: no graph is compiled because it changed.
+            torch._dynamo.maybe_mark_dynamic(part, 2)
+        with _lock:
+            _rooms.add(self)
 
     @classmethod
-    def copy_of(cls, parts: Sequence[Tensor], capacity: int) -> "Room":
-        """A room of ``capacity`` rows whose first ones are those of ``parts``."""
-        rows = parts[0].shape[2]
+    def copy_of(cls, parts: Sequence[Tensor], rows: int, capacity: int) -> "Room":
+        """A room of ``capacity`` rows, the first ``rows`` of which are those of ``parts``."""
         room = cls([part.new_empty((*part.shape[:2], capacity, part.shape[3])) for part in parts])
         for new, part in zip(room.parts, parts, strict=True):
-            new[:, :, :rows].copy_(part)
-        _growth.moves += 1
-        _growth.bytes_copied += sum(part.nbytes for part in parts)
+            new[:, :, :rows].copy_(part[:, :, :rows])
+        with _lock:
+            _growth.moves += 1
+            _growth.bytes_copied += sum(part.nbytes // max(part.shape[2], 1) * rows for part in parts)
         return room
+
+    def claim(self, start: int, end: int, owner: object = None, *, is_view: bool = False) -> Claim:
+        """A claim to these rows, of a tensor of its own or, with its ``owner``, of a view."""
+        claim = Claim(self, start, end, owner or object(), is_view)
+        with self.lock:
+            self.claims.add(claim)
+        return claim
+
+    def extend(self, claim: Claim, rows: int) -> Claim | None:
+        """The claim to ``rows`` more; ``None`` if there are not as many, or another tensor would notice.
+
+        Of several threads that ask for the same rows, one gets them.
+        """
+        with self.lock:
+            if claim.is_view or claim.end + rows > self.capacity:
+                return None
+            for other in self.claims:
+                if other is not claim and (other.owner is claim.owner or other.end > claim.end):
+                    return None
+            extended = Claim(self, claim.start, claim.end + rows, object(), False)
+            self.claims.add(extended)
+            return extended
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def first(self, rows: int) -> list[Tensor]:
-        """The first ``rows`` rows of each part, as tensors that autograd does not see as views.
+    def from_row(self, start: int) -> list[Tensor]:
+        """The parts from row ``start`` on, as tensors that autograd does not see as views.
 
         Dynamo would guard on the shape of what they are views of.
         """
         return [
-            part.new_empty(0).set_(part.untyped_storage(), 0, (*part.shape[:2], rows, part.shape[3]), part.stride())
+            part
+            if start == 0
+            else _marked(
+                part.new_empty(0).set_(
+                    part.untyped_storage(),
+                    start * part.shape[3],
+                    (*part.shape[:2], self.capacity - start, part.shape[3]),
+                    part.stride(),
+                )
+            )
             for part in self.parts
         ]
 
 
+def _marked(part: Tensor) -> Tensor:
+    torch._dynamo.maybe_mark_dynamic(part, 2)
+    return part
+
+
+_lock = threading.Lock()
 _rooms: "weakref.WeakSet[Room]" = weakref.WeakSet()
 _growth = Growth()
 
@@ -125,12 +167,16 @@ _growth = Growth()
 def growth() -> Growth:
     """The present `Growth` of this process."""
     spare = 0
-    for room in _rooms:
-        used = max((claim.rows for reference in room.claims if (claim := reference()) is not None), default=0)
+    with _lock:
+        rooms = list(_rooms)
+    for room in rooms:
+        with room.lock:
+            used = max((claim.end for claim in room.claims), default=0)
         spare += room.nbytes // max(room.capacity, 1) * (room.capacity - used)
     return Growth(_growth.moves, _growth.bytes_copied, spare)
 
 
 def reset_growth() -> None:
     """Start counting anew."""
-    _growth.moves = _growth.bytes_copied = 0
+    with _lock:
+        _growth.moves = _growth.bytes_copied = 0

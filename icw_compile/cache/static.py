@@ -8,7 +8,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.formats.rows import Keep
 
 __all__ = ["cache_bytes", "static_cache"]
 
@@ -59,7 +58,7 @@ def static_cache(
                 f"layer {i} of {config.model_type} keeps a {type(layer).__name__}, which is no key/value cache"
             )
         no_states = torch.empty((batch_size, heads, 0, head_dim), dtype=dtype, device=device or "cpu")
-        _initialize(layer, no_states, equalize, Keep(sink_tokens, recent_tokens))
+        _initialize(layer, no_states, equalize, layout)
     return cache
 
 

@@ -1,19 +1,34 @@
 """`QuantizedKV`: the tensor that a cache layer holds in place of its float keys or values."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
-from icw_compile.formats.ops import channel_shift, dequantize_per_head, keep_rows, quantize_per_head, scale_dtype_for
-from icw_compile.formats.rows import NOTHING, PARTS, ROWS, RULES, Keep, Quantized, keep_written, quantize_like
+from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
+from icw_compile.formats.rules import RULES, append, decode, encode_like, overwrite
 
 __all__ = ["QuantizedKV"]
 
 aten = torch.ops.aten
+
+
+class Layout(NamedTuple):
+    """What a `QuantizedKV` is besides its parts; Dynamo guards on it.
+
+    ``axes`` and ``is_view`` are as in `icw_compile.formats.Stored`. ``grows``: its parts go on behind its rows, to the
+    end of the storage that it may grow into.
+    """
+
+    format: Format
+    axes: str = AXES
+    is_view: bool = False
+    grows: bool = False
 
 
 class QuantizedKV(Tensor):
@@ -28,7 +43,7 @@ class QuantizedKV(Tensor):
 
     Channels that are outliers would leave the others of their row few levels. With a ``shift``, each is divided by a
     power of two before it is quantized; what reads int8 multiplies the query, or the output, instead. The first write
-    of several tokens into an empty tensor settles the shift (`icw_compile.formats.ops.channel_shift`).
+    of several tokens into an empty tensor settles the shift (`icw_compile.formats.equalized`).
 
     The first rows, and the last ones, may be kept in the float dtype besides (``exact``, ``position``, ``sinks``):
     they are read as they came. Operations that scatter the tokens forget them, and their int8 rows are read.
@@ -40,21 +55,19 @@ class QuantizedKV(Tensor):
         qdata: int8, ``[batch, kv_heads, tokens, head_dim]``, in ``[-127, 127]``.
         scale: ``[batch, kv_heads, tokens, 1]``; bfloat16 for 16-bit values, float32 for float32 ones.
         dtype: the float dtype that the tensor presents: float32, bfloat16 or float16.
-        shift: int8, ``[batch, kv_heads, 1, head_dim]``, exponents of the powers of two; left out, there are none.
+        shift: ``[batch, kv_heads, 1, head_dim]``, exponents of the powers of two, 0 to 7; left out, there are none.
         exact: ``[batch, kv_heads, kept, head_dim]`` of ``dtype``: the rows that are kept; left out, there are none.
         position: int64 ``[kept]``: the index of each kept row, -1 for none.
         sinks: how many of them are for the first rows; the others are for the last.
 
     Raises:
         TypeError: for another ``dtype``.
+        ValueError: the tensors do not belong together: shapes or dtypes are others.
     """
 
-    qdata: Tensor
-    scale: Tensor
-    shift: Tensor | None
-    exact: Tensor | None
-    position: Tensor | None
-    sinks: int
+    #: Parts as they are stored, by name; of a growing tensor with the spare rows behind its own.
+    _names: tuple[str, ...]
+    _layout: Layout
     _claim: Claim | None
 
     @staticmethod
@@ -67,55 +80,102 @@ class QuantizedKV(Tensor):
         exact: Tensor | None = None,
         position: Tensor | None = None,
         sinks: int = 0,
-        *,
-        claim: Claim | None = None,
-        stride: Sequence[int] | None = None,
     ) -> "QuantizedKV":
-        scale_dtype_for(dtype)
-        if stride is None and (claim is None or claim.is_view):
-            stride = qdata.stride()
-        # Else contiguous, as what `cat` returns: the spare rows behind each head do not show.
-        self: QuantizedKV = torch.Tensor._make_wrapper_subclass(
-            cls,
-            qdata.shape,
-            strides=stride,
-            storage_offset=None if stride is None else qdata.storage_offset(),
-            dtype=dtype,
-            device=qdata.device,
-        )
-        self.qdata = qdata
-        self.scale = scale
-        self.shift = shift
-        self.exact = exact
-        self.position = position
-        self.sinks = sinks
-        self._claim = claim
-        return self
+        kept = 0 if exact is None else exact.shape[-2] - sinks
+        layout = make_format(dtype, equalize=shift is not None, sink_tokens=sinks, recent_tokens=kept)
+        # Version 0.1.0 stored the exponents as signed bytes.
+        shift = shift if shift is None else shift.to(torch.uint8)
+        parts = tuple(part for part in (qdata, scale, shift, exact, position) if part is not None)
+        layout.checked(parts, qdata.shape)
+        return cls.of(Stored(layout, parts, "." * (qdata.dim() - 2) + "TD" if qdata.dim() != 4 else AXES))
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def quantize(cls, x: Tensor, *, equalize: bool = False, keep: Keep = NOTHING) -> "QuantizedKV":
+    def _make(
+        cls,
+        parts: Sequence[Tensor],
+        layout: Layout,
+        size: Sequence[Any] | None = None,
+        stride: Sequence[Any] | None = None,
+        claim: Claim | None = None,
+    ) -> "QuantizedKV":
+        """A tensor of these parts. Without ``size`` that of the first part; without ``stride`` its as well."""
+        first = parts[0]
+        offset = None
+        if size is None:
+            channels = layout.format.channels(_EAGER, Stored(layout.format, tuple(parts), layout.axes))
+            size = (*first.shape[:-1], channels)
+            packed = channels // max(first.shape[-1], 1)
+            stride = [step * packed for step in first.stride()[:-1]] + [1] if packed > 1 else first.stride()
+            offset = first.storage_offset() * max(packed, 1)
+        self: QuantizedKV = torch.Tensor._make_wrapper_subclass(
+            cls, size, strides=stride, storage_offset=offset, dtype=layout.format.dtype, device=first.device
+        )
+        self._names = _names_of(layout.format)
+        for name, part in zip(self._names, parts, strict=True):
+            setattr(self, name, part)
+        self._layout = layout
+        self._claim = claim
+        return self
+
+    @classmethod
+    def of(cls, value: Stored, claim: Claim | None = None, stride: Sequence[int] | None = None) -> "QuantizedKV":
+        """The tensor made of these parts; ``claim`` and ``stride`` are those of a view of a growing tensor."""
+        layout = Layout(value.format, value.axes, value.is_view)
+        made = cls._make(value.parts, layout, claim=claim)
+        if stride is None or made.stride() == tuple(stride):
+            return made
+        return cls._make(value.parts, layout, size=made.shape, stride=stride, claim=claim)
+
+    @classmethod
+    def _on(cls, claim: Claim, value: Stored) -> "QuantizedKV":
+        """The tensor that shows the rows of ``claim``, and the parts of ``value`` that are no rows."""
+        rows = iter(claim.room.from_row(claim.start))
+        parts = [next(rows) if spec.has_rows else part for spec, part in zip(value.format.parts, value.parts)]
+        head = claim.room.parts[0].shape
+        channels = value.format.channels(_EAGER, value)
+        size = (head[0], head[1], claim.end - claim.start, channels)
+        return cls._make(parts, Layout(value.format, grows=True), size, None, claim)
+
+    @classmethod
+    def growing(cls, value: Stored) -> "QuantizedKV":
+        """A tensor that alone owns the storage of its contiguous parts ``[batch, kv_heads, tokens, ...]``."""
+        room = Room(list(value.rows.values()))
+        return cls._on(room.claim(0, room.capacity), value)
+
+    @classmethod
+    def quantize(
+        cls, x: Tensor, *, equalize: bool = False, sink_tokens: int = 0, recent_tokens: int = 0
+    ) -> "QuantizedKV":
         """Quantize the float tensor ``x[..., tokens, head_dim]``, one scale for each row.
 
         Args:
             x: float32, bfloat16 or float16.
             equalize: shift its outlier channels.
-            keep: which rows to keep as they are besides. Rows of zeros at the end count as not written yet.
+            sink_tokens, recent_tokens: how many of its first and last rows to keep as they are besides. Rows of zeros
+                at the end count as not written yet.
 
         Raises:
             TypeError: ``x`` has another dtype.
         """
-        shift = channel_shift(x) if equalize else None
-        rows = quantize_per_head(x, scale_dtype_for(x.dtype), shift)
-        exact, position = keep.nothing_yet(x.shape, x.dtype, x.device)
-        if exact is not None and position is not None:
+        layout = make_format(x.dtype, equalize=equalize, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+        return cls.encode(x, layout)
+
+    @classmethod
+    def encode(cls, x: Tensor, layout: Format) -> "QuantizedKV":
+        """The float tensor ``x[..., tokens, head_dim]`` in another format; rows of zeros at the end are not written."""
+        value = layout.empty(_EAGER, x.shape, x.device)
+        axes = "." * (x.dim() - 2) + "TD" if x.dim() != 4 else AXES
+        value = Stored(layout, value.parts, axes)
+        value = layout.settle(_EAGER, value, x)
+        value = value.with_parts(**layout.encode(_EAGER, x, value))
+        if value.kept and x.shape[-2]:
             written = (x != 0).movedim(-2, 0).flatten(1).any(dim=1)
-            filled = int((written * torch.arange(1, len(written) + 1, device=x.device)).amax()) if len(written) else 0
-            if filled:
+            if filled := int((written * torch.arange(1, len(written) + 1, device=x.device)).amax()):
                 index = torch.arange(filled, device=x.device)
-                exact, position = keep_rows(exact, position, x[..., :filled, :], index, keep.sinks)
-        return cls(*rows, x.dtype, shift, exact, position, keep.sinks)
+                value = value.with_parts(**layout.keep(_EAGER, value, x[..., :filled, :], index))
+        return cls.of(value)
 
     @classmethod
     def zeros(
@@ -125,75 +185,107 @@ class QuantizedKV(Tensor):
         device: torch.device | str | None = None,
         *,
         equalize: bool = False,
-        keep: Keep = NOTHING,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
     ) -> "QuantizedKV":
         """A tensor of zeros: of shape ``size``, no float storage is made for it.
 
-        With ``equalize``, what is first written to it settles a shift. ``keep`` says which of the rows that are written
-        to it stay in ``dtype``.
+        With ``equalize``, what is first written to it settles a shift. ``sink_tokens`` and ``recent_tokens`` say how
+        many of the rows that are written to it stay in ``dtype``.
         """
-        qdata = torch.zeros(tuple(size), dtype=torch.int8, device=device)
-        scale = torch.zeros((*size[:-1], 1), dtype=scale_dtype_for(dtype), device=device)
-        shift = torch.zeros((*size[:-2], 1, size[-1]), dtype=torch.int8, device=device) if equalize else None
-        return cls(qdata, scale, dtype, shift, *keep.nothing_yet(size, dtype, device), keep.sinks)
-
-    @classmethod
-    def of(cls, value: Quantized, *, claim: Claim | None = None, stride: Sequence[int] | None = None) -> "QuantizedKV":
-        """The tensor made of these parts."""
-        return cls(*value, claim=claim, stride=stride)
-
-    @classmethod
-    def growing(cls, value: Quantized) -> "QuantizedKV":
-        """A tensor that alone owns the storage of its contiguous parts ``[batch, kv_heads, tokens, ...]``."""
-        return cls._on(Room(value.rows), value.qdata.shape[2], value)
-
-    @classmethod
-    def _on(cls, room: Room, rows: int, like: Quantized) -> "QuantizedKV":
-        """A new tensor that shows the first ``rows`` rows of ``room``, independent of the others there."""
-        return cls.of(like.of(room.first(rows)), claim=Claim(room, rows))
+        layout = make_format(dtype, equalize=equalize, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+        where = torch.get_default_device() if device is None else torch.device(device)
+        return cls.of(layout.empty(_EAGER, tuple(size), where))
 
     @property
-    def value(self) -> Quantized:
+    def format(self) -> Format:
+        """How it is stored."""
+        return self._layout.format
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The parts with the spare rows behind its own, if it grows."""
+        return tuple(getattr(self, name) for name in self._names)
+
+    @property
+    def value(self) -> Stored:
         """All that it is made of."""
-        return Quantized(self.qdata, self.scale, self.dtype, self.shift, self.exact, self.position, self.sinks)
-
-    def reserve(self, rows: int) -> "QuantizedKV":
-        """This tensor with ``rows`` more, whose content is not specified, as a tensor independent of this one.
-
-        The new rows lie in spare storage behind this tensor's where no other tensor has taken them. Otherwise the
-        whole moves to a larger storage, and this tensor moves along, so that the old storage is freed, if it was the
-        only one there.
-        """
+        layout = self._layout
+        stored = Stored(layout.format, self.buffers, layout.axes, layout.is_view)
+        if not layout.grows:
+            return stored
         tokens = self.shape[2]
-        total = tokens + rows
-        claim, like = self._claim, self.value
-        if claim is None or not claim.may_extend() or total + MIN_SPARE > claim.room.capacity:
-            room = Room.copy_of((self.qdata, self.scale), capacity_for(total))
-            if claim is not None and not claim.others():
-                self._move_to(room)
-            elif like.shift is not None:
-                like = like._replace(shift=like.shift.clone())  # only tensors of one room share it
-        else:
-            room = claim.room
-        if like.exact is not None:  # each tensor has its own last rows
-            like = like._replace(exact=like.exact.clone(), position=like.position.clone())
-        return self._on(room, total, like)
+        return stored.with_parts(**{name: part[:, :, :tokens] for name, part in stored.rows.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if f"_{name}" in self.__dict__.get("_names", ()):
+            return self.value[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def reserve(self, rows: int, *, capacity: int | None = None) -> tuple[Claim, Stored]:
+        """Room for ``rows`` more behind this tensor's, for a tensor independent of it.
+
+        They are in spare storage where no other tensor has taken them. Otherwise the whole moves to a larger storage
+        (of ``capacity`` rows), and this tensor moves along, so that the old storage is freed, if it was the only one
+        there.
+
+        Returns:
+            the claim to this tensor's rows and the new ones, and the value whose parts go on to the end of the storage.
+        """
+        total = self.shape[2] + rows
+        claim, like = self._claim, self._whole
+        extended = None if claim is None else claim.room.extend(claim, rows)
+        if extended is not None:
+            return extended, like
+        room = Room.copy_of(list(like.rows.values()), self.shape[2], capacity or capacity_for(total))
+        if claim is not None and not claim.others() and not claim.is_view:
+            self._move_to(room)
+        else:  # only tensors of one room share what the tokens share
+            shared = {s.name: part for s, part in zip(like.format.parts, like.parts) if not s.has_rows}
+            like = like.with_parts(**{name: part.clone() for name, part in shared.items()})
+        return room.claim(0, total), like.with_parts(**dict(zip(like.rows, room.parts, strict=True)))
+
+    @property
+    def _whole(self) -> Stored:
+        """Its buffers as a value, that of a longer tensor if it grows."""
+        return Stored(self._layout.format, self.buffers, self._layout.axes)
+
+    @classmethod
+    def grown(cls, claim: Claim, value: Stored, *, rows: int | None = None) -> "QuantizedKV":
+        """What a reservation becomes: all its rows, or the last ``rows`` of them, and other parts as in ``value``.
+
+        It is moved to a larger storage if hardly any rows are left for the next.
+        """
+        if rows is not None and claim.end - rows > claim.start:
+            claim = claim.room.claim(claim.end - rows, claim.end)
+        self = cls._on(claim, value)
+        if claim.room.capacity - claim.end < MIN_SPARE:
+            tokens = claim.end - claim.start
+            self._move_to(Room.copy_of(list(self._whole.rows.values()), tokens, capacity_for(tokens)))
+        return self
 
     def _move_to(self, room: Room) -> None:
-        tokens = self.shape[2]
-        self.qdata, self.scale = room.first(tokens)
-        self._claim = Claim(room, tokens)
+        self._claim = room.claim(0, self.shape[2])
+        names = (f"_{name}" for name in self._whole.rows)
+        for name, part in zip(names, room.from_row(0), strict=True):
+            setattr(self, name, part)
 
     def separate(self) -> None:
         """Make sure that a write into this tensor reaches it and its views alone, not what grew out of it."""
         claim = self._claim
         if claim is not None and any(other.owner is not claim.owner for other in claim.others()):
-            self._move_to(Room.copy_of((self.qdata, self.scale), self.shape[2]))
-            self.shift = None if self.shift is None else self.shift.clone()
+            if claim.is_view:
+                raise NotImplementedError("icw_int8kv: a view of a cache is written whose storage another one shares.")
+            tokens = self.shape[2]
+            self._move_to(Room.copy_of(list(self._whole.rows.values()), tokens, self.buffers[0].shape[2]))
+            for spec, name in zip(self._layout.format.parts, self._names, strict=True):
+                if not spec.has_rows:
+                    setattr(self, name, getattr(self, name).clone())
 
     def dequantize(self) -> Tensor:
         """The values as an ordinary float tensor, of this tensor's dtype."""
-        return dequantize_per_head(self.qdata, self.scale, self.dtype, self.shift, self.exact, self.position)
+        values: Tensor = decode(_EAGER, self.value)
+        return values
 
     def tolist(self) -> Any:
         """The values as nested lists of Python numbers."""
@@ -202,43 +294,38 @@ class QuantizedKV(Tensor):
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The stored tensors: ``qdata``, ``scale`` and, if there are any, ``shift``, ``exact`` and ``position``."""
-        return tuple(self.value.parts.values())
+        return self.value.parts
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of the stored parts with their spare rows (``nbytes`` counts the float tensor that they stand for)."""
-        own = sum(part.nbytes for name, part in self.value.parts.items() if self._claim is None or name not in ROWS)
+        specs = zip(self._layout.format.parts, self.buffers, strict=True)
+        own = sum(part.nbytes for spec, part in specs if self._claim is None or not spec.has_rows)
         return own if self._claim is None else own + self._claim.room.nbytes
 
     @property
     def spare_rows(self) -> int:
         """Rows that lie free, or are taken by tensors that grew out of this one, behind its own."""
-        return 0 if self._claim is None else self._claim.room.capacity - self.shape[2]
+        return 0 if self._claim is None else self._claim.room.capacity - self._claim.end
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, int]]:
-        return list(self.value.parts), (self.dtype, self.sinks)
+    def __tensor_flatten__(self) -> tuple[list[str], Layout]:
+        return list(self._names), self._layout
 
     @staticmethod
     def __tensor_unflatten__(
-        parts: dict[str, Tensor], context: tuple[torch.dtype, int], outer_size: Any, outer_stride: Any
+        parts: dict[str, Tensor], layout: Layout, outer_size: Any, outer_stride: Any
     ) -> "QuantizedKV":
-        dtype, sinks = context
-        shift, exact, position = (parts.get(name) for name in PARTS[2:])
-        return QuantizedKV(parts["qdata"], parts["scale"], dtype, shift, exact, position, sinks, stride=outer_stride)
+        return QuantizedKV._make(list(parts.values()), layout, outer_size, outer_stride)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         dtype = str(self.dtype).removeprefix("torch.")
-        scale_dtype = str(self.scale.dtype).removeprefix("torch.")
-        return (
-            f"QuantizedKV(shape={tuple(self.shape)}, dtype={dtype}, device='{self.device}', "
-            f"stored=int8 + {scale_dtype} scale per head and token)"
-        )
+        return f"QuantizedKV(shape={tuple(self.shape)}, dtype={dtype}, device='{self.device}', stored={self.format})"
 
     def __getitem__(self, index: Any) -> Any:
         part = super().__getitem__(index)
-        if isinstance(part, QuantizedKV) and type(part.qdata) is Tensor and part._is_view():
+        if isinstance(part, QuantizedKV) and part._is_view() and all(type(each) is Tensor for each in part.buffers):
             # A cropped cache: autograd would keep the longer one alive, and Dynamo would guard on its shape.
-            return QuantizedKV.of(part.value, claim=part._claim, stride=part.stride())
+            return QuantizedKV._make(part.buffers, part._layout, part.shape, part.stride(), part._claim)
         return part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedKV":
@@ -246,8 +333,8 @@ class QuantizedKV(Tensor):
         return memo.setdefault(id(self), copied)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        value = self.value
-        return QuantizedKV, tuple(value.of([part.contiguous() for part in value.rows]))  # without spare rows
+        value = self.value  # without spare rows
+        return _rebuild, (value.format, tuple(part.contiguous() for part in value.parts), value.axes)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -265,62 +352,86 @@ class QuantizedKV(Tensor):
         claim = x._claim if isinstance(x, QuantizedKV) else None
         if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:]):
             return x._batchwise(rule, args, kwargs)
-        first = func._schema.arguments[0]
-        if func._schema.is_mutable and _is_view_with_exact_rows(x):
-            raise NotImplementedError(
-                "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this writes into "
-                "a view of it, and the rows that it keeps would not follow."
-            )
-        if claim is not None and first.alias_info is not None:  # a write into x, or a view of it
+        if func._schema.is_mutable:
+            _refuse_views_of_growing(x)
+        if claim is not None and func._schema.arguments[0].alias_info is not None:  # a write into x, or a view of it
             x.separate()
             claim = x._claim
-            if func is aten.view.default and not claim.others() and not x.qdata.is_contiguous():
-                x._move_to(Room.copy_of((x.qdata, x.scale), x.shape[2]))
+            if func is aten.view.default and not x.value.parts[0].is_contiguous() and not claim.others():
+                # As the float tensor that it stands for, it is contiguous: without spare rows it is.
+                x._move_to(Room.copy_of(list(x._whole.rows.values()), x.shape[2], x.shape[2]))
                 claim = x._claim
-        parts = rule(_EAGER, *_to_parts(args), **_to_parts(kwargs))
-        if parts is None:
+        results = rule(_EAGER, *_to_stored(args), **_to_stored(kwargs))
+        if results is None:
             return _on_values(func, args, kwargs)
         if func._schema.is_mutable:
-            result = x
-        elif claim is not None and first.alias_info is not None:
-            result = cls.of(parts, claim=claim.of_view(_first_rows(func, args)))
+            return return_and_correct_aliasing(func, args, kwargs, x)
+        is_view = claim is not None and func._schema.arguments[0].alias_info is not None
+        if isinstance(results, tuple):
+            made = [cls.of(each, claim.of_view(None) if is_view else None) for each in results]
+            return return_and_correct_aliasing(func, args, kwargs, made)
+        if is_view:
+            rows = _rows_of_slice(func, args)
+            if rows is not None and not claim.is_view:
+                made = cls._on(claim.of_view(rows), results)
+            else:
+                made = cls.of(results, claim.of_view(None))
         else:
-            result = cls.of(parts)
-        return return_and_correct_aliasing(func, args, kwargs, result)
+            made = cls.of(results)
+        return return_and_correct_aliasing(func, args, kwargs, made)
 
     def _batchwise(self, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedKV":
         """An operation on whole sequences, done to the spare rows as well: the result keeps room to grow."""
-        assert self._claim is not None
-        moved = rule(_EAGER, self.value.of(self._claim.room.parts), *args[1:], **kwargs)
-        return self._on(Room(moved.rows), self.shape[2], moved)
+        moved = rule(_EAGER, self._whole, *args[1:], **kwargs)
+        room = Room(list(moved.rows.values()))
+        return self._on(room.claim(0, self.shape[2]), moved)
+
+
+def _rebuild(layout: Format, parts: tuple[Tensor, ...], axes: str) -> QuantizedKV:
+    """A saved tensor. Its file may come from anywhere: the parts are checked against each other."""
+    if not isinstance(layout, Format) or not isinstance(axes, str) or not all(type(part) is Tensor for part in parts):
+        raise ValueError("this file holds no QuantizedKV")
+    if len(parts) != len(layout.parts) or len(axes) != parts[0].dim() or axes[-1] != "D" or axes.count("T") != 1:
+        raise ValueError("the parts of a saved QuantizedKV do not belong together")
+    channels = layout.channels(_EAGER, Stored(layout, parts, axes))
+    layout.checked(parts, (*parts[0].shape[:-1], channels))
+    return QuantizedKV.of(Stored(layout, parts, axes))
+
+
+@functools.cache
+def _names_of(layout: Format) -> tuple[str, ...]:
+    return tuple(f"_{part.name}" for part in layout.parts)
 
 
 def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
     """``cat([x, new, ...], -2)`` where ``new`` is whole rows for ``x``, written behind it; else ``None``."""
     x = tensors[0]
-    if type(x) is not QuantizedKV or type(x.qdata) is not Tensor or x.dim() != 4 or dim not in (-2, 2):
+    if type(x) is not QuantizedKV or not _is_real(x) or x._layout.axes != AXES or dim not in (-2, 2):
         return None
     expected = (x.dtype, x.device, x.shape[:2], x.shape[3:])
     if any((new.dtype, new.device, new.shape[:2], new.shape[3:]) != expected for new in tensors[1:]):
         return None
-    grown = x.reserve(sum(new.shape[2] for new in tensors[1:]))
+    claim, value = x.reserve(sum(new.shape[2] for new in tensors[1:]))
     start = x.shape[2]
     for new in tensors[1:]:
-        rows = quantize_like(_EAGER, _to_parts(new), x.value)
-        end = start + new.shape[2]
-        for name, part in keep_written(_EAGER, grown.value, _to_parts(new), start).items():
-            getattr(grown, name).copy_(part)
-        grown.qdata[:, :, start:end].copy_(rows.qdata)
-        grown.scale[:, :, start:end].copy_(rows.scale)
-        start = end
-    return grown
+        value = append(_EAGER, value, _to_stored(new), start, new.shape[2])
+        start += new.shape[2]
+    return QuantizedKV._on(claim, value)
 
 
-def _is_view_with_exact_rows(x: Any) -> bool:
-    if not isinstance(x, QuantizedKV) or x.exact is None or type(x.qdata) is not Tensor:
-        return False
-    claim = x._claim
-    return claim.is_view if claim is not None else not _EAGER.is_whole(x.qdata)
+def _is_real(x: QuantizedKV) -> bool:
+    """Whether its values can be looked at: they are no fakes, and are not being traced."""
+    return all(type(part) is Tensor for part in x.buffers)
+
+
+def _refuse_views_of_growing(x: Any) -> None:
+    """As for any view of a cache that keeps rows (`icw_compile.formats.rules`), of which another tensor is a view."""
+    claim = x._claim if isinstance(x, QuantizedKV) else None
+    if claim is not None and x._whole.kept and any(other.owner is claim.owner for other in claim.others()):
+        raise NotImplementedError(
+            "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this one and a view "
+            "of it are both in use, and the rows that they keep would not follow."
+        )
 
 
 def _is_batchwise(func: Any, *args: Any) -> bool:
@@ -332,8 +443,10 @@ def _is_batchwise(func: Any, *args: Any) -> bool:
     return func is aten.index.Tensor and len(args[0]) == 1 and args[0][0].dim() == 1
 
 
-def _first_rows(func: Any, args: tuple[Any, ...]) -> int | None:
-    """The number of rows where a view is of the first rows of a tensor."""
+def _rows_of_slice(func: Any, args: tuple[Any, ...]) -> range | None:
+    """The rows of a tensor that a view is of, where it is of some that follow each other."""
+    if func in (aten.alias.default, aten.detach.default):
+        return range(args[0].shape[2])
     if func is not aten.slice.Tensor:
         return None
     defaults: tuple[Any, ...] = (0, None, None, 1)
@@ -341,11 +454,11 @@ def _first_rows(func: Any, args: tuple[Any, ...]) -> int | None:
     if x.dim() != 4 or dim not in (2, -2) or step != 1:
         return None
     rows = range(x.shape[2])[start:end]
-    return len(rows) if rows.start == 0 else None
+    return rows if len(rows) else None
 
 
 class _Eager:
-    """The `icw_compile.formats.rows.Evaluator` that runs each operation."""
+    """The `icw_compile.formats.Evaluator` that runs each operation."""
 
     view = aten.view.default
 
@@ -358,26 +471,23 @@ class _Eager:
     def size(self, operand: Tensor, dim: int) -> int:
         return operand.shape[dim]
 
-    def same(self, a: Tensor | None, b: Tensor | None) -> bool:
+    def same(self, a: Tensor, b: Tensor) -> bool:
         if a is b:
             return True
         # The values of a fake tensor, or of one that is being traced, are not to be looked at.
         return type(a) is Tensor and type(b) is Tensor and torch.equal(a, b)
 
-    def is_whole(self, part: Tensor) -> bool:
-        return type(part) is Tensor and part.untyped_storage().nbytes() == part.nbytes
-
 
 _EAGER = _Eager()
 
 
-def _to_parts(value: Any) -> Any:
+def _to_stored(value: Any) -> Any:
     if isinstance(value, QuantizedKV):
         return value.value
     if isinstance(value, (list, tuple)):
-        return type(value)(_to_parts(v) for v in value)
+        return type(value)(_to_stored(v) for v in value)
     if isinstance(value, dict):
-        return {name: _to_parts(v) for name, v in value.items()}
+        return {name: _to_stored(v) for name, v in value.items()}
     return value
 
 
@@ -397,16 +507,20 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*plain_args, **plain_kwargs)
     if not func._schema.is_mutable:
         return result
-    written = [
-        plain_args[i] if i < len(plain_args) else plain_kwargs.get(argument.name)
-        for i, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
+    written = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = plain_args[i] if i < len(plain_args) else plain_kwargs.get(argument.name)
+            written += value if isinstance(value, (list, tuple)) else [value]
     for original, value in values.values():
         if any(w is value for w in written):
-            original.copy_(value)
+            _refuse_views_of_growing(original)
+            original.separate()
+            overwrite(_EAGER, original.value, value)
             if result is value:
                 result = original
+            elif isinstance(result, (list, tuple)):
+                result = type(result)(original if each is value else each for each in result)
     return result
 
 
@@ -419,20 +533,17 @@ def _to_copy(
     **kwargs: Any,
 ) -> Tensor:
     """``x.to(...)``: stays quantized on another device or in another supported dtype, else becomes a float tensor."""
-    try:
-        scale_dtype = scale_dtype_for(dtype or x.dtype)
-    except TypeError:
-        return aten._to_copy.default(x.dequantize(), dtype=dtype, device=device, non_blocking=non_blocking, **kwargs)
-    if x.scale.dtype == torch.float32 and scale_dtype != torch.float32:
-        # Rounding the scales would move every value: round the values instead.
-        x = QuantizedKV.quantize(x.dequantize().to(dtype), equalize=x.shift is not None, keep=Keep.as_in(x.value))
     value = x.value
+    if dtype is not None and dtype != x.dtype:
+        try:
+            value = value.format.cast(_EAGER, value, dtype)
+        except TypeError:
+            values = x.dequantize()
+            return aten._to_copy.default(values, dtype=dtype, device=device, non_blocking=non_blocking, **kwargs)
     moved = value.of_parts(
-        aten._to_copy.default(part, device=device, non_blocking=non_blocking) for part in value.parts.values()
+        aten._to_copy.default(part, device=device, non_blocking=non_blocking) for part in value.parts
     )
-    dtype = dtype or x.dtype
-    exact = None if moved.exact is None else moved.exact.to(dtype)
-    return QuantizedKV.of(moved._replace(scale=moved.scale.to(scale_dtype), dtype=dtype, exact=exact))
+    return QuantizedKV.of(replace(moved, is_view=False))
 
 
 def _pin_memory(x: QuantizedKV, device: Any = None) -> QuantizedKV:
@@ -443,9 +554,9 @@ def _pin_memory(x: QuantizedKV, device: Any = None) -> QuantizedKV:
 _OWN: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to_copy,
     aten._pin_memory.default: _pin_memory,
-    aten.is_pinned.default: lambda x, device=None: x.qdata.is_pinned(device),
+    aten.is_pinned.default: lambda x, device=None: x.buffers[0].is_pinned(device),
     aten.dequantize.self: QuantizedKV.dequantize,
 }
 
-# `torch.load(..., weights_only=True)` reads tensors of this class.
-torch.serialization.add_safe_globals([QuantizedKV, (QuantizedKV, "icw_compile.tensor.QuantizedKV")])
+# `torch.load(..., weights_only=True)` reads tensors of this class, those of version 0.1.0 as well.
+torch.serialization.add_safe_globals([_rebuild, *FORMATS, (QuantizedKV, "icw_compile.tensor.QuantizedKV")])

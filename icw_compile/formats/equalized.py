@@ -1,0 +1,144 @@
+"""Channels that are outliers, divided by a power of two before they are stored.
+
+Outlier channels, as the key projection bias of Qwen2 makes, would leave the others of their row few levels. What reads
+the stored rows multiplies the query (for keys), or the output (for values), instead; a power of two costs no accuracy.
+
+``channel_shift(x[..., T, D]) -> uint8[..., 1, D]``
+    The shifts that bring outlier channels down to the others: the exponent of the largest power of two, at most 7, by
+    which a channel exceeds the median channel, both in its geometric mean over the tokens and in its largest value; 0
+    below a factor of three. Sizes are relative to the geometric mean of their row, as each row has a scale of its own:
+    one token of a huge norm, or with outliers of its own, changes little. Rows of zeros, and rows
+    that are not finite, do not count.
+``multiply_channels(x[..., D], shift, dtype=None)``, ``divide_channels(x[..., D], shift, dtype=None) -> [..., D]``
+    ``x * 2 ** shift`` and ``x / 2 ** shift``, in ``dtype``, that of ``x`` if left out. What is finite stays finite.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from icw_compile.formats.base import Evaluator, Part, Stored, Wrapper
+from icw_compile.formats.int8 import to_finite
+
+__all__ = ["MAX_SHIFT", "Equalized", "channel_shift", "divide_channels", "multiply_channels"]
+
+aten = torch.ops.aten
+_ops = torch.ops.icw_int8kv
+
+#: A channel is an outlier from this multiple of the median channel on, as an exponent of two.
+OUTLIER = math.log2(3.0)
+#: Largest exponent of `channel_shift`.
+MAX_SHIFT = 7
+
+
+def channel_shift(x: Tensor) -> Tensor:
+    if x.shape[-2] <= 1:  # one token says nothing about the next
+        return torch.zeros_like(x[..., :1, :], dtype=torch.uint8)
+    magnitude = x.float().abs()
+    row = magnitude.amax(dim=-1, keepdim=True)
+    counts = row.isfinite() & (row > 0)
+    rows = counts.sum(dim=-2, keepdim=True)
+    size = torch.log2(magnitude.clamp(min=2.0**-40))
+    size = size - size.mean(dim=-1, keepdim=True)
+    usual = torch.where(counts, size, 0.0).sum(dim=-2, keepdim=True) / rows.clamp(min=1)
+    largest = torch.where(counts, size, -torch.inf).amax(dim=-2, keepdim=True)
+    above = torch.minimum(_above_median(usual), _above_median(largest))
+    shifts = (above >= OUTLIER) & (rows > 1)
+    return torch.where(shifts, above.floor().clamp(max=MAX_SHIFT), 0.0).to(torch.uint8)
+
+
+def _above_median(x: Tensor) -> Tensor:
+    # Sorted, not `median`, which is not deterministic on CUDA and raises there where that is asked for.
+    return x - x.sort(dim=-1).values[..., (x.shape[-1] - 1) // 2].unsqueeze(-1)
+
+
+def multiply_channels(x: Tensor, shift: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return to_finite(x.float() * torch.exp2(shift.float()), dtype or x.dtype)
+
+
+def divide_channels(x: Tensor, shift: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return (x.float() * torch.exp2(-shift.float())).to(dtype or x.dtype)
+
+
+@dataclass(frozen=True)
+class Equalized(Wrapper):
+    """Adds ``shift``, uint8, the exponent for each head and channel.
+
+    The first write of more than one token settles it; later ones find a shift that stays. "First" is known where the
+    write is run: of storage into which nothing was written, all rows read as zeros.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.wrapped}, equalized"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.wrapped.parts, Part("shift", "BH1D"))
+
+    def empty(self, run: Evaluator, size: Sequence[Any], device: torch.device) -> Stored:
+        inner = self.wrapped.empty(run, size, device)
+        shift = run.call(aten.zeros.default, [*size[:-2], 1, size[-1]], dtype=torch.uint8, device=device)
+        return replace(inner, format=self, parts=(*inner.parts, shift))
+
+    def encode(self, run: Evaluator, values: Any, into: Stored) -> dict[str, Any]:
+        divided = run.call(_ops.divide_channels.default, values, into["shift"], torch.float32)
+        return self.wrapped.encode(run, divided, into.inner)
+
+    def decode(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Any:
+        divided = self.wrapped.decode(run, x.inner, torch.float32)
+        return run.call(_ops.multiply_channels.default, divided, x["shift"], dtype)
+
+    def settle(self, run: Evaluator, into: Stored, source: Any) -> Stored:
+        into = super().settle(run, into, source)
+        if into.is_view or into.axes[-2:] != "TD":
+            return into
+        if isinstance(source, Stored):
+            if source.format != into.format or run.same(source["shift"], into["shift"]):
+                return into
+            new = source["shift"]
+        else:
+            shape = run.tensor(source).shape
+            if len(shape) != len(into.axes) or statically_known_true(shape[-2] <= 1):
+                return into
+            new = run.call(_ops.channel_shift.default, source)
+        settled = run.call(aten.where.self, self.is_empty(run, into), new, into["shift"])
+        return into.with_parts(shift=run.call(aten.copy_.default, into["shift"], settled))
+
+    def into_query(self, run: Evaluator, query: Any, keys: Stored) -> Any:
+        return self.wrapped.into_query(run, _multiplied(run, query, keys), keys.inner)
+
+    def into_output(self, run: Evaluator, output: Any, values: Stored) -> Any:
+        return _multiplied(run, self.wrapped.into_output(run, output, values.inner), values)
+
+    def bytes_per_sequence(self, heads: int, head_dim: int) -> int:
+        return heads * head_dim + super().bytes_per_sequence(heads, head_dim)
+
+    def checked(self, parts: Sequence[Tensor], size: Sequence[int]) -> None:
+        *inner, shift = parts
+        super().checked(inner, size)
+        if shift.dtype != torch.uint8 or tuple(shift.shape) != (*size[:-2], 1, size[-1]):
+            expected = [*size[:-2], 1, size[-1]]
+            raise ValueError(f"shift must be uint8 {expected}, not {shift.dtype} {list(shift.shape)}")
+
+
+torch.library.define("icw_int8kv::channel_shift", "(Tensor x) -> Tensor")
+torch.library.impl("icw_int8kv::channel_shift", "CompositeImplicitAutograd", channel_shift)
+def _multiplied(run: Evaluator, x: Any, stored: Stored) -> Any:
+    """``x``, a query or an output ``[B, Hq, T, D]``, with what the keys or values were divided by."""
+    shift, value = stored["shift"], run.tensor(x)
+    if (groups := value.shape[1] // run.tensor(shift).shape[1]) > 1:
+        shift = run.call(aten.repeat_interleave.self_int, shift, groups, 1)
+    # A float16 query times 2 ** 7 may be more than float16 holds.
+    dtype = torch.float32 if value.dtype == torch.float16 else value.dtype
+    return run.call(_ops.multiply_channels.default, x, shift, dtype)
+
+
+for _function in (multiply_channels, divide_channels):
+    _name = f"icw_int8kv::{_function.__name__}"
+    torch.library.define(_name, "(Tensor x, Tensor shift, ScalarType? dtype=None) -> Tensor")
+    torch.library.impl(_name, "CompositeImplicitAutograd", _function)

@@ -1,0 +1,149 @@
+"""Rows of 8 bits with a scale each.
+
+``quantize_per_head(x[..., D], scale_dtype) -> (qdata int8[..., D], scale[..., 1])``
+    Symmetric, one scale per row: ``scale = amax(|x|) / 127``, ``qdata = round(x / scale)`` in ``[-127, 127]``, where
+    the division is by the scale *as stored*. A zero row has scale 0; a row with a NaN or an infinity has a
+    non-finite scale and reads back as non-finite in every channel.
+``dequantize_per_head(qdata[..., D], scale[..., 1], dtype) -> [..., D]``
+    The reverse. A finite row stays finite in float16: its largest number is the bound.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icw_compile.formats.base import Evaluator, Format, Part, Stored
+
+__all__ = ["QMAX", "SCALE_DTYPES", "Int8Rows", "dequantize_per_head", "quantize_per_head", "scale_dtype_for", "to_finite"]
+
+aten = torch.ops.aten
+_ops = torch.ops.icw_int8kv
+
+#: Largest magnitude of a quantized value. -128 is left out, so that the range is symmetric.
+QMAX = 127
+
+#: The dtypes of keys and values that can be quantized, and the dtype in which the scales of each are stored.
+SCALE_DTYPES: dict[torch.dtype, torch.dtype] = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.bfloat16,
+}
+
+
+def scale_dtype_for(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the scales of ``dtype`` keys and values are stored.
+
+    Raises:
+        TypeError: ``dtype`` is not one that the int8 cache supports.
+    """
+    try:
+        return SCALE_DTYPES[dtype]
+    except KeyError:
+        supported = ", ".join(str(d).removeprefix("torch.") for d in SCALE_DTYPES)
+        raise TypeError(
+            f"icw_int8kv cannot quantize a key/value cache of dtype {dtype}: the supported dtypes are {supported}. "
+            "Load the model in one of them, for example with `dtype=torch.bfloat16`."
+        ) from None
+
+
+def quantize_per_head(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    values = x.float()
+    amax = values.abs().amax(dim=-1, keepdim=True)
+    scale = (amax / QMAX).to(scale_dtype)
+    stored = scale.float()
+    divisor = torch.where((stored == 0) | ~stored.isfinite(), 1.0, stored)
+    rounded = (values / divisor).round().clamp(-QMAX, QMAX)
+    # The conversion of NaN to an integer is undefined: the scale alone carries "non-finite", as 0 * inf and 0 * NaN.
+    return torch.where(stored.isfinite(), rounded, 0.0).to(torch.int8), scale
+
+
+def dequantize_per_head(qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return to_finite(qdata.float() * scale.float(), dtype)
+
+
+def to_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 ``x`` in ``dtype``: what is finite stays so, where a scale was rounded up beyond float16."""
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        x = torch.where(x.isfinite(), x.clamp(-largest, largest), x)
+    return x.to(dtype)
+
+
+@dataclass(frozen=True)
+class Int8Rows(Format):
+    """``qdata``, int8, and ``scale``: bfloat16 for 16-bit values, float32 for float32 ones.
+
+    Raises:
+        TypeError: ``float_dtype`` is none of these.
+    """
+
+    float_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        scale_dtype_for(self.float_dtype)
+
+    def __str__(self) -> str:
+        return f"int8 {str(self.float_dtype).removeprefix('torch.')}"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (Part("qdata", "BHTD"), Part("scale", "BHT1"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.float_dtype
+
+    @property
+    def layers(self) -> tuple[Format, ...]:
+        return (self,)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return scale_dtype_for(self.float_dtype)
+
+    def empty(self, run: Evaluator, size: Sequence[Any], device: torch.device) -> Stored:
+        qdata = run.call(aten.zeros.default, list(size), dtype=torch.int8, device=device)
+        scale = run.call(aten.zeros.default, [*size[:-1], 1], dtype=self.scale_dtype, device=device)
+        return Stored(self, (qdata, scale))
+
+    def encode(self, run: Evaluator, values: Any, into: Stored) -> dict[str, Any]:
+        qdata, scale = run.call(_ops.quantize_per_head.default, values, self.scale_dtype)
+        return {"qdata": qdata, "scale": scale}
+
+    def decode(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Any:
+        return run.call(_ops.dequantize_per_head.default, *x.parts, dtype)
+
+    def cast(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Stored:
+        other, (qdata, scale) = Int8Rows(dtype), x.parts
+        if other.scale_dtype in (torch.float32, self.scale_dtype):
+            return replace(x, format=other, parts=(qdata, run.call(aten.to.dtype, scale, other.scale_dtype)))
+        # Rounding the scales would move every value: round the values instead.
+        return replace(x, format=other, parts=tuple(other.encode(run, self.decode(run, x, dtype), x).values()))
+
+    def is_empty(self, run: Evaluator, x: Stored) -> Any:
+        return run.call(aten.all.dim, run.call(aten.eq.Scalar, x["scale"], 0), -2, True)
+
+    def bytes_per_token(self, heads: int, head_dim: int) -> int:
+        return heads * (head_dim + self.scale_dtype.itemsize)
+
+    def checked(self, parts: Sequence[Tensor], size: Sequence[int]) -> None:
+        qdata, scale = parts
+        if qdata.dtype != torch.int8 or tuple(qdata.shape) != tuple(size):
+            raise ValueError(f"qdata must be int8 {list(size)}, not {qdata.dtype} {list(qdata.shape)}")
+        if scale.dtype != self.scale_dtype or tuple(scale.shape) != (*size[:-1], 1):
+            raise ValueError(
+                f"scale must be {self.scale_dtype} {[*size[:-1], 1]}, not {scale.dtype} {list(scale.shape)}"
+            )
+
+
+torch.library.define(
+    "icw_int8kv::quantize_per_head", "(Tensor x, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)"
+)
+torch.library.impl("icw_int8kv::quantize_per_head", "CompositeImplicitAutograd", quantize_per_head)
+torch.library.define(
+    "icw_int8kv::dequantize_per_head", "(Tensor qdata, Tensor scale, ScalarType dtype) -> Tensor"
+)
+torch.library.impl("icw_int8kv::dequantize_per_head", "CompositeImplicitAutograd", dequantize_per_head)
