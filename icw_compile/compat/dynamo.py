@@ -31,7 +31,7 @@ __all__ = [
     "fix_address",
     "graph_breaks",
     "guarded_sources",
-    "hand_over_parameter_sources",
+    "hand_over_module",
     "hand_over_placeholder",
     "recompile_limit",
     "source_name",
@@ -115,10 +115,10 @@ class Stored:
 
 
 def stored_attributes(owner_class: type) -> list[Stored]:
-    """Which tensors of the graph being compiled go to attributes of objects of ``owner_class``, in order.
+    """Which tensors of the graph being compiled go to attributes of objects of ``owner_class``.
 
-    For the objects that were passed in, and for those that the frame makes. Empty outside of a backend, as where a
-    graph is not made by Dynamo. ``InstructionTranslator.current_tx().output.side_effects``.
+    For the objects that were passed in, and for those that the frame makes, in no particular order. Empty outside of a
+    backend. ``InstructionTranslator.current_tx().output.side_effects``.
     """
     effects = _side_effects()
     if effects is None:
@@ -216,12 +216,13 @@ def hand_over_placeholder(old: Node, new: Node, *, has_source: bool = True) -> N
         new.meta["tensor_dict"] = dict(old.meta["tensor_dict"])
 
 
-def hand_over_parameter_sources(old: GraphModule, new: GraphModule) -> None:
-    """Give a rewritten graph the sources of the parameters and buffers that Dynamo installed in the one it made.
+def hand_over_module(old: GraphModule, new: GraphModule) -> None:
+    """Give a rewritten graph what AOTAutograd reads of the one that Dynamo made: call it once the new one is complete.
 
-    A constant of the new graph, such as ``torch.tensor([-1])``, gets one too. Call it once both are complete:
-    AOTAutograd wants a source for each. ``GraphModule._param_name_to_source``.
+    That is the compile id, and a source for each parameter and buffer: those that Dynamo installed have one, a constant
+    of the new graph, such as ``torch.tensor([-1])``, gets one. ``GraphModule.meta``, ``_param_name_to_source``.
     """
+    new.meta.update(old.meta)
     sources: dict[str, Any] = dict(getattr(old, "_param_name_to_source", {}))
     for name, _ in (*new.named_buffers(), *new.named_parameters()):
         sources.setdefault(name, ConstantSource(name))
