@@ -357,10 +357,8 @@ def test_current_node():
     with torch.fx.traceback.preserve_node_meta():
         original = GraphModule({}, graph)
         module = fx.trace_pre_dispatch(lambda x: OwnWay(original).run(x), [torch.ones(2)])
-    assert (
-        only(module.graph.find_nodes(op="call_function", target=aten.cos.default)).meta["stack_trace"]
-        == "where it came from"
-    )
+    (traced,) = module.graph.find_nodes(op="call_function", target=aten.cos.default)
+    assert traced.meta["stack_trace"] == "where it came from"
 
 
 def test_kinds_of_values():

@@ -3,6 +3,7 @@
 Read and run in torch 2.11, 2.13 and 2.14, unless a function says otherwise.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,12 +42,14 @@ class Flex:
         return cls(score_mod, block_mask[-1], any(user.args[1] == 1 and user.users for user in node.users))
 
 
+@functools.cache
 def let_flex_attention_take(subclass: type, plain: Callable[[Any], Any]) -> None:
     """Let the operator take tensors of ``subclass``, in a trace and in eager code, as ``plain(tensor)``.
 
-    It changes the operator for the whole process; for calls without such a tensor nothing changes. torch looks a
-    subclass up among an operator's rules only if no fake tensor comes before it, as the query does in a trace; there
-    the rule for fake tensors has to know it. ``HigherOrderOperator.py_impl``, ``python_key_table[FakeTensorMode]``.
+    It changes the operator for the whole process, once; call it before Dynamo sees such a tensor. For calls without
+    one nothing changes. torch looks a subclass up among an operator's rules only if no fake tensor comes before it, as
+    the query does in a trace; there the rule for fake tensors has to know it. ``HigherOrderOperator.py_impl``,
+    ``python_key_table[FakeTensorMode]``.
     """
 
     def call(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -23,12 +23,14 @@ Lengths are not specialised: a cache that grows compiles nothing anew.
 import triton
 import triton.language as tl
 
+from icw_compile.compat.triton import is_interpreting
+
 __all__ = ["attend", "merge"]
 
 # Splits that `merge` reads at a time.
 CHUNK = tl.constexpr(16)
 # Triton's interpreter keeps bfloat16 as 16-bit integers, and multiplies those.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(is_interpreting())
 
 
 @triton.jit
