@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch.fx import GraphModule, Node
 
 from icw_compile.cache.binding import bind
+from icw_compile.compat.inductor import CUDA_GRAPHS, cache_key_tag, inductor, uses_cuda_graphs
 from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
 from icw_compile.formats import ops
 from icw_compile.frontend.capture import (
@@ -33,9 +33,6 @@ from icw_compile.report import GraphReport, next_name, record
 __all__ = ["icw_int8kv"]
 
 aten = torch.ops.aten
-
-#: Inductor's option that `mode="reduce-overhead"` stands for.
-_CUDA_GRAPHS = "triton.cudagraphs"
 
 
 def icw_int8kv(
@@ -94,7 +91,7 @@ def icw_int8kv(
         forward_dynamo_metadata(dynamo_graph, graph)
         if _asks_for_cuda_graphs(ours, inductor_options) and (reason := _why_no_cuda_graphs(graph)):
             report.no_cuda_graphs = reason
-            inductor_options = {**inductor_options, _CUDA_GRAPHS: False}
+            inductor_options = {**inductor_options, CUDA_GRAPHS: False}
         compiled = bind(graph, _compile(graph.module, example_inputs(graph), ours, inductor_options))
     else:
         compiled = _compile(dynamo_graph, inputs, ours, inductor_options)
@@ -108,23 +105,13 @@ def _compile(
 ) -> Callable[..., Any]:
     if options.compiler == "eager":
         return module.forward
-    inductor = _inductor(options, inductor_options)
     # torch's on-disk caches are keyed by the graph before decomposition, in which our operations are mere names.
-    config: Any = torch.compiler.config
-    with config.patch(cache_key_tag=f"{config.cache_key_tag} {_cache_tag()}"):
-        return inductor(module, inputs)
-
-
-def _inductor(options: Options, inductor_options: dict[str, Any]) -> Any:
-    # Private, and the only way to get torch.compile's own reading and checking of `mode` and `options`.
-    return torch._TorchCompileInductorWrapper(options.mode, inductor_options, None)
+    with cache_key_tag(_cache_tag()):
+        return inductor(options.mode, inductor_options)(module, inputs)
 
 
 def _asks_for_cuda_graphs(options: Options, inductor_options: dict[str, Any]) -> bool:
-    if options.compiler == "eager":
-        return False
-    config = _inductor(options, inductor_options).config
-    return bool(config.get(_CUDA_GRAPHS, torch._inductor.config.triton.cudagraphs))
+    return options.compiler != "eager" and uses_cuda_graphs(options.mode, inductor_options)
 
 
 def _why_no_cuda_graphs(graph: KVGraph) -> str:

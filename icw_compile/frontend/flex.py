@@ -5,20 +5,19 @@ evaluated here on all positions at once, which leaves attention with a dense mas
 they do where a model's attention is spelled that way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.compat.dynamo import example_value
+from icw_compile.compat.flex import FLEX_ATTENTION, let_flex_attention_take
 
 __all__ = ["FLEX_ATTENTION", "is_elementwise", "spell_out"]
-
-FLEX_ATTENTION = torch.ops.higher_order.flex_attention
 
 
 def is_elementwise(module: GraphModule) -> bool:
@@ -28,8 +27,7 @@ def is_elementwise(module: GraphModule) -> bool:
     """
     called = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
     return all(
-        node.op in ("call_function", "call_method") and getattr(node.meta.get("example_value"), "ndim", 0) == 0
-        for node in called
+        node.op in ("call_function", "call_method") and getattr(example_value(node), "ndim", 0) == 0 for node in called
     )
 
 
@@ -79,19 +77,5 @@ def spell_out(
     return output, torch.logsumexp(scores, dim=-1) if log_sum else None, None
 
 
-def _accept_quantized() -> None:
-    """Let the operator take `QuantizedKV` keys and values, in a trace and in eager code: dequantized.
-
-    torch looks a subclass up among an operator's rules only if no fake tensor comes before it, as the query does in a
-    trace; there the rule for fake tensors has to know it.
-    """
-
-    def dequantized(call: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return call(*(x.dequantize() if isinstance(x, QuantizedKV) else x for x in args), **kwargs)
-
-    on_fakes = FLEX_ATTENTION.python_key_table[FakeTensorMode]
-    FLEX_ATTENTION.python_key_table[FakeTensorMode] = lambda *args, **kwargs: dequantized(on_fakes, args, kwargs)
-    FLEX_ATTENTION.py_impl(QuantizedKV)(lambda *args, **kwargs: dequantized(FLEX_ATTENTION, args, kwargs))
-
-
-_accept_quantized()
+# Dynamo meets such a tensor where it traces a frame, which is before any backend is called: the first capture is late.
+let_flex_attention_take(QuantizedKV, QuantizedKV.dequantize)

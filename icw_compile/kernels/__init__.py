@@ -1,44 +1,52 @@
 """Attention kernels of our own, for what Inductor does not generate well.
 
-A kernel computes ``icw_int8kv::attention`` for the devices, shapes and dtypes that it takes. The ``lower`` pass asks
-`find_kernel` and falls back on Inductor, with the reason in the report.
+A kernel computes ``icw_int8kv::attention`` for the devices and the calls that it takes (`icw_compile.kernels.interface`).
+The ``lower`` pass asks `find_kernel` and falls back on Inductor, with the reason in the report.
 """
 
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.kernels import cpu, gpu
+from icw_compile.kernels.interface import AttentionCall, AttentionKernel, StoredRows
 from icw_compile.passes import Kernel
 
-__all__ = ["find_kernel"]
+__all__ = ["KERNELS", "AttentionCall", "AttentionKernel", "StoredRows", "find_kernel", "kernel_for"]
 
-#: Device type -> the option that asks for its kernel by name, and the module of the kernel.
-_KERNELS = {"cpu": ("cpu", cpu), "cuda": ("triton", gpu)}
+KERNELS: tuple[AttentionKernel, ...] = (cpu.KERNEL, gpu.KERNEL)
 
 
-def find_kernel(device_type: str, choice: str = "auto") -> Kernel | str:
-    """The kernel for tensors on ``device_type``, ready to run, or why there is none (empty: none is wanted).
+def kernel_for(device_type: str, choice: str = "auto") -> AttentionKernel | str:
+    """The kernel for tensors on ``device_type``, ready to run, or why there is none: never an empty text.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"``, ...
-        choice: the option ``icw.attention``: ``"auto"``, ``"inductor"`` (no kernel), ``"cpu"`` or ``"triton"``.
+        choice: the option ``icw.attention``: ``"auto"``, ``"inductor"`` (no kernel), or `AttentionKernel.option`.
 
     Raises:
         KernelUnavailableError: the kernel was asked for by name, and is for another device or cannot be built here.
     """
     if choice == "inductor":
-        return ""
-    name, module = _KERNELS.get(device_type, ("", None))
-    if choice not in ("auto", name):
-        device = next(device for device, (option, _) in _KERNELS.items() if option == choice)
+        return 'options={"icw.attention": "inductor"}'
+    kernel = next((kernel for kernel in KERNELS if device_type in kernel.devices), None)
+    if choice != "auto" and (kernel is None or kernel.option != choice):
+        devices = " and ".join(next(kernel.devices for kernel in KERNELS if kernel.option == choice))
         raise KernelUnavailableError(
-            f'options={{"icw.attention": "{choice}"}} asks for the kernel for {device}, and the model is on '
+            f'options={{"icw.attention": "{choice}"}} asks for the kernel for {devices}, and the model is on '
             f'{device_type}: leave the option out, or use "auto".'
         )
-    if module is None:
+    if kernel is None:
         return f"there is no kernel for {device_type}"
     try:
-        module.load()
+        kernel.load()
     except KernelUnavailableError as error:
         if choice != "auto":
             raise
         return str(error).splitlines()[0]
-    return Kernel(f"{name} kernel", module.attention, module.attention_lse, module.supports)
+    return kernel
+
+
+def find_kernel(device_type: str, choice: str = "auto") -> Kernel | str:
+    """`kernel_for` in the terms of the ``lower`` pass; why there is none is empty where none is wanted."""
+    found = kernel_for(device_type, choice)
+    if isinstance(found, str):
+        return "" if choice == "inductor" else found
+    return Kernel(found.name, found.operator, found.with_lse, {"cpu": cpu, "triton": gpu}[found.option].supports)

@@ -29,6 +29,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #ifdef _OPENMP
@@ -1047,10 +1048,11 @@ void merge_partials(const Problem& p, int64_t b, int64_t h, const float* partial
   }
 }
 
-Engine best_engine(const Problem& p) {
+// The fastest that this build and this processor have for keys of this size.
+Engine best_engine(int64_t head_dim) {
 #ifdef ICW_VNNI
   // Digit sums stay exact in float32 up to 2^24 / 127^2 channels; tiles hold four slices of 64.
-  if (p.head_dim % 4 == 0 && p.head_dim <= 256) {
+  if (head_dim % 4 == 0 && head_dim <= 256) {
 #ifdef ICW_AMX
     if (amx_allowed()) return Engine::kAmx;
 #endif
@@ -1066,7 +1068,7 @@ void run(Problem& p, int threads, int engine) {
   p.key_width = round_up(p.head_dim, 64);
   p.value_width = round_up(p.value_dim, 64);
   p.weight_digits = p.query.type == Type::kFloat32 ? 3 : 2;
-  p.engine = best_engine(p);
+  p.engine = best_engine(p.head_dim);
   if (engine >= 0) p.engine = std::min(p.engine, Engine(engine));
   const int64_t length = p.is_causal ? std::min(p.length, p.tokens) : p.length;
   const int64_t pairs = p.batch * p.heads;
@@ -1081,7 +1083,7 @@ void run(Problem& p, int threads, int engine) {
   std::unique_ptr<float[]> partials(p.chunks > 1 ? new float[pairs * p.chunks * partial_size] : nullptr);
   std::unique_ptr<std::atomic<int64_t>[]> finished(p.chunks > 1 ? new std::atomic<int64_t>[pairs] : nullptr);
   for (int64_t i = 0; finished && i < pairs; ++i) finished[i].store(0, std::memory_order_relaxed);
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> next{0}, done{0};
   const int64_t units = pairs * p.chunks;
   threads = int(std::min<int64_t>(threads, units));
 
@@ -1101,6 +1103,7 @@ void run(Problem& p, int threads, int engine) {
         portable.engine = used = Engine::kPortable;
         run_unit(portable, workspace, b, h, start, end);
       }
+      done.fetch_add(1, std::memory_order_relaxed);
       if (p.chunks == 1) {
         for (int64_t row = 0; row < p.rows; ++row) {
           copy_row(used, workspace.accumulated + row * p.value_width, p.value_dim, values.data());
@@ -1116,14 +1119,21 @@ void run(Problem& p, int threads, int engine) {
     if (p.engine == Engine::kAmx) _tile_release();
 #endif
   };
+  // No exception may leave a parallel region. A thread that finds no memory leaves its units to the others.
+  auto try_to_work = [&] {
+    try {
+      work();
+    } catch (const std::bad_alloc&) {
+    }
+  };
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    work();
-    return;
-  }
+    try_to_work();
+  } else
 #endif
-  work();
+    try_to_work();
+  if (done.load() != units) throw std::runtime_error("icw_int8kv_cpu::attention: there is not enough memory");
 }
 
 }  // namespace
@@ -1180,8 +1190,9 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes.begin()[i];
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  const auto error = aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
+                                              aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "icw_int8kv_cpu::attention: the output cannot be allocated");
   return Tensor(handle);
 }
 
@@ -1268,7 +1279,11 @@ std::tuple<Tensor, Tensor> attention_lse(const Tensor& query, const Tensor& key_
   return {out, lse};
 }
 
+int64_t engine(int64_t head_dim) { return int64_t(best_engine(head_dim)); }
+
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CompositeExplicitAutograd, m) { m.impl("engine", TORCH_BOX(&engine)); }
 
 STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));

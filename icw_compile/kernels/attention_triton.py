@@ -20,15 +20,20 @@ What they compute is ``icw_int8kv::attention`` (`icw_compile.formats.ops`); how:
 Lengths are not specialised: a cache that grows compiles nothing anew.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+from icw_compile.compat.triton import is_interpreting
 
 __all__ = ["attend", "merge"]
 
 # Splits that `merge` reads at a time.
 CHUNK = tl.constexpr(16)
 # Triton's interpreter keeps bfloat16 as 16-bit integers, and multiplies those.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(is_interpreting())
+# Of float32 products. Triton's backend for AMD has no products of three TF32 numbers, and multiplies float32 as it is.
+PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
 
 @triton.jit
@@ -60,8 +65,8 @@ def _scales(base, start, stride, length, BLOCK: tl.constexpr, CHECKED: tl.conste
 def _multiply(left, rows, accumulator):
     """``accumulator + left @ rows`` for a float tile and an int8 one, which becomes ``left``'s dtype without error."""
     if INTERPRETED:
-        return tl.dot(left.to(tl.float32), rows.to(tl.float32), accumulator, input_precision="tf32x3")
-    return tl.dot(left, rows.to(left.dtype), accumulator, input_precision="tf32x3")
+        return tl.dot(left.to(tl.float32), rows.to(tl.float32), accumulator, input_precision=PRECISION)
+    return tl.dot(left, rows.to(left.dtype), accumulator, input_precision=PRECISION)
 
 
 @triton.jit

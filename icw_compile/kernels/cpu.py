@@ -2,7 +2,7 @@
 
 The operator and its fake implementation exist as soon as this module is imported, so that graphs that hold it can be
 traced and printed anywhere. `load` compiles ``attention.cpp`` for this machine with the compiler that Inductor
-uses (two to five seconds), keeps the shared library in Inductor's cache directory, and gives the operator its CPU
+uses (two to five seconds), keeps the shared library (`icw_compile.kernels.build`), and gives the operator its CPU
 kernel; calling the operator before that is an error of torch's dispatcher.
 
 Shapes, in the letters of `icw_compile.formats.ops`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query
@@ -17,21 +17,17 @@ value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, engin
     ``query`` is bfloat16, float16 or float32; scales and sinks are of any floating dtype; ``attn_mask`` is ``None``,
     boolean or of any floating dtype, 4-dimensional, and broadcasts to ``[B, Hq, T, S]``. Any strides will do, except
     that the channels of the int8 tensors are contiguous. The result is contiguous, in the query's dtype. Raises
-    RuntimeError for shapes and dtypes that do not fit. ``engine`` caps the instructions that are used, for tests: 0
-    plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
+    RuntimeError for shapes and dtypes that do not fit, and for want of memory. ``engine`` caps the instructions that
+    are used, for tests: 0 plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
 ``attention_lse(...) -> (output[B, Hq, T, Dv], lse float32[B, Hq, T])``
     The same, and the logarithm of the sum of exponentials of each query row's scores, its sink included: minus infinity
     for a row that reads nothing.
+``engine(head_dim) -> int``
+    The best engine that this build and this processor have for keys of that size.
 """
 
-import functools
-import hashlib
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
-from pathlib import Path
+import threading
+import time
 from typing import Any
 
 import torch
@@ -39,15 +35,29 @@ from torch import Tensor
 
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.formats.ops import ATTENTION_ARGUMENTS
+from icw_compile.kernels.build import build
+from icw_compile.kernels.interface import AttentionCall, AttentionKernel, declines_int8
 
-__all__ = ["attention", "attention_lse", "is_available", "load", "supports"]
-
-SOURCE = Path(__file__).with_name("attention.cpp")
+__all__ = ["ENGINES", "KERNEL", "attention", "attention_lse", "engines", "is_available", "load", "supports"]
 
 #: Longest query that the kernel is meant for: beyond it, dequantizing once and a matrix multiplication win.
 MAX_TOKENS = 16
+#: Instructions that the kernel can use, by the value of ``engine`` that caps them.
+ENGINES = ("plain", "vnni", "amx")
+#: How long a failure to build or load is repeated before it is tried again: a full disk is not full forever.
+_RETRY_SECONDS = 60.0
 
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wno-maybe-uninitialized")
+
+def declines(call: AttentionCall) -> str | None:
+    """Why the kernel does not take this call, or ``None`` if it does: `AttentionKernel.declines`."""
+    if reason := declines_int8(call, KERNEL.devices):
+        return reason
+    tokens = call.query.shape[2]
+    if not isinstance(tokens, int):
+        return f"a symbolic number of query tokens: the kernel is for at most {MAX_TOKENS}"
+    if tokens > MAX_TOKENS:
+        return f"a prompt: more than {MAX_TOKENS} query tokens"
+    return None
 
 
 def supports(query: Tensor, key_qdata: Tensor, value_qdata: Tensor) -> str | None:
@@ -79,148 +89,66 @@ def is_available() -> bool:
     return True
 
 
+def engines(head_dim: int = 128) -> tuple[str, ...]:
+    """Which of `ENGINES` this build and this processor have for keys of ``head_dim`` channels, slowest first.
+
+    The last is what runs unless ``engine`` caps it; rows that have scales that are not finite are always left to the
+    first.
+
+    Raises:
+        KernelUnavailableError: the kernel cannot be built or loaded here.
+    """
+    load()
+    return ENGINES[: torch.ops.icw_int8kv_cpu.engine.default(head_dim) + 1]
+
+
+class _Loader:
+    """Loads the library once; a failure is repeated for a while, since building takes seconds, and then forgotten."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.loaded = False
+        self.failure = ""
+        self.failed_at = 0.0
+
+    def load(self) -> None:
+        with self.lock:
+            if self.loaded:
+                return
+            if self.failure and time.monotonic() - self.failed_at < _RETRY_SECONDS:
+                raise KernelUnavailableError(self.failure)
+            try:
+                torch.ops.load_library(str(build()))
+            except KernelUnavailableError as error:
+                self.failure = str(error)
+            except OSError as error:
+                self.failure = f"The CPU attention kernel was built but does not load: {error}"
+            else:
+                self.loaded = True
+                return
+            self.failed_at = time.monotonic()
+            raise KernelUnavailableError(self.failure)
+
+
+_loader = _Loader()
+
+
 def load() -> None:
     """Build the kernel unless this machine has it in the cache, and register it for the CPU.
 
-    Does nothing after the first success, and repeats the first failure.
+    Does nothing after the first success; repeats a failure for a minute, and then tries again.
 
     Raises:
-        KernelUnavailableError: no C++ compiler, a failed compilation, or a library that does not load.
+        KernelUnavailableError: no C++ compiler, a failed compilation, no safe place for the library, or one that does
+            not load.
     """
-    reason = _load()
-    if reason is not None:
-        raise KernelUnavailableError(reason)
-
-
-@functools.cache
-def _load() -> str | None:
-    try:
-        torch.ops.load_library(str(build()))
-    except KernelUnavailableError as error:
-        return str(error)
-    except OSError as error:
-        return f"The CPU attention kernel was built but does not load: {error}"
-    return None
-
-
-def build() -> Path:
-    """Compile the kernel for this machine, unless that has been done, and return the shared library.
-
-    Safe against other processes that build the same: each compiles to a name of its own and moves it into place.
-
-    Raises:
-        KernelUnavailableError: no C++ compiler, or a failed compilation.
-    """
-    compiler = _find_compiler()
-    library = _cache_dir() / f"attention-{_fingerprint(compiler)}.so"
-    if library.exists():
-        return library
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
-        os.close(handle)
-    except OSError as error:
-        raise KernelUnavailableError(
-            f"The CPU attention kernel cannot be stored in {library.parent}: {error}. "
-            "Set TORCHINDUCTOR_CACHE_DIR to a directory that can be written."
-        ) from error
-    built = Path(name)
-    try:
-        command = _command(compiler, built)
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
-        if process.returncode != 0:
-            raise KernelUnavailableError(
-                f"The CPU attention kernel does not compile with {compiler!r}.\n"
-                f"{shlex.join(command)}\n{process.stderr[:4000]}"
-            )
-        built.chmod(0o755)
-        built.replace(library)
-    except OSError as error:
-        raise KernelUnavailableError(f"The C++ compiler {compiler!r} cannot be run: {error}") from error
-    finally:
-        built.unlink(missing_ok=True)
-    return library
-
-
-def _find_compiler() -> str:
-    """The compiler that Inductor would use for this process's generated code (``CXX``, or g++ or clang++)."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    if platform.system() == "Windows":
-        raise KernelUnavailableError("The CPU attention kernel is not built on Windows.")
-    try:
-        compiler = get_cpp_compiler()
-        subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, check=True)
-    # Inductor has an exception type of its own for this, which has moved between releases.
-    except Exception as error:
-        raise KernelUnavailableError(
-            f"No working C++ compiler for the CPU attention kernel ({error}). Install g++, or set CXX."
-        ) from error
-    return compiler
-
-
-def _command(compiler: str, output: Path) -> list[str]:
-    torch_dir = Path(torch.__file__).parent
-    native = ["-mcpu=native"] if platform.machine() in ("aarch64", "arm64") else ["-march=native"]
-    if platform.machine() == "x86_64":
-        # Compilers prefer 256 bits, for the sake of code that only now and then has a vector.
-        native.append("-mprefer-vector-width=512")
-    # Apple's clang has no OpenMP of its own: one thread there.
-    openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
-    link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-ltorch_cpu"]
-    return [
-        *shlex.split(compiler),
-        *_FLAGS,
-        *native,
-        *openmp,
-        f"-I{torch_dir / 'include'}",
-        str(SOURCE),
-        "-o",
-        str(output),
-        f"-L{torch_dir / 'lib'}",
-        *link,
-    ]
-
-
-def _cache_dir() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "icw_int8kv"
-
-
-def _fingerprint(compiler: str) -> str:
-    """Hash of all that the library depends on: source, command, compiler, torch, and the CPU that "native" means."""
-    version = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, check=False).stdout
-    parts = [
-        SOURCE.read_bytes(),
-        "\n".join(_command(compiler, Path("out"))).encode(),
-        version,
-        torch.__version__.encode(),
-        _cpu_description().encode(),
-    ]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:32]
-
-
-def _cpu_description() -> str:
-    lines = []
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name = line.split(":")[0].strip()
-            if name in ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU part"):
-                lines.append(line)
-            elif not name:  # The first processor stands for all.
-                break
-    except OSError:
-        pass
-    return "\n".join([platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability(), *lines])
+    _loader.load()
 
 
 def _register() -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     arguments = f"({ATTENTION_ARGUMENTS}, int engine=-1)"
+    torch.library.define("icw_int8kv_cpu::engine", "(int head_dim) -> int")
     torch.library.define("icw_int8kv_cpu::attention", f"{arguments} -> Tensor", tags=tags)
     torch.library.define("icw_int8kv_cpu::attention_lse", f"{arguments} -> (Tensor output, Tensor lse)", tags=tags)
 
@@ -251,3 +179,5 @@ _register()
 #: The operators, as a graph calls them.
 attention = torch.ops.icw_int8kv_cpu.attention.default
 attention_lse = torch.ops.icw_int8kv_cpu.attention_lse.default
+
+KERNEL = AttentionKernel("cpu kernel", "cpu", ("cpu",), load, declines, attention, attention_lse)

@@ -37,8 +37,10 @@ from torch import Tensor
 
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.formats.ops import ATTENTION_ARGUMENTS
+from icw_compile.kernels.interface import AttentionCall, AttentionKernel, declines_int8
 
 __all__ = [
+    "KERNEL",
     "MAX_HEAD_DIM",
     "Tiles",
     "attention",
@@ -69,6 +71,19 @@ class Tiles(NamedTuple):
     block: int
     warps: int
     stages: int
+
+
+def declines(call: AttentionCall) -> str | None:
+    """Why the kernels do not take this call, or ``None`` if they do: `AttentionKernel.declines`."""
+    if reason := declines_int8(call, KERNEL.devices):
+        return reason
+    for name, stored in (("keys", call.key), ("values", call.value)):
+        size = stored.parts["qdata"].shape[3]
+        if not isinstance(size, int):
+            return f"the {name} have a symbolic number of channels"
+        if size > MAX_HEAD_DIM:
+            return f"the {name} have {size} channels: the kernel is for at most {MAX_HEAD_DIM}"
+    return _why_not_on(call.query.device)
 
 
 def supports(query: Tensor, key_qdata: Tensor, value_qdata: Tensor) -> str | None:
@@ -345,3 +360,5 @@ _register()
 #: The operators, as a graph calls them.
 attention = torch.ops.icw_int8kv_triton.attention.default
 attention_lse = torch.ops.icw_int8kv_triton.attention_lse.default
+
+KERNEL = AttentionKernel("triton kernel", "triton", ("cuda",), load, declines, attention, attention_lse)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticLayer, StaticSlidingWindowLayer
+
+from icw_compile.compat.transformers import DynamicLayer, StaticLayer, StaticSlidingWindowLayer, unregistered
 
 __all__ = ["channel_shift", "dynamic_reference_cache", "quantize_dequantize", "reference_cache", "store_quantized"]
 
@@ -48,9 +49,9 @@ def _storing_quantized(stock: Any, names: Collection[str], sink_tokens: int, rec
     The first ``sink_tokens`` and the last ``recent_tokens`` are read as they are.
     """
 
-    class Reference(stock):
-        _layer_type = None  # stay out of transformers' table of layers
+    stock = unregistered(stock)
 
+    class Reference(stock):
         def quantized(self, name: str, states: Tensor) -> Tensor:
             if name not in names:
                 return states

@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.compat.dynamo import clear_counters, graph_breaks
+from icw_compile.compat.transformers import attention_implementation
 from icw_compile.lab.reference import store_quantized
 from icw_compile.lab.tiny import VOCABULARY, causal_lm_types, tiny_causal_lm
 from icw_compile.report import GraphReport, report, reset_report
@@ -191,7 +192,7 @@ def sweep_type(model_type: str, *, attention: str | None = None) -> Swept:
         model = tiny_causal_lm(model_type, attention=attention)
     except Exception as error:
         return Swept(model_type, runs={"dynamic": Run("not built", _said(error))})
-    result = Swept(model_type, type(model).__name__, model.config._attn_implementation)
+    result = Swept(model_type, type(model).__name__, attention_implementation(model.config))
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         result.runs["dynamic"] = Run("no kv cache", "the model takes no past_key_values")
         return result
@@ -275,8 +276,8 @@ def _compiled(
     model: PreTrainedModel, cache: Cache, ids: Tensor, backend: str, options: dict[str, Any] | None = None
 ) -> tuple[Tensor | None, bool, int, Exception | None]:
     """Logits through ``torch.compile``, whether the prompt was stored as int8, graph breaks, and what was raised."""
-    torch._dynamo.reset()
-    counters.clear()
+    torch.compiler.reset()
+    clear_counters()
     reset_report()
     try:
         compiled = torch.compile(model, backend=backend, options=options)
@@ -284,9 +285,9 @@ def _compiled(
         held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
         steps = _logits(compiled, cache, ids[:, CHUNKS[0] :], CHUNKS[1:])
         from_prompt = any(isinstance(x, QuantizedKV) for x in held)
-        return torch.cat([prompt, steps], dim=1), from_prompt, sum(counters["graph_break"].values()), None
+        return torch.cat([prompt, steps], dim=1), from_prompt, graph_breaks(), None
     except Exception as error:
-        return None, False, sum(counters["graph_break"].values()), error
+        return None, False, graph_breaks(), error
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from icw_compile.compat.transformers import causal_lm_classes
 
 __all__ = ["VOCABULARY", "WINDOW", "causal_lm_types", "tiny_causal_lm", "tiny_config"]
 
@@ -109,7 +110,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 def causal_lm_types() -> tuple[str, ...]:
     """Every model type that `AutoModelForCausalLM` knows."""
-    return tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return tuple(causal_lm_classes())
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:

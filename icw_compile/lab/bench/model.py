@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from icw_compile.cache.static import cache_bytes, static_cache
 from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.compat.dynamo import recompile_limit
 from icw_compile.lab.bench.measure import (
     OtherLoad,
     Say,
@@ -349,11 +350,11 @@ class _Session:
 def _set_up(settings: Settings) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # Every contender compiles the same code: prompts, steps and lengths of all of them count together.
-    torch._dynamo.config.recompile_limit = 64
     return build_model(settings.model, settings.config(), getattr(torch, settings.dtype), settings.device)
 
 
+# Every contender compiles the same code: prompts, steps and lengths of all of them count together.
+@recompile_limit(64)
 def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, Measured], float]:
     """The worker for time: every contender in this process, in turn; also returns the load of other processes."""
     say("building the model")
@@ -387,6 +388,7 @@ def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, 
     return results, other.share
 
 
+@recompile_limit(64)
 def memory_of(settings: Settings, context: int, name: str, say: Say) -> Measured:
     """The worker for memory: one contender, alone in this process."""
     say("building the model")

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from icw_compile.compat.transformers import sdpa_attention
 from icw_compile.formats.ops import scale_dtype_for
 from icw_compile.kernels import find_kernel
 from icw_compile.lab.bench.measure import OtherLoad, Spread, ratio, seconds, take_turns
@@ -119,7 +119,7 @@ def run_case(
         return ours(query, *quantized, attn_mask, False, scale, None)
 
     module = SimpleNamespace(num_key_value_groups=case.query_heads // case.heads, is_causal=True)
-    stock = torch.compile(lambda q, k, v, mask: sdpa_attention_forward(module, q, k, v, mask)[0])
+    stock = torch.compile(lambda q, k, v, mask: sdpa_attention(module, q, k, v, mask)[0])
     flex = torch.compile(flex_attention)
     calls: dict[str, Callable[[], Any]] = {
         "int8": lambda: int8(None),

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from icw_compile.compat.dynamo import recompile_limit
 from icw_compile.lab.assets import HELDOUT_TEXT, MODEL, MODELS
 from icw_compile.lab.evaluation.contenders import contenders, has_hqq
 from icw_compile.lab.evaluation.hard import CASES, equivalence, harden
@@ -166,11 +167,11 @@ def _case(
         hardened = harden(model, name, windows.ids[:4])
         model, distance = hardened.model, equivalence(hardened, windows.ids[:1, :256])
     rows = contenders(model, [parse_options(row) for row in settings.options or ("",)], settings.others)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     reset_report()
     device = torch.device(settings.device)
     # Each row of ours compiles a prefill and a decode, for each length of the recall task as well.
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+    with recompile_limit(64, fail=True):
         qualities = measure(rows, windows, device, advance)
         recall = {}
         for length in settings.recall:

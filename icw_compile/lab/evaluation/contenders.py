@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, QuantizedCache, StaticCache
-from transformers.cache_utils import StaticLayer
+
+from icw_compile.compat.transformers import StaticLayer, unregistered
 
 __all__ = ["FLOAT", "FLOAT_COMPILED", "HQQ", "Contender", "contenders", "fp8_cache", "has_hqq"]
 
@@ -83,8 +84,9 @@ def fp8_cache(model: PreTrainedModel, max_cache_len: int) -> StaticCache:
 
 
 def _storing_fp8(stock: Any) -> Any:
+    stock = unregistered(stock)
+
     class FP8Layer(stock):
-        _layer_type = None  # stay out of transformers' table of layers
         scales: tuple[Tensor, ...] | None = None
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,281 @@
+"""Tracing with fakes and proxies, graphs of ATen operators, and what an operator's schema says of its arguments.
+
+Read and run in torch 2.11, 2.13 and 2.14, unless a function says otherwise.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import FakeTensor
+from torch.fx import Graph, GraphModule, Interpreter, Node, Proxy
+from torch.fx.experimental import proxy_tensor, symbolic_shapes
+from torch.utils import _pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    "Argument",
+    "Schema",
+    "carry_item",
+    "current_node",
+    "current_tracer",
+    "eliminate_dead_code",
+    "expression_of",
+    "is_fake",
+    "is_higher_order",
+    "is_operator",
+    "is_wrapper_subclass",
+    "outside_of_trace",
+    "proxy_of",
+    "rename",
+    "schema_of",
+    "statically_known_true",
+    "trace_pre_dispatch",
+    "track",
+    "tree_leaves",
+    "tree_map",
+    "values_of",
+    "written_values",
+]
+
+# Tracing
+
+
+def trace_pre_dispatch(function: Callable[..., Any], inputs: Sequence[Any]) -> GraphModule:
+    """The graph of ATen operators that ``function(*inputs)`` calls, before autograd or decompositions see them.
+
+    Writes stay in place, views stay views, ``reshape`` and ``scaled_dot_product_attention`` stay one node.
+    Every node has its fake result in ``meta["val"]``. ``torch.fx.experimental.proxy_tensor.make_fx``.
+    """
+    return proxy_tensor.make_fx(function, pre_dispatch=True)(*inputs)
+
+
+def current_node(interpreter: Interpreter, node: Node) -> AbstractContextManager[None]:
+    """While this is entered, what is traced has the layer and the stack trace of ``node``.
+
+    For an interpreter that runs a node in a way of its own; `Interpreter.run_node` does it for itself, and both only
+    within ``torch.fx.traceback.preserve_node_meta()``. ``Interpreter._set_current_node``.
+    """
+    return interpreter._set_current_node(node)
+
+
+def current_tracer() -> Any:
+    """The tracer of the `trace_pre_dispatch` that is running. ``proxy_tensor.get_proxy_mode().tracer``.
+
+    Raises:
+        RuntimeError: nothing is being traced.
+    """
+    mode = proxy_tensor.get_proxy_mode()
+    if mode is None:
+        raise RuntimeError("nothing is being traced")
+    return mode.tracer
+
+
+def outside_of_trace() -> AbstractContextManager[Any]:
+    """While this is entered, what runs leaves nothing in the trace. ``proxy_tensor.disable_proxy_modes_tracing``."""
+    return proxy_tensor.disable_proxy_modes_tracing()
+
+
+def proxy_of(tensor: Tensor, tracer: Any) -> Proxy:
+    """The proxy of a tensor that ``tracer`` has traced. ``proxy_tensor.get_proxy_slot``.
+
+    Raises:
+        RuntimeError: it does not know the tensor.
+    """
+    return proxy_tensor.get_proxy_slot(tensor, tracer).proxy
+
+
+def track(value: Any, proxy: Proxy, tracer: Any) -> None:
+    """Let the trace go on from ``value``, tensors or a tuple of them, as what ``proxy`` gives.
+
+    ``proxy_tensor.track_tensor_tree``.
+    """
+    proxy_tensor.track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+
+
+def is_fake(value: Any) -> TypeGuard[FakeTensor]:
+    """Whether it is a tensor without data. ``torch._subclasses.FakeTensor``."""
+    return isinstance(value, FakeTensor)
+
+
+def is_wrapper_subclass(value: Any) -> bool:
+    """Whether it is a tensor made of other tensors, as quantized weights, a DTensor and ours are.
+
+    ``torch.utils._python_dispatch.is_traceable_wrapper_subclass``.
+    """
+    return isinstance(value, Tensor) and is_traceable_wrapper_subclass(value)
+
+
+def carry_item(old: Tensor, new: Tensor) -> None:
+    """Let ``new.item()`` be the number that ``old.item()`` is, for two fakes of one scalar.
+
+    So it is with a Python number that Dynamo passes as a tensor: the symbol is known before the call.
+    ``FakeTensor.item_memo``.
+    """
+    if (number := getattr(old, "item_memo", None)) is not None:
+        new.item_memo = number  # type: ignore[attr-defined]
+
+
+# Graphs
+
+
+def rename(node: Node, name: str) -> None:
+    """Call a node ``name``, or that with a number behind it if it is taken; of a placeholder the argument as well.
+
+    ``Node._rename``.
+    """
+    node._rename(name)
+    if node.op == "placeholder":
+        node.target = node.name
+
+
+def eliminate_dead_code(graph: Graph, *, keep_random: bool) -> bool:
+    """Erase what nothing reads and what has no effect; returns whether there was any.
+
+    Drawing random numbers is an effect, on what is drawn next, if ``keep_random``: attention counts as random, for its
+    dropout. ``Node.is_impure(impure_random=)``, ``Graph.eliminate_dead_code(is_impure_node=)``.
+    """
+    return graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=keep_random))
+
+
+def is_operator(target: Any) -> TypeGuard[OpOverload]:
+    """Whether a node's target is an operator with a schema. ``torch._ops.OpOverload``."""
+    return isinstance(target, OpOverload)
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether a node's target is an operator that takes graphs. ``torch._ops.HigherOrderOperator``."""
+    return isinstance(target, HigherOrderOperator)
+
+
+# Sizes
+
+
+def statically_known_true(condition: Any) -> bool:
+    """Whether a condition on symbolic sizes holds for all that they may be; never adds a guard.
+
+    ``torch.fx.experimental.symbolic_shapes.statically_known_true``.
+    """
+    return symbolic_shapes.statically_known_true(condition)
+
+
+def expression_of(size: torch.SymInt) -> Any:
+    """What a symbolic size is, as a value that can be compared and hashed. ``SymInt.node.expr``."""
+    return size.node.expr
+
+
+# Nested values
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """``function`` of each leaf of nested lists, tuples and dictionaries. ``torch.utils._pytree.tree_map``."""
+    return _pytree.tree_map(function, tree)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves of nested lists, tuples and dictionaries. ``torch.utils._pytree.tree_leaves``."""
+    return _pytree.tree_leaves(tree)
+
+
+# Schemas
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of an operator.
+
+    Attributes:
+        name, position: where it is in a call; of a keyword argument the position is that in the schema.
+        keyword_only: it is given by name.
+        is_written: the operator writes into the tensor given here, or into each of the tensors of a list.
+        viewed_by: the results, by position, that are this tensor or views of it. A list of views is one result.
+        has_default, default: what it is if it is left out.
+    """
+
+    name: str
+    position: int
+    keyword_only: bool
+    is_written: bool
+    viewed_by: tuple[int, ...]
+    has_default: bool
+    default: Any
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What an operator takes and returns.
+
+    Attributes:
+        name: without overload and namespace, such as ``index_copy_``.
+        arguments: in order.
+        returns: the names of the results, empty where they have none.
+        is_mutable: it writes into an argument.
+    """
+
+    name: str
+    arguments: tuple[Argument, ...]
+    returns: tuple[str, ...]
+    is_mutable: bool
+
+
+@functools.cache
+def schema_of(operator: OpOverload) -> Schema:
+    """``OpOverload._schema``, ``Argument.alias_info``.
+
+    ``Tensor(a!)`` is written; ``Tensor(a)`` is viewed by the result ``Tensor(a)``; ``Tensor(a -> *)`` by every result
+    that is a list of views, as of ``split``; of ``Tensor(a!)[]`` the letter is lost, and each element is written.
+    """
+    schema = operator._schema
+    arguments = []
+    for position, argument in enumerate(schema.arguments):
+        alias = argument.alias_info
+        viewed_by = tuple(i for i, result in enumerate(schema.returns) if _is_view(alias, result.alias_info))
+        default = argument.default_value if argument.has_default_value() else None
+        is_written = alias is not None and alias.is_write
+        arguments.append(
+            Argument(
+                argument.name,
+                position,
+                argument.kwarg_only,
+                is_written,
+                viewed_by,
+                argument.has_default_value(),
+                default,
+            )
+        )
+    name = schema.name.split("::")[1]
+    return Schema(name, tuple(arguments), tuple(result.name for result in schema.returns), schema.is_mutable)
+
+
+def _is_view(argument: Any, result: Any) -> bool:
+    if argument is None or result is None:
+        return False
+    letters = set(result.before_set) | set(result.after_set)
+    if not letters:  # a list of views
+        return "*" in argument.after_set
+    return bool(letters & (set(argument.before_set) | set(argument.after_set)))
+
+
+def values_of(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those that are left out with their defaults."""
+    schema = schema_of(operator)
+    values = {argument.name: argument.default for argument in schema.arguments if argument.has_default}
+    values.update(zip((argument.name for argument in schema.arguments), args, strict=False))
+    values.update(kwargs)
+    return values
+
+
+def written_values(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """What a call writes into, the elements of lists one by one: ``out=`` and ``_foreach_*_`` included."""
+    schema = schema_of(operator)
+    if not schema.is_mutable:
+        return
+    values = values_of(operator, args, kwargs)
+    for argument in schema.arguments:
+        if argument.is_written and (value := values[argument.name]) is not None:
+            yield from value if isinstance(value, (list, tuple)) else (value,)

@@ -1,0 +1,89 @@
+"""Inductor as ``torch.compile`` calls it, its caches, and its C++ compiler.
+
+Read and run in torch 2.11, 2.13 and 2.14, unless a function says otherwise.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+import torch._inductor.config
+
+__all__ = ["CUDA_GRAPHS", "cache_dir", "cache_key_tag", "cpp_compiler", "inductor", "is_freezing", "uses_cuda_graphs"]
+
+#: Inductor's option that ``mode="reduce-overhead"`` stands for. ``torch._inductor.config.triton.cudagraphs``.
+CUDA_GRAPHS = "triton.cudagraphs"
+
+
+def inductor(mode: str | None, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """The stock backend, ``(graph, inputs) -> compiled``, with ``mode`` and ``options`` read as ``torch.compile`` does.
+
+    With CUDA graphs it sets environment variables for CUPTI. ``torch._TorchCompileInductorWrapper``.
+
+    Raises:
+        RuntimeError: an unknown mode or option, or an option of another type.
+    """
+    return torch._TorchCompileInductorWrapper(mode, dict(options), None)
+
+
+def uses_cuda_graphs(mode: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether `inductor` with these would make CUDA graphs where there is a GPU: asked for or by configuration.
+
+    ``torch._inductor.list_mode_options``, ``torch._inductor.config.triton.cudagraphs``.
+
+    Raises:
+        RuntimeError: an unknown mode.
+    """
+    asked = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
+    asked.update({name.replace("-", "_"): value for name, value in options.items()})
+    return bool(asked.get(CUDA_GRAPHS, torch._inductor.config.triton.cudagraphs))
+
+
+def is_freezing() -> bool:
+    """Whether parameters become constants of a graph, as they do without gradients under ``freezing``.
+
+    Dynamo then makes them attributes of the graph and not inputs. ``torch._inductor.config.freezing``.
+    """
+    return bool(torch._inductor.config.freezing) and not torch.is_grad_enabled()
+
+
+def cache_key_tag(tag: str) -> AbstractContextManager[Any]:
+    """While this is entered, ``tag`` is part of the key of torch's on-disk caches, behind what is there already.
+
+    For the whole process. ``torch.compiler.config.cache_key_tag``.
+    """
+    config: Any = torch.compiler.config
+    return config.patch(cache_key_tag=f"{config.cache_key_tag} {tag}".strip())
+
+
+def cache_dir() -> Path:
+    """Where Inductor keeps what it builds (``TORCHINDUCTOR_CACHE_DIR``); makes it.
+
+    By default in the directory for temporary files, under the user's name, where another user may have been first.
+    ``torch._inductor.runtime.cache_dir_utils.cache_dir``.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def cpp_compiler() -> str:
+    """The compiler of Inductor's C++ code, as a shell would call it: ``CXX``, or g++ or clang++.
+
+    ``torch._inductor.cpp_builder.get_cpp_compiler``.
+
+    Raises:
+        RuntimeError: there is none. Inductor's own exception has moved between releases.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return get_cpp_compiler()
+    except Exception as error:
+        raise RuntimeError(f"no C++ compiler: {error}") from error

@@ -1,0 +1,77 @@
+"""What transformers does not export: the classes of cache layers, and its tables. Its only private import.
+
+Read and run in transformers 5.17, 5.23 and 5.24, unless a function says otherwise.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
+
+__all__ = [
+    "CacheLayerMixin",
+    "DynamicLayer",
+    "StaticLayer",
+    "StaticSlidingWindowLayer",
+    "attention_implementation",
+    "causal_lm_classes",
+    "initialize",
+    "is_sliding",
+    "sdpa_attention",
+    "unregistered",
+]
+
+
+def is_sliding(layer_class: type) -> bool:
+    """Whether cache layers of this class forget what has left a window. ``CacheLayerMixin.is_sliding``."""
+    return bool(getattr(layer_class, "is_sliding", False))
+
+
+def initialize(layer: CacheLayerMixin, keys: Tensor, values: Tensor) -> None:
+    """Let a layer that holds nothing yet make its tensors, for states like these, of which it stores none.
+
+    Args:
+        layer: of any kind.
+        keys: ``[B, H, T, D]``, of whose sizes a static layer makes ``[B, H, max_cache_len, D]``. ``T`` may be 0.
+        values: ``[B, H, T, Dv]``.
+
+    ``CacheLayerMixin.lazy_initialization``.
+    """
+    layer.lazy_initialization(keys, values)
+
+
+def unregistered(layer_class: Any) -> Any:
+    """A class to derive from in place of ``layer_class``, so that transformers does not build its caches with it.
+
+    transformers puts every class that has a ``_layer_type``, and so each that inherits one, into its tables from layer
+    types to classes. ``CacheLayerMixin._layer_type``.
+    """
+    return type(layer_class.__name__, (layer_class,), {"_layer_type": None, "__module__": layer_class.__module__})
+
+
+def causal_lm_classes() -> dict[str, str]:
+    """Model type -> the name of its class for causal language modelling, of all that transformers has.
+
+    ``transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES``.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def attention_implementation(config: Any) -> str:
+    """The name of the attention that a model with this configuration runs: ``"sdpa"``, ``"eager"``, ...
+
+    ``PreTrainedConfig._attn_implementation``.
+    """
+    return str(config._attn_implementation)
+
+
+def sdpa_attention(*args: Any, **kwargs: Any) -> Any:
+    """``(module, query, key, value, attention_mask, ...) -> (output, None)``: what a model does with ``"sdpa"``.
+
+    ``transformers.integrations.sdpa_attention.sdpa_attention_forward``.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **kwargs)

@@ -1,0 +1,167 @@
+"""What an attention kernel is told of a call, and what it says of itself.
+
+A kernel says at compile time, of the whole call, what it does not take: the reason is a sentence for the report, and
+never empty. What it takes it computes, on every tensor that the fakes stand for.
+
+Shapes, in the letters of `icw_compile.formats.ops`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query
+tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icw_compile.compat.fx import statically_known_true
+
+__all__ = ["AttentionCall", "AttentionKernel", "StoredRows", "declines_int8", "unfit_tensor"]
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """The keys or the values of a call, as they are stored.
+
+    Attributes:
+        format: the name of the format, ``"int8"``.
+        parts: what the attention reads, by name. Of int8: ``qdata``, int8 ``[B, H, S, D]``, and ``scale``, of a float
+            dtype, ``[B, H, S, 1]``. A part that the graph deals with itself, as the shift of the channels with which it
+            multiplies the query, is none of these.
+    """
+
+    format: str
+    parts: Mapping[str, Tensor]
+
+    @classmethod
+    def int8(cls, qdata: Tensor, scale: Tensor) -> "StoredRows":
+        return cls("int8", {"qdata": qdata, "scale": scale})
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention over stored rows. All tensors may be fake, and all sizes symbolic.
+
+    Attributes:
+        query: ``[B, Hq, T, D]``, of a float dtype.
+        key: rows of ``D`` channels.
+        value: rows of ``Dv`` channels.
+        attn_mask: ``None``, boolean (``False``: not read) or additive; four dimensions that broadcast to
+            ``[B, Hq, T, S]``.
+        is_causal: query token ``t`` reads positions up to ``t``.
+        scale: of the products.
+        softcap: ``tanh(score / softcap) * softcap`` before the mask.
+        sinks: ``None``, or one more score for each query head, which has no value: ``[Hq]``.
+    """
+
+    query: Tensor
+    key: StoredRows
+    value: StoredRows
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    scale: Any = 1.0
+    softcap: Any = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """A kernel.
+
+    Attributes:
+        name: for the report.
+        option: the value of ``icw.attention`` that asks for it.
+        devices: the device types that it runs on.
+        load: make it ready to run, built if need be. Raises `KernelUnavailableError`.
+        declines: why it does not take a call, a sentence that is never empty; ``None`` if it does. Does not load it.
+        operator: ``icw_int8kv::attention``'s arguments to ``[B, Hq, T, Dv]`` in the query's dtype.
+        with_lse: the same, and the logarithm of the sum of exponentials of each row's scores, its sink included:
+            float32 ``[B, Hq, T]``.
+    """
+
+    name: str
+    option: str
+    devices: tuple[str, ...]
+    load: Callable[[], None]
+    declines: Callable[[AttentionCall], str | None]
+    operator: Any
+    with_lse: Any
+
+
+_QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Of scales, sinks and additive masks. The 8-bit floats are floating point too.
+_FLOAT_DTYPES = (*_QUERY_DTYPES, torch.float64)
+
+
+def declines_int8(call: AttentionCall, devices: Iterable[str]) -> str | None:
+    """Why a call is not one of int8 rows that fit together, on one of ``devices``; ``None`` if it is.
+
+    What both kernels ask for. Sizes that are symbolic are taken to fit, as what was traced with them did.
+    """
+    query = call.query
+    if query.device.type not in devices:
+        return f"the query is on {query.device.type}, and the kernel is for {' and '.join(devices)}"
+    if query.dim() != 4:
+        return f"the query has {query.dim()} dimensions, and not 4"
+    if query.dtype not in _QUERY_DTYPES:
+        return f"queries of dtype {query.dtype} are not supported"
+    batch, query_heads, tokens, head_dim = query.shape
+    for name, stored in (("keys", call.key), ("values", call.value)):
+        if stored.format != "int8":
+            return f"the {name} are stored as {stored.format}, and the kernel reads int8"
+        if unread := sorted(stored.parts.keys() ^ {"qdata", "scale"}):
+            return f"the {name} are not rows with one scale each: {', '.join(unread)}"
+    qdata, scale = call.key.parts["qdata"], call.key.parts["scale"]
+    if qdata.dim() != 4:
+        return f"the keys have {qdata.dim()} dimensions, and not 4"
+    heads, length = qdata.shape[1:3]
+    value_qdata, value_scale = call.value.parts["qdata"], call.value.parts["scale"]
+    rows = (batch, heads, length)
+    for name, tensor, shape, dtypes in (
+        ("the keys", qdata, (*rows, head_dim), (torch.int8,)),
+        ("the scales of the keys", scale, (*rows, 1), _FLOAT_DTYPES),
+        ("the values", value_qdata, (*rows, value_qdata.shape[-1]), (torch.int8,)),
+        ("the scales of the values", value_scale, (*rows, 1), _FLOAT_DTYPES),
+    ):
+        if reason := unfit_tensor(name, tensor, shape, dtypes, query.device):
+            return reason
+    for name, tensor in (("keys", qdata), ("values", value_qdata)):
+        if not statically_known_true(tensor.stride(3) == 1):
+            return f"the channels of the {name} are not contiguous"
+    if statically_known_true(heads == 0) or statically_known_true(query_heads % heads != 0):
+        return f"{query_heads} query heads cannot be grouped on {heads} key/value heads"
+    if call.sinks is not None and (
+        reason := unfit_tensor("sinks", call.sinks, (query_heads,), _FLOAT_DTYPES, query.device)
+    ):
+        return reason
+    if call.attn_mask is None:
+        return None
+    full = (batch, query_heads, tokens, length)
+    return unfit_tensor("attn_mask", call.attn_mask, full, (torch.bool, *_FLOAT_DTYPES), query.device, broadcast=True)
+
+
+def unfit_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[Any, ...],
+    dtypes: Iterable[torch.dtype],
+    device: torch.device,
+    *,
+    broadcast: bool = False,
+) -> str | None:
+    """Why ``tensor`` is known not to be of this shape, one of these dtypes and on this device; ``None`` if it may be.
+
+    A size of 1 fits any other with ``broadcast``.
+    """
+    if tensor.dtype not in dtypes:
+        return f"unsupported dtype of {name}: {tensor.dtype}"
+    if tensor.device != device:
+        return f"{name} on {tensor.device} with a query on {device}"
+    differs = tensor.dim() != len(shape) or any(
+        statically_known_true(size != of) and not (broadcast and statically_known_true(size == 1))
+        for size, of in zip(tensor.shape, shape, strict=True)
+    )
+    if not differs:
+        return None
+    relation = "does not broadcast to" if broadcast else "is not"
+    return f"{name} of shape {list(tensor.shape)}, which {relation} {list(shape)}"

@@ -1,0 +1,788 @@
+"""Each private name behind `icw_compile.compat`: what it does, so that a release that changes it fails here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.fx.traceback
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+from torch.fx import GraphModule, Interpreter
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import icw_compile.compat
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.compat import dynamo, flex, fx, inductor
+from icw_compile.compat import transformers as hf
+from icw_compile.compat import triton as compat_triton
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("icw_test_compat::put", mutates_args={"cache", "others"})
+def _put(new: Tensor, cache: Tensor, others: list[Tensor], rows: int = 1) -> None:
+    cache[:rows] = new[:rows]
+
+
+def captured(function, *args, look=lambda graph_module: None, **options):
+    """What ``look`` sees of each graph of ``function(*args)`` while Dynamo calls a backend."""
+    seen = []
+
+    def backend(graph_module, inputs):
+        seen.append(look(graph_module))
+        return graph_module.forward
+
+    result = torch.compile(function, backend=backend, fullgraph=True, **options)(*args)
+    return seen, result
+
+
+def only(items):
+    (item,) = items
+    return item
+
+
+# Structure
+
+
+def test_it_is_the_bottom_floor():
+    """Each file imports one library's private names, and nothing of ours."""
+    for path in Path(icw_compile.compat.__file__).parent.glob("*.py"):
+        assert "icw_compile." not in "".join(
+            line for line in path.read_text().splitlines(True) if line.lstrip().startswith(("import ", "from "))
+        )
+
+
+# Dynamo
+
+
+class Layer:
+    def __init__(self) -> None:
+        self.keys = None
+        self.rows = 0
+
+
+class Holder:
+    def __init__(self, *layers: Layer) -> None:
+        self.layers = list(layers)
+
+
+def fill(holder, x):
+    for layer in holder.layers:
+        layer.keys = x + 1 if layer.keys is None else torch.cat([layer.keys, x])
+        layer.rows += 1
+    return x * 2
+
+
+def outputs_of(graph_module):
+    return list(graph_module.graph.output_node().args[0])
+
+
+def test_fake_mode():
+    assert dynamo.fake_mode() is None
+
+    def look(graph_module):
+        mode = dynamo.fake_mode()
+        with mode:
+            assert torch.empty(2).fake_mode is mode
+        node = only(graph_module.graph.find_nodes(op="placeholder"))
+        return mode is not None and dynamo.example_value(node).fake_mode is not mode
+
+    assert captured(lambda x: x + 1, torch.ones(3), look=look)[0] == [True]
+
+
+def test_sources_of_inputs_and_guards():
+    holder = Holder(Layer())
+    holder.layers[0].keys = torch.ones(2)
+    assert dynamo.guarded_sources() == ()
+
+    def look(graph_module):
+        return (
+            {dynamo.source_name(node) for node in graph_module.graph.find_nodes(op="placeholder")},
+            dynamo.guarded_sources(),
+        )
+
+    def function(holder, x):
+        return holder.layers[0].keys + x if holder.layers[0].rows == 0 else x
+
+    (sources, guarded) = only(captured(function, holder, torch.ones(2), look=look)[0])
+    assert sources == {"L['holder'].layers[0].keys", "L['x']"}
+    assert {"L['holder'].layers[0].keys", "L['holder'].layers[0].rows"} <= set(guarded)
+    assert dynamo.source_name(torch.fx.Graph().placeholder("x")) == ""
+
+
+def test_examples():
+    real = torch.ones(3)
+
+    def look(graph_module):
+        node = only(graph_module.graph.find_nodes(op="placeholder"))
+        assert fx.is_fake(dynamo.example_value(node))
+        assert not fx.is_fake(dynamo.caller_value(node))
+        return dynamo.caller_value(node) is real, dynamo.example_value(node).shape
+
+    assert captured(lambda x: x + 1, real, look=look)[0] == [(True, real.shape)]
+    unknown = torch.fx.Graph().placeholder("x")
+    assert dynamo.caller_value(unknown) is None
+    assert dynamo.example_value(unknown, "default") == "default"
+
+
+def stored(graph_module):
+    found = dynamo.stored_attributes(Layer)
+    outputs = outputs_of(graph_module)
+    return [(entry.owner, entry.attribute, outputs.index(entry.node)) for entry in found]
+
+
+def test_what_is_stored_to_an_object_of_the_caller():
+    holder = Holder(Layer(), Layer())
+    rows, _ = captured(fill, holder, torch.ones(2), look=stored)
+    assert [(owner.source, attribute) for owner, attribute, _ in rows[0]] == [
+        ("L['holder'].layers[0]", "keys"),
+        ("L['holder'].layers[1]", "keys"),
+    ]
+    assert [(owner.held_by, owner.index) for owner, *_ in rows[0]] == [("L['holder'].layers", i) for i in range(2)]
+    assert [owner.value is layer for (owner, *_), layer in zip(rows[0], holder.layers)] == [True, True]
+    assert all(owner.cls is Layer for owner, *_ in rows[0])
+    assert len({output for *_, output in rows[0]}) == 2
+    assert dynamo.stored_attributes(Layer) == []  # no frame is being traced
+
+
+def test_what_is_stored_to_an_object_of_the_frame():
+    def function(x):
+        first, second = Holder(Layer(), Layer()), Holder(Layer())
+        fill(first, x)
+        fill(second, x * 3)
+        return first, second
+
+    rows, (first, second) = captured(function, torch.ones(2), look=stored)
+    places = [(owner.source, owner.cls, owner.held_by, owner.index) for owner, *_ in rows[0]]
+    assert places == [
+        ("", Layer, "new Holder.layers", 0),
+        ("", Layer, "new Holder.layers", 1),
+        ("", Layer, "new Holder.layers#2", 0),
+    ]
+    assert torch.equal(first.layers[1].keys, torch.full((2,), 2.0))
+    assert torch.equal(second.layers[0].keys, torch.full((2,), 4.0))
+
+
+def test_what_is_stored_to_an_object_that_is_appended():
+    def function(holder, x):
+        holder.layers.append(Layer())
+        return fill(holder, x)
+
+    holder = Holder(Layer())
+    rows, _ = captured(function, holder, torch.ones(2), look=stored)
+    assert {(owner.source, owner.held_by, owner.index) for owner, *_ in rows[0]} == {
+        ("L['holder'].layers[0]", "L['holder'].layers", 0),
+        ("", "L['holder'].layers", 1),
+    }
+    assert len(holder.layers) == 2
+
+
+def test_objects_in_no_list():
+    def function(layer, x):
+        new = Layer()
+        new.keys = x + 1
+        layer.keys = x * 2
+        return new
+
+    rows, _ = captured(function, Layer(), torch.ones(2), look=stored)
+    assert {(owner.source, owner.held_by, owner.index) for owner, *_ in rows[0]} == {
+        ("", "", None),
+        ("L['layer']", "", None),
+    }
+
+
+def test_attribute_of_an_input():
+    holder = Holder(Layer())
+    holder.layers[0].keys = torch.ones(2)
+
+    def look(graph_module):
+        return [dynamo.attribute_of(node) for node in graph_module.graph.find_nodes(op="placeholder")]
+
+    found, plain = sorted(only(captured(fill, holder, torch.ones(2), look=look)[0]), key=lambda x: x is None)
+    owner, name = found
+    assert (owner.source, owner.cls, owner.held_by, owner.index, name) == (
+        "L['holder'].layers[0]",
+        Layer,
+        "L['holder'].layers",
+        0,
+        "keys",
+    )
+    assert owner.value is holder.layers[0]
+    assert plain is None
+    assert dynamo.attribute_of(torch.fx.Graph().placeholder("x")) is None
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_aot_autograd_reads(fixed):
+    """A retraced graph compiles as Dynamo's own, and an input whose address is fixed is one to AOTAutograd."""
+    seen = {}
+
+    def backend(graph_module, inputs):
+        module = retraced(graph_module)
+        for old, new in zip(*(m.graph.find_nodes(op="placeholder") for m in (graph_module, module)), strict=True):
+            dynamo.hand_over_placeholder(old, new, has_source=dynamo.source_name(old) != "L['y']")
+            if fixed and dynamo.source_name(old) == "L['x']":
+                dynamo.fix_address(new)
+                seen["x"] = module.graph.find_nodes(op="placeholder").index(new)
+        dynamo.hand_over_module(graph_module, module)
+        constants = len(dict(module.named_buffers()))
+        seen["constants"] = constants
+
+        def compiler(aot_module, aot_inputs):
+            seen["static"] = TracingContext.get().fw_metadata.static_input_indices
+            return aot_module.forward
+
+        fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+        return aot_autograd(fw_compiler=compiler)(module, fakes)
+
+    def function(x, y):
+        return torch.cat([x * y, torch.tensor([1.0, 2.0])])
+
+    x, y = torch.ones(2), torch.full((2,), 3.0)
+    with torch.no_grad():
+        result = torch.compile(function, backend=backend)(x, y)
+    assert torch.equal(result, function(x, y))
+    expected = list(range(seen["constants"])) + ([seen["constants"] + seen["x"]] if fixed else [])
+    assert seen["static"] == expected
+
+
+def retraced(graph_module):
+    """The pre-dispatch ATen graph of one that Dynamo made, as capture makes it."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    with dynamo.fake_mode(), torch.fx.traceback.preserve_node_meta(), torch.no_grad():
+        fakes = [torch.empty(dynamo.example_value(node).shape) for node in placeholders]
+        return fx.trace_pre_dispatch(lambda *args: Interpreter(graph_module).run(*args), fakes)
+
+
+def test_graph_breaks_are_counted():
+    def function(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    dynamo.clear_counters()
+    torch.compile(function, backend="eager")(torch.ones(2))
+    assert dynamo.graph_breaks() == 1
+    dynamo.clear_counters()
+    assert dynamo.graph_breaks() == 0
+
+
+def test_recompile_limit():
+    seen = []
+
+    def backend(graph_module, inputs):
+        seen.append(graph_module)
+        return graph_module.forward
+
+    def function(x, number):
+        return x * number
+
+    compiled = torch.compile(function, backend=backend, dynamic=False)
+    with dynamo.recompile_limit(3):
+        for number in range(2, 8):
+            compiled(torch.ones(2), number)
+    assert len(seen) == 3
+    torch.compiler.reset()
+    with dynamo.recompile_limit(2, fail=True):
+        compiled(torch.ones(2), 2)
+        compiled(torch.ones(2), 3)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            compiled(torch.ones(2), 4)
+    assert torch._dynamo.config.recompile_limit != 2
+
+
+# Traces
+
+
+def test_trace_before_dispatch():
+    def function(x, y):
+        x.add_(1)
+        return torch.nn.functional.scaled_dot_product_attention(x, y.reshape(x.shape), x)
+
+    module = fx.trace_pre_dispatch(function, [torch.randn(1, 2, 3, 4), torch.randn(1, 2, 12)])
+    targets = [node.target for node in module.graph.find_nodes(op="call_function", target=aten.add_.Tensor)]
+    assert len(targets) == 1
+    called = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    assert called == [aten.add_.Tensor, aten.reshape.default, aten.scaled_dot_product_attention.default]
+
+
+def test_a_trace_that_keeps_a_node():
+    """What `outside_of_trace` runs is not traced, `track` lets the trace go on from its result."""
+
+    def kept(x):
+        return torch.sin(x), torch.cos(x)
+
+    def function(x):
+        tracer = fx.current_tracer()
+        y = x + 1
+        with fx.outside_of_trace():
+            results = kept(y)
+        proxy = tracer.create_proxy("call_function", kept, (fx.proxy_of(y, tracer),), {})
+        fx.track(results, proxy, tracer)
+        return results[0] * results[1]
+
+    x = torch.randn(3)
+    module = fx.trace_pre_dispatch(function, [x])
+    called = [node.target for node in module.graph.nodes if node.op == "call_function"]
+    assert called[:2] == [aten.add.Tensor, kept] and called[-1] == aten.mul.Tensor
+    assert aten.sin.default not in called
+    torch.testing.assert_close(module(x), function_outside(x))
+    with pytest.raises(RuntimeError, match="nothing is being traced"):
+        fx.current_tracer()
+    unknown = torch.ones(2)
+    with pytest.raises(RuntimeError):
+        fx.trace_pre_dispatch(lambda x: fx.proxy_of(unknown, fx.current_tracer()), [x])
+
+
+def function_outside(x):
+    return torch.sin(x + 1) * torch.cos(x + 1)
+
+
+def test_current_node():
+    graph = torch.fx.Graph()
+    node = graph.call_function(torch.sin, (graph.placeholder("x"),))
+    node.meta["stack_trace"] = "where it came from"
+    graph.output(node)
+
+    class OwnWay(Interpreter):
+        def run_node(self, node):
+            if node.target is not torch.sin:
+                return super().run_node(node)
+            with fx.current_node(self, node):
+                return torch.cos(*self.fetch_args_kwargs_from_env(node)[0])
+
+    with torch.fx.traceback.preserve_node_meta():
+        original = GraphModule({}, graph)
+        module = fx.trace_pre_dispatch(lambda x: OwnWay(original).run(x), [torch.ones(2)])
+    (traced,) = module.graph.find_nodes(op="call_function", target=aten.cos.default)
+    assert traced.meta["stack_trace"] == "where it came from"
+
+
+def test_kinds_of_values():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        assert fx.is_fake(torch.empty(2))
+    assert not fx.is_fake(torch.empty(2))
+    assert fx.is_wrapper_subclass(QuantizedKV.quantize(torch.ones(1, 1, 2, 4)))
+    assert not fx.is_wrapper_subclass(torch.ones(2))
+    assert not fx.is_wrapper_subclass(nn.Parameter(torch.ones(2)))
+    assert not fx.is_wrapper_subclass(3)
+
+
+def test_a_number_that_is_passed_as_a_tensor():
+    """With ``dynamic=True`` Dynamo passes a float as a tensor, whose `item()` is a symbol that it knows."""
+    seen = []
+
+    def backend(graph_module, inputs):
+        for node in graph_module.graph.find_nodes(op="placeholder"):
+            example = dynamo.example_value(node)
+            if isinstance(example, Tensor) and example.dim() == 0:
+                with dynamo.fake_mode():
+                    fresh = torch.empty((), dtype=example.dtype)
+                    fx.carry_item(example, fresh)
+                    seen.append(str(fresh.item()) == str(example.item_memo))
+        return graph_module.forward
+
+    def function(x, number):
+        return x * number
+
+    compiled = torch.compile(function, backend=backend, dynamic=True)
+    assert torch.equal(compiled(torch.ones(2), 2.5), torch.full((2,), 2.5))
+    assert torch.equal(compiled(torch.ones(2), 3.5), torch.full((2,), 3.5))
+    assert seen and all(seen)
+    plain = torch.ones(())
+    fx.carry_item(torch.ones(()), plain)
+    assert plain.item() == 1
+
+
+# Graphs
+
+
+def test_rename():
+    graph = torch.fx.Graph()
+    first, second = graph.placeholder("a"), graph.placeholder("b")
+    node = graph.call_function(torch.add, (first, second))
+    graph.output(node)
+    fx.rename(first, "query")
+    fx.rename(second, "query")
+    fx.rename(node, "sum")
+    assert (first.name, second.name, node.target) == ("query", "query_1", torch.add)
+    module = GraphModule({}, graph)
+    assert module(query=torch.ones(1), query_1=torch.ones(1)) == 2
+
+
+def test_dead_code():
+    def build():
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        graph.call_function(aten.sin.default, (x,))
+        graph.call_function(aten.rand.default, ([2],))
+        graph.call_function(aten.add_.Tensor, (x, 1))
+        graph.output(x)
+        return graph
+
+    for keep_random, left in ((True, [aten.rand.default, aten.add_.Tensor]), (False, [aten.add_.Tensor])):
+        graph = build()
+        assert fx.eliminate_dead_code(graph, keep_random=keep_random)
+        assert [node.target for node in graph.nodes if node.op == "call_function"] == left
+        assert not fx.eliminate_dead_code(graph, keep_random=keep_random)
+
+
+def test_kinds_of_targets():
+    assert fx.is_operator(aten.add.Tensor)
+    assert not fx.is_operator(aten.add) and not fx.is_operator(torch.add)
+    assert fx.is_higher_order(flex.FLEX_ATTENTION)
+    assert not fx.is_higher_order(aten.add.Tensor)
+
+
+def test_symbolic_sizes():
+    """Nothing that is asked of a size makes Dynamo guard on it."""
+    seen = []
+
+    def look(graph_module):
+        node = only(n for n in graph_module.graph.find_nodes(op="placeholder") if fx.is_fake(dynamo.example_value(n)))
+        size = dynamo.example_value(node).shape[0]
+        assert isinstance(size, torch.SymInt)
+        assert fx.statically_known_true(size + 1 > size)
+        assert not fx.statically_known_true(size == 5) and not fx.statically_known_true(size != 5)
+        assert fx.expression_of(size + 1) == fx.expression_of(1 + size) != fx.expression_of(size)
+        hash(fx.expression_of(size))
+        seen.append(size)
+
+    def backend(graph_module, inputs):
+        look(graph_module)
+        return graph_module.forward
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend, dynamic=True)
+    for size in (5, 6, 7):
+        compiled(torch.ones(size))
+    assert len(seen) == 1
+    assert fx.statically_known_true(True) and not fx.statically_known_true(False)
+
+
+def test_trees():
+    tree = {"a": [1, (2, None)], "b": torch.Size([3])}
+    assert fx.tree_map(lambda x: x if x is None else x + 1, tree) == {"a": [2, (3, None)], "b": torch.Size([4])}
+    assert fx.tree_leaves(tree) == [1, 2, None, 3]
+
+
+# Schemas
+
+WRITES_AND_VIEWS = {
+    aten.add.Tensor: ([], {}),
+    aten.index_copy_.default: (["self"], {"self": (0,)}),
+    aten.copy_.default: (["self"], {"self": (0,)}),
+    aten.slice.Tensor: ([], {"self": (0,)}),
+    aten.reshape.default: ([], {"self": (0,)}),
+    aten.to.dtype: ([], {"self": (0,)}),
+    aten.split.Tensor: ([], {"self": (0,)}),
+    aten.unbind.int: ([], {"self": (0,)}),
+    aten.chunk.default: ([], {"self": (0,)}),
+    aten.cat.out: (["out"], {"out": (0,)}),
+    aten.max.dim_max: (["max", "max_values"], {"max": (0,), "max_values": (1,)}),
+    aten._foreach_add_.Scalar: (["self"], {}),
+    torch.ops.icw_test_compat.put.default: (["cache", "others"], {}),
+}
+
+
+@pytest.mark.parametrize("operator", WRITES_AND_VIEWS, ids=str)
+def test_schema(operator):
+    writes, views = WRITES_AND_VIEWS[operator]
+    schema = fx.schema_of(operator)
+    assert [a.name for a in schema.arguments if a.is_written] == writes
+    assert {a.name: a.viewed_by for a in schema.arguments if a.viewed_by} == views
+    assert schema.is_mutable == bool(writes)
+    assert [a.position for a in schema.arguments] == list(range(len(schema.arguments)))
+
+
+def test_schema_agrees_with_what_operators_do():
+    """A view shares memory with what it says that it views, and a write changes what it says that it writes."""
+    x = torch.arange(12.0).view(3, 4)
+    calls = {
+        aten.slice.Tensor: (x, 0, 1),
+        aten.split.Tensor: (x, 2),
+        aten.unbind.int: (x,),
+        aten.reshape.default: (x, [4, 3]),
+        aten.add.Tensor: (x, 1),
+        aten.clone.default: (x,),
+    }
+    for operator, args in calls.items():
+        result = operator(*args)
+        results = result if isinstance(result, (list, tuple)) else [result]
+        shares = all(r.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for r in results)
+        assert shares == bool(fx.schema_of(operator).arguments[0].viewed_by), operator
+    assert fx.schema_of(aten.max.dim_max).returns == ("values", "indices")
+    assert fx.schema_of(aten.max.dim_max).name == "max"
+    keyword_only = {a.name for a in fx.schema_of(aten.cat.out).arguments if a.keyword_only}
+    assert keyword_only == {"out"}
+
+
+def test_values_of_a_call():
+    x, y = torch.ones(2), torch.ones(2)
+    assert fx.values_of(aten.add.Tensor, (x, y), {}) == {"self": x, "other": y, "alpha": 1}
+    assert fx.values_of(aten.add.Tensor, (x,), {"other": y, "alpha": 3})["alpha"] == 3
+    put = torch.ops.icw_test_compat.put.default
+    others = [torch.zeros(2), torch.zeros(2)]
+    assert fx.values_of(put, (x, y, others), {})["rows"] == 1
+    written = list(fx.written_values(put, (x,), {"cache": y, "others": others}))
+    assert [any(w is z for z in (y, *others)) for w in written] == [True] * 3
+    assert only(fx.written_values(aten.cat.out, ([x, y],), {"out": others[0]})) is others[0]
+    assert list(fx.written_values(aten.add.Tensor, (x, y), {})) == []
+
+
+# Inductor
+
+
+def test_inductor_reads_mode_and_options():
+    backend = inductor.inductor("max-autotune-no-cudagraphs", {"triton.cudagraphs": False})
+    assert backend.config["max_autotune"] is True and backend.config["triton.cudagraphs"] is False
+    with pytest.raises(RuntimeError, match="no_such_option"):
+        inductor.inductor(None, {"no_such_option": True})
+    with pytest.raises(RuntimeError, match="max_autotune"):
+        inductor.inductor(None, {"max_autotune": 3})
+    with pytest.raises(RuntimeError, match="no-such-mode"):
+        inductor.inductor("no-such-mode", {})
+
+
+def test_inductor_compiles():
+    module = fx.trace_pre_dispatch(lambda x: (x.sin() + 1,), [torch.randn(4)])
+    x = torch.randn(4)
+    with torch.no_grad():
+        compiled = inductor.inductor(None, {"epilogue_fusion": True})(module, [x])
+    torch.testing.assert_close(compiled(x)[0], x.sin() + 1)
+
+
+@pytest.mark.parametrize(
+    "mode,options,expected",
+    [
+        (None, {}, False),
+        ("default", {}, False),
+        ("reduce-overhead", {}, True),
+        ("max-autotune", {}, True),
+        ("max-autotune-no-cudagraphs", {}, False),
+        ("reduce-overhead", {"triton.cudagraphs": False}, False),
+        (None, {"triton.cudagraphs": True}, True),
+    ],
+)
+def test_cuda_graphs(mode, options, expected):
+    before = dict(os.environ)
+    assert inductor.uses_cuda_graphs(mode, options) == expected
+    assert dict(os.environ) == before
+    config = inductor.inductor(mode, options).config  # what will be compiled with
+    assert bool(config.get(inductor.CUDA_GRAPHS, False)) == expected
+    with torch._inductor.config.patch({inductor.CUDA_GRAPHS: True}):
+        assert inductor.uses_cuda_graphs(mode, options) == (options.get(inductor.CUDA_GRAPHS) is not False)
+
+
+def test_freezing():
+    """With freezing and without gradients, and only then, Dynamo makes parameters attributes of the graph."""
+    model = nn.Linear(2, 2)
+    for freezing, gradients in ((False, False), (True, False), (True, True)):
+        with torch._inductor.config.patch(freezing=freezing), torch.set_grad_enabled(gradients):
+
+            def look(graph_module):
+                return bool(graph_module.graph.find_nodes(op="get_attr")), inductor.is_freezing()
+
+            torch.compiler.reset()
+            ((is_attribute, said),) = captured(model, torch.ones(1, 2), look=look)[0]
+            assert is_attribute == said == (freezing and not gradients)
+
+
+def test_cache_key_tag(monkeypatch):
+    """It is in the key of torch's on-disk caches, beside what the user set."""
+    from torch._inductor.codecache import FxGraphCache  # noqa: F401  (there is such a cache)
+
+    config = torch.compiler.config
+    with config.patch(cache_key_tag="theirs"):
+        with inductor.cache_key_tag("ours 1"):
+            assert config.cache_key_tag == "theirs ours 1"
+        assert config.cache_key_tag == "theirs"
+    assert config.cache_key_tag == ""
+
+
+def test_cache_key_tag_changes_what_is_found(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from torch._dynamo.utils import counters\n"
+        "from icw_compile.compat import inductor\n"
+        "def backend(g, i):\n"
+        "    with inductor.cache_key_tag(sys.argv[1]):\n"
+        "        return inductor.inductor(None, {})(g, i)\n"
+        "with torch.no_grad():\n"
+        "    torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.ones(4))\n"
+        "print('found', counters['inductor']['fxgraph_cache_hit'] + counters['aot_autograd']['autograd_cache_hit'])\n"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def found(tag):
+        command = [sys.executable, "-c", code, tag]
+        output = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+        return int(output.split()[-1])
+
+    assert [found("one") > 0, found("one") > 0, found("two") > 0] == [False, True, False]
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a" / "b"))
+    assert inductor.cache_dir() == tmp_path / "a" / "b"
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "b"))
+    with pytest.raises(OSError, match="file"):
+        inductor.cache_dir()
+
+
+def test_cpp_compiler(monkeypatch):
+    code = (
+        "from icw_compile.compat import inductor\n"
+        "try: print(inductor.cpp_compiler())\n"
+        "except RuntimeError as error: print('none:', error)\n"
+    )
+
+    def said(**environment):
+        process = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+        )
+        return process.stdout.strip()
+
+    assert said(CXX=sys.executable) == sys.executable  # it runs, and is asked for its version only
+    assert said(CXX="/nowhere/g++").startswith("none:")
+
+
+# Flex attention
+
+
+def test_flex_graphs_are_where_they_are_said_to_be():
+    from torch.fx import GraphModule as Module
+
+    query = torch.randn(1, 2, 8, 16)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 8, 8, device="cpu")
+
+    def look(graph_module):
+        node = only(graph_module.graph.find_nodes(op="call_function", target=flex.FLEX_ATTENTION))
+        found = flex.Flex.of(node)
+        targets = []
+        for which in (found.score_mod, found.mask_mod):
+            inner = getattr(graph_module, which.target)
+            assert isinstance(inner, Module)
+            targets.append([n.target for n in inner.graph.nodes if n.op.startswith("call")])
+        return targets, found.log_sum
+
+    def plain(x):
+        return flex_attention(x, x, x, score_mod=lambda score, b, h, q, k: score * 3, block_mask=mask)
+
+    def with_sums(x):
+        return flex_attention(x, x, x, score_mod=lambda score, b, h, q, k: score * 3, block_mask=mask, return_lse=True)
+
+    for function, log_sum in ((plain, False), (with_sums, True)):
+        torch.compiler.reset()
+        ((score_mod, mask_mod), wants_sums) = only(captured(function, query, look=look)[0])
+        assert len(score_mod) == 1 and "mul" in str(score_mod)
+        assert len(mask_mod) == 1 and ("ge" in str(mask_mod) or "ge" in getattr(mask_mod[0], "__name__", ""))
+        assert wants_sums == log_sum
+
+
+# transformers
+
+
+def test_cache_layers():
+    from transformers import DynamicCache, MistralConfig, StaticCache
+
+    config = MistralConfig(num_hidden_layers=1, sliding_window=4)
+    full = MistralConfig(num_hidden_layers=1, sliding_window=None)
+    for cache, sliding in (
+        (DynamicCache(config=config), True),
+        (StaticCache(config, max_cache_len=8), True),
+        (DynamicCache(config=full), False),
+        (StaticCache(full, max_cache_len=8), False),
+    ):
+        layer = only(cache.layers)
+        assert isinstance(layer, hf.CacheLayerMixin)
+        assert hf.is_sliding(type(layer)) == sliding
+        assert isinstance(layer, hf.StaticLayer if isinstance(cache, StaticCache) else hf.DynamicLayer)
+        if sliding and isinstance(cache, StaticCache):
+            assert isinstance(layer, hf.StaticSlidingWindowLayer)
+        keys, values = layer.update(torch.ones(1, 2, 3, 16), torch.ones(1, 2, 3, 24))
+        assert layer.keys.shape[-1] == keys.shape[-1] == 16 and layer.values.shape[-1] == values.shape[-1] == 24
+    assert not hf.is_sliding(Layer)
+
+
+def test_initialize():
+    from transformers import LlamaConfig, StaticCache
+
+    layer = StaticCache(LlamaConfig(num_hidden_layers=1), max_cache_len=8).layers[0]
+    hf.initialize(layer, torch.empty(2, 3, 0, 16), torch.empty(2, 3, 0, 24))
+    assert layer.keys.shape == (2, 3, 8, 16) and layer.values.shape == (2, 3, 8, 24)
+    assert layer.get_seq_length() == 0
+
+
+def test_unregistered():
+    from transformers import cache_utils
+
+    def tables():
+        return {name: dict(table) for name, table in vars(cache_utils).items() if name.endswith("_TYPE_MAPPING")}
+
+    before = tables()
+    assert before
+    registered = type("Registered", (hf.StaticLayer,), {"_layer_type": "icw_test"})
+    try:
+        assert tables() != before
+        with_it = tables()
+
+        class Ours(hf.unregistered(registered)):
+            pass
+
+        assert tables() == with_it
+        assert issubclass(Ours, hf.StaticLayer) and Ours(8).max_cache_len == 8
+    finally:
+        for name in before:
+            vars(cache_utils)[name].pop("icw_test", None)
+
+
+def test_causal_lm_classes():
+    import transformers
+
+    classes = hf.causal_lm_classes()
+    assert classes["llama"] == "LlamaForCausalLM"
+    assert len(classes) > 100
+    assert issubclass(getattr(transformers, classes["qwen2"]), transformers.PreTrainedModel)
+
+
+def test_attention_implementation():
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=8,
+    )  # fmt: skip
+    for name in ("sdpa", "eager"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=name)
+        assert hf.attention_implementation(model.config) == name
+
+
+def test_sdpa_attention():
+    from types import SimpleNamespace
+
+    query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 5, 16)
+    output, _ = hf.sdpa_attention(SimpleNamespace(num_key_value_groups=2, is_causal=True), query, key, key, None)
+    expected = nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+# Triton
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_triton_interprets(value):
+    pytest.importorskip("triton")
+    code = "from icw_compile.compat import triton; print(triton.is_interpreting())"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True, env={**os.environ, "TRITON_INTERPRET": value},
+    )  # fmt: skip
+    assert process.stdout.strip() == str(value == "1")
+    assert isinstance(compat_triton.is_interpreting(), bool)
