@@ -1,5 +1,6 @@
-"""``torch.compile(model, backend="icw_int8kv")``: capture, rewrite, compile, bind."""
+"""``torch.compile(model, backend="icw_int8kv")``: rewrite, compile, bind."""
 
+import functools
 import hashlib
 import time
 import warnings
@@ -11,28 +12,25 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from icw_compile import formats, kernels
 from icw_compile.cache.binding import bind
+from icw_compile.compat.dynamo import example_value
 from icw_compile.compat.inductor import CUDA_GRAPHS, cache_key_tag, inductor, uses_cuda_graphs
 from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
-from icw_compile.formats import ops
 from icw_compile.frontend.capture import (
     NotCapturedError,
-    capture,
     example_inputs,
-    forward_dynamo_metadata,
+    may_have_a_cache,
     source_name,
     works_on_a_cache,
 )
-from icw_compile.frontend.families import family_of
-from icw_compile.kernels import find_kernel
 from icw_compile.options import Options, split_options
-from icw_compile.passes import PASSES, Kernel, KVGraph, Skipped, run_passes
-from icw_compile.passes.graph import arguments, layer_of
+from icw_compile.passes import KVGraph, Skipped
+from icw_compile.passes.graph import layer_of
+from icw_compile.pipeline import rewrite
 from icw_compile.report import GraphReport, next_name, record
 
 __all__ = ["icw_int8kv"]
-
-aten = torch.ops.aten
 
 
 def icw_int8kv(
@@ -59,43 +57,26 @@ def icw_int8kv(
         UnquantizedCacheError: a cache stays float, with ``icw.strict``.
     """
     ours, inductor_options = split_options(options, mode)
-    started = time.perf_counter()
+    if not may_have_a_cache(dynamo_graph):
+        return _compile_unchanged(dynamo_graph, inputs, "", ours, inductor_options)
     try:
-        graph = capture(dynamo_graph)
+        rewritten = rewrite(dynamo_graph, ours)
     except NotCapturedError as error:
         reason = f"{error}, and is compiled as it is"
         return _compile_unchanged(dynamo_graph, inputs, reason, ours, inductor_options)
-    report = GraphReport(next_name(), nodes=len(graph.graph.nodes))
-
-    def timed_find_kernel(device_type: str) -> Kernel | str:
-        asked = time.perf_counter()
-        try:
-            return find_kernel(device_type, ours.attention)
-        finally:
-            report.kernel_seconds += time.perf_counter() - asked
-
-    graph.find_kernel = timed_find_kernel
-    graph.equalized, graph.keep, graph.skip_layers = ours.equalized, ours.keep, ours.skipped_layers
-    report.family, report.expected_sites = _family(graph)
-    dropout = next(filter(_drops_out, graph.graph.nodes), None)
-    captured = time.perf_counter()
-    results = run_passes(graph, PASSES)
-    rewritten = time.perf_counter()
-
-    report.passes = {result.name: result.matches for result in results}
-    report.sites, report.skipped, report.asked_float = graph.sites, graph.skipped, graph.asked_float
-    report.capture_seconds, report.passes_seconds = captured - started, rewritten - captured - report.kernel_seconds
+    graph = rewritten.graph
+    report = GraphReport.of(next_name(), rewritten)
     _complain(report.skipped, ours)
+    started = time.perf_counter()
     if graph.sites:
-        _check_inference(dynamo_graph, dropout)
-        forward_dynamo_metadata(dynamo_graph, graph)
+        _check_inference(dynamo_graph, rewritten.dropout)
         if _asks_for_cuda_graphs(ours, inductor_options) and (reason := _why_no_cuda_graphs(graph)):
             report.no_cuda_graphs = reason
             inductor_options = {**inductor_options, CUDA_GRAPHS: False}
         compiled = bind(graph, _compile(graph.module, example_inputs(graph), ours, inductor_options))
     else:
         compiled = _compile(dynamo_graph, inputs, ours, inductor_options)
-    report.compile_seconds = time.perf_counter() - rewritten
+    report.compile_seconds = time.perf_counter() - started
     record(report)
     return compiled
 
@@ -119,7 +100,7 @@ def _why_no_cuda_graphs(graph: KVGraph) -> str:
 
     What a CUDA graph returns lies in memory that the next call of the model takes for something else.
     """
-    if any(taken.spare is not None for taken in graph.inputs.values()):
+    if any(taken.appended for taken in graph.inputs.values()):
         return "its cache grows, and each length would be recorded as a CUDA graph of its own"
     if any(output.position < 0 for output in graph.outputs):
         return "it makes the cache, which would not outlive the memory of a CUDA graph"
@@ -128,9 +109,14 @@ def _why_no_cuda_graphs(graph: KVGraph) -> str:
     return ""
 
 
+@functools.cache
 def _cache_tag() -> str:
-    source = Path(ops.__file__).read_bytes()
-    return f"icw-compile {version('icw-compile')} {hashlib.sha256(source).hexdigest()[:16]}"
+    """What our operations depend on: what they compute, and what their fakes return."""
+    digest = hashlib.sha256()
+    for room in (formats, kernels):
+        for source in sorted(Path(str(room.__file__)).parent.glob("*.py")):
+            digest.update(source.read_bytes())
+    return f"icw-compile {version('icw-compile')} {digest.hexdigest()[:16]}"
 
 
 def _compile_unchanged(
@@ -174,31 +160,8 @@ def _check_inference(dynamo_graph: GraphModule, dropout: Node | None) -> None:
     if not torch.is_grad_enabled():
         return
     for node in dynamo_graph.graph.find_nodes(op="placeholder"):
-        if getattr(node.meta["example_value"], "requires_grad", False):
+        if getattr(example_value(node), "requires_grad", False):
             raise RuntimeError(
                 f"icw_int8kv: gradients are being recorded ({source_name(node) or node.name} requires grad). An int8 "
                 "key/value cache is for inference: call the model under torch.no_grad() or torch.inference_mode()."
             )
-
-
-def _drops_out(node: Node) -> bool:
-    if node.target is aten.dropout.default:
-        return bool(arguments(node)["train"]) and arguments(node)["p"] != 0
-    if node.target is aten.scaled_dot_product_attention.default:
-        return bool(arguments(node)["dropout_p"] != 0)
-    return False
-
-
-def _family(graph: KVGraph) -> tuple[str, int | None]:
-    """The model type that the graph's modules belong to, and the number of sites that it should have."""
-    attentions: dict[str, str] = {}
-    for node in graph.graph.nodes:
-        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
-            class_path = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
-            if class_path.endswith("Attention"):
-                attentions[path] = class_path
-    families = {family for class_path in attentions.values() if (family := family_of(class_path))}
-    if len(families) != 1:
-        return "", None
-    family = families.pop()
-    return family.model_type, family.sites_per_layer * len(attentions)

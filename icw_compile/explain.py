@@ -1,7 +1,7 @@
 """See what the backend does to a model, without compiling anything."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -10,10 +10,10 @@ import torch
 from torch.fx import GraphModule
 
 from icw_compile.cache.binding import bind
-from icw_compile.frontend.capture import capture
-from icw_compile.kernels import find_kernel
-from icw_compile.options import Options
-from icw_compile.passes import PASSES, PassResult, Site, Skipped, run_passes
+from icw_compile.frontend.capture import NotCapturedError
+from icw_compile.options import split_options
+from icw_compile.passes import PassResult, Site, Skipped
+from icw_compile.pipeline import rewrite
 
 __all__ = ["ExplainedGraph", "Explanation", "explain"]
 
@@ -29,7 +29,7 @@ class ExplainedGraph:
 
     @property
     def rewritten(self) -> str:
-        return self.passes[-1].after or ""
+        return self.passes[-1].after or "" if self.passes else self.captured
 
     def __str__(self) -> str:
         steps = [f"# captured\n{self.captured}"]
@@ -47,28 +47,37 @@ class Explanation:
         return "\n".join(f"# graph {i}\n{graph}" for i, graph in enumerate(self.graphs))
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Capture and rewrite the graphs of ``model(*args, **kwargs)``, and compile nothing.
+def explain(
+    model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Explanation:
+    """Capture and rewrite the graphs of ``model(*args, **kwargs)``, as the backend does, and compile nothing.
 
     The rewritten graphs are run as they are, on copies of the arguments: a cache that is passed in stays untouched.
 
     Args:
         model: a module or function.
         args, kwargs: what to call it with, for example ``input_ids`` and ``past_key_values``.
+        options: as for ``torch.compile``.
 
     Returns:
         the text of each graph as captured and after each pass.
+
+    Raises:
+        ValueError: an unknown ``icw.`` option or a wrong value.
     """
+    ours, _ = split_options(options, None)
     graphs: list[ExplainedGraph] = []
 
     def backend(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = capture(dynamo_graph)
-        graph.find_kernel = find_kernel
-        graph.equalized = Options().equalized
-        captured = graph.readable()
-        results = run_passes(graph, PASSES, keep_text=True)
-        graphs.append(ExplainedGraph(captured, tuple(results), tuple(graph.sites), tuple(graph.skipped)))
-        return bind(graph, graph.module.forward)
+        try:
+            found = rewrite(dynamo_graph, ours, keep_text=True)
+        except NotCapturedError as error:
+            text = dynamo_graph.print_readable(print_output=False, include_stride=False)
+            graphs.append(ExplainedGraph(text, (), (), (Skipped("", "this graph", f"{error}; it is left as it is"),)))
+            return dynamo_graph.forward
+        graph = found.graph
+        graphs.append(ExplainedGraph(found.captured, found.passes, tuple(graph.sites), tuple(graph.skipped)))
+        return bind(graph, graph.module.forward) if graph.sites else dynamo_graph.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-from icw_compile.formats.rows import Keep
+import torch
+
+from icw_compile.formats import Format, make_format
 
 __all__ = ["Options", "split_options"]
 
@@ -47,16 +49,15 @@ class Options:
     strict: bool = False
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
 
-    @property
-    def equalized(self) -> frozenset[Literal["key", "value"]]:
-        """The roles of storage of which outlier channels are shifted."""
-        plain = {"key": self.keys == "plain", "value": self.values == "plain"}
-        return frozenset(role for role in ("key", "value") if not plain[role])
+    def format_for(self, dtype: torch.dtype, role: Literal["key", "value"] | None) -> Format:
+        """How keys or values of ``dtype`` are to be stored; ``None`` where it is not known which of them they are.
 
-    @property
-    def keep(self) -> Keep:
-        """The rows that stay in the model's dtype."""
-        return Keep(self.sink_tokens, self.recent_tokens)
+        Raises:
+            TypeError: that dtype cannot be stored.
+        """
+        plain = {"key": self.keys == "plain", "value": self.values == "plain"}
+        equalize = not (any(plain.values()) if role is None else plain[role])
+        return make_format(dtype, equalize=equalize, sink_tokens=self.sink_tokens, recent_tokens=self.recent_tokens)
 
     @property
     def skipped_layers(self) -> frozenset[int | str]:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from icw_compile.cache.growth import Growth, growth, reset_growth
 from icw_compile.passes import Site, Skipped
+from icw_compile.pipeline import Rewritten
 
 __all__ = ["GraphReport", "Report", "report", "reset_report"]
 
@@ -44,6 +45,24 @@ class GraphReport:
     passes_seconds: float = 0.0
     compile_seconds: float = 0.0
     kernel_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, name: str, rewritten: Rewritten) -> "GraphReport":
+        """What there is to say of a graph before it is compiled."""
+        graph = rewritten.graph
+        return cls(
+            name,
+            rewritten.family,
+            rewritten.expected_sites,
+            graph.sites,
+            graph.skipped,
+            graph.asked_float,
+            passes={result.name: result.matches for result in rewritten.passes},
+            nodes=rewritten.nodes,
+            capture_seconds=rewritten.capture_seconds,
+            passes_seconds=rewritten.passes_seconds,
+            kernel_seconds=rewritten.kernel_seconds,
+        )
 
     @property
     def float_bytes_per_token(self) -> int:
@@ -157,7 +176,7 @@ def _sites_table(title: str, sites: Iterable[Site]) -> Table:
             f"{site.dtype} {list(site.shape)}",
             ", ".join(site.writes),
             ", ".join(site.reads) or "states, not cache",
-            site.lowering,
+            f"{site.lowering} ({site.declined})" if site.declined else site.lowering,
         )
         rows.setdefault(row, []).append(site)
     for row, alike in rows.items():

@@ -1,13 +1,13 @@
 """The passes that turn a captured graph with a float key/value cache into one with an int8 cache, in order."""
 
 from icw_compile.passes.base import Pass, PassResult, run_passes
-from icw_compile.passes.graph import Input, Kernel, KVGraph, Output, Site, Skipped
+from icw_compile.passes.graph import Input, KVGraph, Output, Site, Skipped
 from icw_compile.passes.lower import lower
 from icw_compile.passes.propagate import propagate
 from icw_compile.passes.reads import fuse_reads
 from icw_compile.passes.storage import find_storage
 
-__all__ = ["PASSES", "Input", "KVGraph", "Kernel", "Output", "Pass", "PassResult", "Site", "Skipped", "run_passes"]
+__all__ = ["PASSES", "Input", "KVGraph", "Output", "Pass", "PassResult", "Site", "Skipped", "run_passes"]
 
 #: Every pass, in the order in which they run.
 PASSES: tuple[Pass, ...] = (

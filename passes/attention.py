@@ -178,7 +178,9 @@ def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
         if filler is None or filler * factor > _MASKED or not isinstance(inner, Node):
             return None
         found = _match_scores(inner, factor)
-        return found and replace(found, biases=(*found.biases, Bias(condition, filler=filler * factor, fills=not keeps)))
+        return found and replace(
+            found, biases=(*found.biases, Bias(condition, filler=filler * factor, fills=not keeps))
+        )
     if target is aten.tanh.default:
         found = _match_scores(args[0])
         if found is None or found.biases or found.softcap is not None or factor <= 0:

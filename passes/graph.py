@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Node
@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_map
 
 from icw_compile.formats import Format, Stored, make_format
+from icw_compile.kernels.interface import AttentionKernel
 
 __all__ = [
     "Endpoint",
@@ -19,7 +20,6 @@ __all__ = [
     "Grown",
     "Input",
     "KVGraph",
-    "Kernel",
     "Output",
     "Site",
     "Skipped",
@@ -35,6 +35,7 @@ __all__ = [
 
 Role = Literal["key", "value"]
 
+
 @dataclass
 class Site:
     """One key or value storage of the graph, and what was done to it.
@@ -42,7 +43,8 @@ class Site:
     ``name`` is where the storage lives (``past_key_values.layers[0].keys``) or the layer that created it; ``layer``
     is the module path of the attention that uses it. ``shape`` is ``[batch, kv_heads, tokens, head_dim]``, symbolic
     sizes as text. ``equalized``: outlier channels are shifted. ``float_tokens`` are kept in the model's dtype besides,
-    which takes ``float_tokens_bytes`` for each sequence.
+    which takes ``float_tokens_bytes`` for each sequence. ``lowering`` is how its attention is computed, and
+    ``declined`` why not by a kernel.
     """
 
     name: str
@@ -51,9 +53,11 @@ class Site:
     cache: str = ""
     shape: tuple[int | str, ...] = ()
     dtype: str = ""
+    format: str = ""
     writes: list[str] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)
     lowering: str = ""
+    declined: str = ""
     float_bytes_per_token: int = 0
     bytes_per_token: int = 0
     equalized: bool = False
@@ -86,7 +90,8 @@ class Input:
         appended: the rows that the graph appends to it in place (a number, or the placeholder that carries it). The
             placeholders then take buffers with as many rows free behind its own.
         written: the graph writes into rows that are there already.
-        adopted: the format in which it is to be stored, where the caller holds a float tensor: it is replaced.
+        adopted: the format in which it is to be stored, where the caller holds a float tensor: it is replaced in
+            ``owner``, which is how Dynamo names the caller's place for it.
     """
 
     parts: tuple[str, ...]
@@ -94,6 +99,7 @@ class Input:
     appended: int | str = 0
     written: bool = False
     adopted: Format | None = None
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,7 @@ class Endpoint:
         name: ``past_key_values.layers[3].keys``, or the same with ``new`` in front for a cache made in the graph.
         layer: index of the cache layer.
         role: ``"key"`` or ``"value"``.
+        source: how Dynamo names the place, as an expression of the caller's variables; empty for what the graph makes.
         is_sliding: whether the layer is a sliding window.
         is_last: whether it is the last layer of its cache.
     """
@@ -155,27 +162,12 @@ class Endpoint:
     name: str
     layer: int
     role: Role
+    source: str = ""
     is_sliding: bool = False
     is_last: bool = False
 
 
-class Kernel(NamedTuple):
-    """An attention kernel: a name for the report, an operator over rows with a scale each.
-
-    It knows nothing of kept rows; ``with_lse`` is the same operator but that it returns
-    the logarithm of the sum of the exponentials of the scores as well, float32 ``[B, Hq, T]``.
-
-    ``supports(query, key_qdata, value_qdata)`` is ``None`` for tensors that it takes, else the reason why not (empty:
-    it is not meant for them).
-    """
-
-    name: str
-    operator: Any
-    with_lse: Any
-    supports: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], str | None]
-
-
-def _no_kernel(device_type: str) -> Kernel | str:
+def _no_kernel(device_type: str) -> AttentionKernel | str:
     return ""
 
 
@@ -231,7 +223,7 @@ class KVGraph:
         self.adoptable = adoptable
         self.format_for: Callable[[torch.dtype, Role | None], Format] = lambda dtype, role: make_format(dtype)
         self.skip_layers: frozenset[int | str] = frozenset()
-        self.find_kernel: Callable[[str], Kernel | str] = _no_kernel
+        self.find_kernel: Callable[[str], AttentionKernel | str] = _no_kernel
         self.sites: list[Site] = []
         self.skipped: list[Skipped] = []
         self.asked_float: list[Skipped] = []
@@ -315,7 +307,7 @@ class KVGraph:
         return self.graph.create_node("call_function", target, args, kwargs, name)
 
     def tensor(self, operand: Any) -> torch.Tensor:
-        """The fake tensor of a node; with `call`, this makes the graph an `icw_compile.formats.rows.Evaluator`."""
+        """The fake tensor of a node; with `call`, this makes the graph an `icw_compile.formats.Evaluator`."""
         return operand.meta["val"]
 
     def same(self, a: Node, b: Node) -> bool:
@@ -380,7 +372,9 @@ def written_by(node: Node) -> list[Node]:
     """The operands that the node writes into, as its schema says: any of its arguments, in lists as well."""
     if not is_mutation(node):
         return []
-    return [each for argument, each in _operands(node) if argument.alias_info is not None and argument.alias_info.is_write]
+    return [
+        each for argument, each in _operands(node) if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def viewed_by(node: Node) -> list[Node]:

@@ -8,7 +8,7 @@
     output = attention(query, keys, values, ...)      # after, one query token: inside the reductions of Inductor
                                                       output = attention_decode(query, key_qdata, ...)
 
-                                                      # after, otherwise: as it was, one layer decoded for torch's kernels
+                                                      # after, otherwise: as it was, decoded for torch's kernels
 
 A kernel reads what is stored once for all query heads that share it. Where channels were divided, the query is
 multiplied for the keys and the output for the values. Rows that are kept in the model's dtype are masked out of the
@@ -23,7 +23,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from icw_compile.formats import Stored
 from icw_compile.formats.rules import RULES, decode
-from icw_compile.passes.graph import FusedAttention, Kernel, KVGraph, Skipped, Storage, layer_of
+from icw_compile.kernels.inductor import attention_decode_declines
+from icw_compile.kernels.interface import AttentionCall, StoredRows
+from icw_compile.passes.graph import FusedAttention, KVGraph, Skipped, Storage, layer_of
 
 __all__ = ["lower"]
 
@@ -33,35 +35,50 @@ _ops = torch.ops.icw_int8kv
 
 def lower(graph: KVGraph) -> int:
     """Run the pass; returns the number of attentions lowered."""
-    for attention in graph.attentions:
-        lowering = _lower(graph, attention)
+    attentions, graph.attentions = graph.attentions, []
+    for attention in attentions:
+        lowering, declined = _lower(graph, attention)
         for value in (attention.key, attention.value):
-            value.site.lowering = lowering
-    for node, value in graph.decoded.items():
+            value.site.lowering, value.site.declined = lowering, declined
+    decoded, graph.decoded = graph.decoded, {}
+    for node, value in decoded.items():
         readers = [user for user in node.users if user.target is not _ops.attention.default]
         if readers:
             _report_dequantized(graph, node, readers, value)
-    return len(graph.attentions)
+    return len(attentions)
 
 
-def _lower(graph: KVGraph, attention: FusedAttention) -> str:
-    node = attention.node
-    query = graph.tensor(node.args[0])
-    bases = [_base(value.stored) for value in (attention.key, attention.value)]
+def _lower(graph: KVGraph, attention: FusedAttention) -> tuple[str, str]:
+    """How it is computed, and why not by a kernel."""
+    query, call = graph.tensor(attention.node.args[0]), _attention_call(graph, attention)
     kernel = graph.find_kernel(query.device.type)
-    reason: str | None
-    if isinstance(kernel, str):
-        reason = kernel
-    else:
-        key, value = (graph.tensor(base.parts[0]) for base in bases)
-        reason = kernel.supports(query, key, value)
-    if isinstance(kernel, Kernel) and reason is None:
+    reason = kernel if isinstance(kernel, str) else kernel.declines(call)
+    if not isinstance(kernel, str) and reason is None:
         _call(graph, attention, kernel.operator, kernel.with_lse)
-        return kernel.name
-    if not statically_known_true(query.shape[2] == 1):
-        return f"inductor prefill ({reason})" if reason else "inductor prefill"
-    _call(graph, attention, _ops.attention_decode.default, _ops.attention_decode_lse.default)
-    return f"inductor decode ({reason})" if reason else "inductor decode"
+        return kernel.name, ""
+    form = "prefill"
+    if statically_known_true(query.shape[2] == 1) and attention_decode_declines(call) is None:
+        form = "decode"
+        _call(graph, attention, _ops.attention_decode.default, _ops.attention_decode_lse.default)
+    return f"inductor {form}", reason or ""
+
+
+def _attention_call(graph: KVGraph, attention: FusedAttention) -> AttentionCall:
+    """The attention as a kernel would see it."""
+    query, _, _, mask, is_causal, scale, softcap, *sinks = attention.node.args
+    rows = []
+    for value in (attention.key, attention.value):
+        base = _base(value.stored)
+        rows.append(StoredRows(base.format.name, {n: graph.tensor(part) for n, part in base.named.items()}))
+    return AttentionCall(
+        graph.tensor(query),
+        *rows,
+        None if mask is None else graph.tensor(mask),
+        is_causal,
+        scale,
+        softcap,
+        graph.tensor(sinks[0]) if sinks else None,
+    )
 
 
 def _base(stored: Stored) -> Stored:
@@ -89,9 +106,7 @@ def _call(graph: KVGraph, attention: FusedAttention, operator: Any, with_lse: An
             output, lse = graph.call(with_lse, inner_query, *rows, others, *rest, *sinks)
             output = value.format.into_output(graph, output, value)
             exact = [_rows_at(graph, stored, position) for stored in (key, value)]
-            output = graph.call(
-                _ops.merge_rows.default, output, lse, query, *exact, position, mask, *rest, tokens
-            )
+            output = graph.call(_ops.merge_rows.default, output, lse, query, *exact, position, mask, *rest, tokens)
         if graph.tensor(output).dtype != graph.tensor(node).dtype:
             output = graph.call(aten.to.dtype, output, graph.tensor(node).dtype)
     node.replace_all_uses_with(output)

@@ -84,9 +84,7 @@ def _part_of(source: Storage, stored: Stored) -> Storage:
     return Storage(stored, source.site, source.grows)
 
 
-def _apply_rule(
-    graph: KVGraph, node: Node, values: dict[Node, Storage]
-) -> Stored | tuple[Stored, ...] | None:
+def _apply_rule(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> Stored | tuple[Stored, ...] | None:
     rule = RULES.get(node.target)
     if rule is None:
         return None

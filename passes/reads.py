@@ -37,6 +37,7 @@ _ops = torch.ops.icw_int8kv
 
 def fuse_reads(graph: KVGraph) -> int:
     """Run the pass; returns the number of attentions that read what is stored."""
+    found_before = len(graph.attentions)
     for node in list(graph.graph.nodes):
         found = match_attention(node)
         if found is None:
@@ -46,7 +47,7 @@ def fuse_reads(graph: KVGraph) -> int:
             continue
         repeated = [graph.decoded[operand] for operand in operands]
         unrepeated = [_unrepeated(graph, each) for each in repeated]
-        if None in unrepeated or _written_since(repeated, operands, node):
+        if None in unrepeated or _written_since(repeated, unrepeated, operands, node):
             continue
         key, value = (each for each in unrepeated if each is not None)
         with graph.before(node):
@@ -57,7 +58,7 @@ def fuse_reads(graph: KVGraph) -> int:
             each.site.reads.append(form)
         node.replace_all_uses_with(replacement)
         graph.attentions.append(FusedAttention(fused, key, value))
-    return len(graph.attentions)
+    return len(graph.attentions) - found_before
 
 
 def _heads(graph: KVGraph, value: Storage) -> int:
@@ -131,11 +132,14 @@ def _in_layout_of(graph: KVGraph, node: Node, fused: Node) -> Node:
     return graph.call(aten.transpose.int, graph.call(aten.contiguous.default, swapped), 1, 2)
 
 
-def _written_since(values: Sequence[Storage], decoded: Sequence[Node], reader: Node) -> bool:
-    """Whether something that is read is written after the first of it was read, and before ``reader``."""
-    roots = {root_of(part) for each in values for part in each.stored.parts}
-    # Decoding begins with the parts, which come before the nodes of `decoded`; what is written in between is seen.
-    node = min(decoded)
+def _written_since(
+    repeated: Sequence[Storage], unrepeated: Sequence[Storage | None], decoded: Sequence[Node], reader: Node
+) -> bool:
+    """Whether something that is read is written after the first of it was read, or copied, and before ``reader``."""
+    parts = [part for each in unrepeated if each is not None for part in each.stored.parts]
+    roots = {root_of(part) for part in parts}
+    copies = [part for each in repeated for part in each.stored.parts if part not in parts]
+    node = min([*decoded, *copies])
     while node is not reader:
         if is_mutation(node) and any(root_of(each) in roots for each in written_by(node)):
             return True

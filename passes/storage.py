@@ -22,11 +22,11 @@
                                                copy_(narrow(scale, 2, length, rows), new_scale)
     keys = cat([previous, new], -2)            keys = dequantize_per_head(narrow(qdata, 2, 0, length + rows), ...)
 
-A cache is known by where the caller keeps it (`icw_compile.passes.graph.Endpoint`). Outside of transformers' caches it is
-what a recognised attention reads and the graph writes or returns. The node that decodes a storage only *stands for* it:
-nothing reads it in the end. ``propagate`` carries the parts to every operation that can use them, and replaces the rest.
-What looks like storage and is not taken is recorded with its reason. Meaning is preserved up to the quantization of what
-is written.
+A cache is known by where the caller keeps it (`icw_compile.passes.graph.Endpoint`). Outside of transformers' caches it
+is what a recognised attention reads and the graph writes or returns. The node that decodes a storage only *stands for*
+it: nothing reads it in the end. ``propagate`` carries the parts to every operation that can use them, and replaces the
+rest. What looks like storage and is not taken is recorded with its reason. Meaning is preserved up to the quantization
+of what is written.
 """
 
 import operator
@@ -131,7 +131,8 @@ def _endpoint(graph: KVGraph, node: Node) -> Any:
         return None
     views = set(aliases(node))
     return next(
-        (end for i, value in enumerate(graph.output_nodes) if value in views and (end := graph.returned_to.get(i))), None
+        (end for i, value in enumerate(graph.output_nodes) if value in views and (end := graph.returned_to.get(i))),
+        None,
     )
 
 
@@ -327,7 +328,9 @@ def _take_input(
     name = _name_of(graph, node, uses)
     written = any(is_mutation(alias) for alias in aliases(node))
     if node not in graph.growing:
-        graph.inputs[node.name] = Input(names, written=written, adopted=adopted)
+        end = graph.endpoints.get(node)
+        owner = end.source if end is not None else ""
+        graph.inputs[node.name] = Input(names, written=written, adopted=adopted, owner=owner)
         cache = "static" if written else "dynamic"
         _stand_for(graph, node, stored, uses, before=last.next, cache=cache, name=name, note=note)
         return

@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from icw_compile.formats import ops
+from icw_compile.formats import int8
+from icw_compile.kernels import inductor
 
 
 def make(batch, query_heads, heads, tokens, length, head_dim, value_dim, dtype, seed=0):
@@ -13,16 +14,19 @@ def make(batch, query_heads, heads, tokens, length, head_dim, value_dim, dtype, 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
-    scale_dtype = ops.scale_dtype_for(dtype)
+    scale_dtype = int8.scale_dtype_for(dtype)
     key = random(batch, heads, length, head_dim) * 2
     value = random(batch, heads, length, value_dim) * torch.rand(length, 1, generator=generator).to(dtype)
     query = random(batch, query_heads, tokens, head_dim)
-    return [query, *ops.quantize_per_head(key, scale_dtype), *ops.quantize_per_head(value, scale_dtype)]
+    return [query, *int8.quantize_per_head(key, scale_dtype), *int8.quantize_per_head(value, scale_dtype)]
 
 
 def reference(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None):
     scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
-    return ops.attention(tensors[0].float(), *tensors[1:], mask, is_causal, scale, softcap, sinks)
+    query, *rows = tensors
+    key, value = (int8.dequantize_per_head(*rows[i : i + 2], torch.float32) for i in (0, 2))
+    mask = None if mask is None else mask if mask.dtype == torch.bool else mask.float()
+    return inductor.grouped_attention(query.float(), key, value, mask, is_causal, scale, softcap, sinks)
 
 
 def masks(batch, query_heads, tokens, length):
@@ -59,7 +63,7 @@ def masks(batch, query_heads, tokens, length):
 def log_sums(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None):
     """The logarithm of the sum of exponentials of each row's scores, float32 ``[B, Hq, T]``."""
     query, key_qdata, key_scale = tensors[0].float(), *tensors[1:3]
-    key = ops.dequantize_per_head(key_qdata, key_scale, torch.float32)
+    key = int8.dequantize_per_head(key_qdata, key_scale, torch.float32)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:

@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.formats.rows import Quantized
 from icw_compile.passes import KVGraph
 
 BATCH, HEADS, QUERY_HEADS, TOKENS, HEAD_DIM = 2, 2, 4, 8, 16
@@ -33,7 +32,7 @@ def trace(function: Callable[..., Any], *inputs: Tensor, quantized: Sequence[int
     parts = {}
     for position in quantized:
         q = QuantizedKV.quantize(inputs[position])
-        parts[placeholders[position]] = Quantized(mode.from_tensor(q.qdata), mode.from_tensor(q.scale), q.dtype)
+        parts[placeholders[position]] = q.whole.of_parts(mode.from_tensor(part) for part in q.buffers)
     return KVGraph(module, mode, parts)
 
 
@@ -46,8 +45,8 @@ def run(graph: KVGraph, *inputs: Tensor) -> list[Tensor]:
     returned = returned if isinstance(returned, (tuple, list)) else (returned,)
     return [
         returned[o.position]
-        if o.quantized is None
-        else QuantizedKV.of(o.quantized.of_parts(returned[i] for i in o.quantized.parts.values())).dequantize()
+        if o.stored is None
+        else QuantizedKV.of(o.stored.of_parts(returned[i] for i in o.stored.parts)).dequantize()
         for o in graph.outputs
     ]
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from support import relative_distance
 from torch import Tensor
 
-from icw_compile.formats import ops
+from icw_compile.formats import int8 as ops
+from icw_compile.kernels import inductor
 from icw_compile.lab.reference import quantize_dequantize
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-FORMS = ["attention", "attention_prefill"]
+FORMS = ["attention"]
 
 
 def attend(
@@ -24,6 +25,8 @@ def attend(
     dtype = ops.scale_dtype_for(query.dtype)
     parts = [*ops.quantize_per_head(key, dtype), *ops.quantize_per_head(value, dtype)]
     arguments = {"is_causal": False, "scale": query.shape[-1] ** -0.5, "softcap": None, **kwargs}
+    if form == "attention":
+        parts = [ops.dequantize_per_head(*parts[i : i + 2], query.dtype) for i in (0, 2)]
     return getattr(torch.ops.icw_int8kv, form)(query, *parts, mask, *arguments.values())
 
 
@@ -183,5 +186,5 @@ def test_folded_attention_equals_the_expanded_one(per_head: bool) -> None:
     expected = F.scaled_dot_product_attention(
         query, key.repeat_interleave(4, 1), value.repeat_interleave(4, 1), attn_mask=mask
     )
-    actual = ops._folded_attention(query, key, value, mask, 32**-0.5)
+    actual = inductor._folded_attention(query, key, value, mask, 32**-0.5)
     assert relative_distance(actual, expected) < 1e-6

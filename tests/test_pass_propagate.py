@@ -8,7 +8,6 @@ from support import relative_distance
 from torch import Tensor
 
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.formats.rows import Quantized
 from icw_compile.lab.reference import quantize_dequantize
 from icw_compile.passes import PASSES, run_passes
 from icw_compile.passes.propagate import propagate
@@ -38,8 +37,8 @@ qdata = getitem(quantize_per_head, 0)
 scale = getitem(quantize_per_head, 1)
 index_copy__1 = index_copy_(keys_1_qdata, 2, position_1, qdata)
 index_copy__2 = index_copy_(keys_1_scale, 2, position_1, scale)
-slice_2 = slice(index_copy__1, 2, 0, 4)
-slice_3 = slice(index_copy__2, 2, 0, 4)
+slice_2 = slice(index_copy__1, 2, 0, 4, 1)
+slice_3 = slice(index_copy__2, 2, 0, 4, 1)
 dequantize_per_head_1 = dequantize_per_head(index_copy__1, index_copy__2, float32)
 sum_1 = sum(dequantize_per_head_1)
 return (slice_2, slice_3, sum_1)
@@ -159,10 +158,7 @@ def test_returned_storage_is_returned_as_parts() -> None:
     graph = trace(lambda keys, q: (q + 1, keys, keys[:, :, :2]), kv(), query(), quantized=[0])
     run_passes(graph, PROPAGATE)
     assert [o.position for o in graph.outputs] == [0, -1, -1]
-    assert [o.quantized for o in graph.outputs[1:]] == [
-        Quantized(1, 2, torch.float32),
-        Quantized(3, 4, torch.float32),
-    ]
+    assert [(o.stored.parts, o.stored.is_view) for o in graph.outputs[1:]] == [((1, 2), False), ((3, 4), True)]
     assert "dequantize_per_head" not in counts(graph)
 
 
@@ -177,14 +173,14 @@ def test_second_run_matches_nothing() -> None:
 def test_a_result_of_the_same_layout_is_made_from_an_earlier_one() -> None:
     """As the operation returns it: shape, strides and dtype; and a tensor of its own."""
     turned = kv().transpose(1, 2).contiguous().transpose(1, 2)
-    shift = torch.zeros(2, 2, 1, HEAD_DIM, dtype=torch.int8)
+    shift = torch.zeros(2, 2, 1, HEAD_DIM, dtype=torch.uint8)
     inputs = (kv(), turned, kv(3), kv().half(), kv(), shift)
     graph = trace(lambda *inputs: inputs[0] + 1, *inputs)
     *operands, shift_node = graph.graph.find_nodes(op="placeholder")
-    scale_channels = torch.ops.icw_int8kv.scale_channels.default
+    multiply_channels = torch.ops.icw_int8kv.multiply_channels.default
     with graph.before(graph.graph.output_node()):
-        made = [graph.call(scale_channels, operand, shift_node).meta["val"] for operand in operands]
-    expected = [scale_channels(operand, shift) for operand in inputs[:-1]]
+        made = [graph.call(multiply_channels, operand, shift_node).meta["val"] for operand in operands]
+    expected = [multiply_channels(operand, shift) for operand in inputs[:-1]]
     for fake, real in zip(made, expected, strict=True):
         assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
     assert len({id(fake) for fake in made}) == len(made)

@@ -1,6 +1,7 @@
 """The ``reads`` and ``lower`` passes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch.nn.functional import dropout, softmax
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.kernels import AttentionCall, AttentionKernel
 from icw_compile.lab.reference import quantize_dequantize
-from icw_compile.passes import PASSES, Kernel, KVGraph, run_passes
+from icw_compile.passes import PASSES, KVGraph, run_passes
 from icw_compile.passes.attention import match_attention
 from icw_compile.passes.lower import lower
 from icw_compile.passes.reads import fuse_reads
@@ -138,7 +140,7 @@ def test_every_form_is_fused(function: Callable[..., Any], mask: Callable[[int],
     extra = () if mask is None else (mask(length),)
     graph = rewritten(function, q, k, v, *extra)
     found = counts(graph)
-    assert found.get("attention_decode" if length == 1 else "attention_prefill") == 1
+    assert found.get("attention_decode" if length == 1 else "attention") == 1
     assert not found.keys() & {
         "matmul",
         "bmm",
@@ -165,8 +167,8 @@ v_1_qdata: int8[2, 2, 8, 16]
 mask_1: bool[2, 1, 1, 8]
 k_1_scale: float32[2, 2, 8, 1]
 v_1_scale: float32[2, 2, 8, 1]
-attention = attention_decode(q_1, k_1_qdata, k_1_scale, v_1_qdata, v_1_scale, mask_1, False, 0.25, None)
-return attention
+attention_decode = attention_decode(q_1, k_1_qdata, k_1_scale, v_1_qdata, v_1_scale, mask_1, False, 0.25, None)
+return attention_decode
 """,
     )
 
@@ -285,28 +287,29 @@ def test_second_run_matches_nothing() -> None:
     assert text(graph) == before
 
 
-def accepts_one_token(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    return None if query.shape[2] == 1 else ""
+def declines_several(call: AttentionCall) -> str | None:
+    return None if call.query.shape[2] == 1 else "several tokens"
 
 
-KERNEL = Kernel("a kernel", torch.ops.icw_int8kv.attention.default, None, accepts_one_token)
+KERNEL = AttentionKernel(
+    "a kernel", "cpu", ("cpu",), lambda: None, declines_several, torch.ops.icw_int8kv.attention_decode.default, None
+)
 
 
 @pytest.mark.parametrize(
     ("kernel", "length", "lowering"),
     [
-        (KERNEL, 1, "a kernel"),
-        (KERNEL, 3, "inductor prefill"),
-        ("no Triton", 3, "inductor prefill (no Triton)"),
-        (KERNEL._replace(supports=lambda *_: "wrong strides"), 1, "inductor decode (wrong strides)"),
-        ("no compiler", 1, "inductor decode (no compiler)"),
-        ("", 1, "inductor decode"),
+        (KERNEL, 1, ("a kernel", "")),
+        (KERNEL, 3, ("inductor prefill", "several tokens")),
+        ("no Triton", 3, ("inductor prefill", "no Triton")),
+        (replace(KERNEL, declines=lambda call: "wrong strides"), 1, ("inductor decode", "wrong strides")),
+        ("no compiler", 1, ("inductor decode", "no compiler")),
     ],
 )
-def test_lowering_to_a_kernel(kernel: Kernel | str, length: int, lowering: str) -> None:
+def test_lowering_to_a_kernel(kernel: AttentionKernel | str, length: int, lowering: tuple[str, str]) -> None:
     graph = trace(repeated, query(length), kv(), kv(), quantized=[1, 2])
     devices = []
     graph.find_kernel = lambda device: devices.append(device) or kernel
     run_passes(graph, PASSES)
-    assert [site.lowering for site in graph.sites] == [lowering, lowering]
+    assert [(site.lowering, site.declined) for site in graph.sites] == [lowering, lowering]
     assert devices == ["cpu"]

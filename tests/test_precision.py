@@ -15,10 +15,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import icw_compile
 from icw_compile import QuantizedKV
 from icw_compile.cache.static import cache_bytes
-from icw_compile.formats import ops
-from icw_compile.formats.ops import keep_rows
-from icw_compile.formats.rows import Keep
-from icw_compile.kernels import cpu
+from icw_compile.formats.int8 import dequantize_per_head
+from icw_compile.formats.kept import keep_rows, place_rows
+from icw_compile.kernels import cpu, inductor
 from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize, reference_cache
 from icw_compile.options import split_options
 
@@ -192,7 +191,7 @@ def expected_rows(x: Tensor, kept: list[int]) -> Tensor:
 
 
 def quantized(x: Tensor) -> QuantizedKV:
-    return QuantizedKV.quantize(x, keep=Keep(SINKS, RECENT))
+    return QuantizedKV.quantize(x, **KEEP)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +253,7 @@ def test_crop_and_go_on() -> None:
 
 def test_writes() -> None:
     x = states()
-    cache = QuantizedKV.zeros((2, 2, 16, 8), torch.float32, keep=Keep(SINKS, RECENT))
+    cache = QuantizedKV.zeros((2, 2, 16, 8), torch.float32, **KEEP)
     whole = torch.zeros(2, 2, 16, 8)
 
     def check(kept: list[int]) -> None:
@@ -280,7 +279,7 @@ def test_writes() -> None:
 
 
 def test_write_into_a_view_is_refused() -> None:
-    cache = QuantizedKV.zeros((2, 2, 16, 8), torch.float32, keep=Keep(SINKS, RECENT))
+    cache = QuantizedKV.zeros((2, 2, 16, 8), torch.float32, **KEEP)
     with pytest.raises(NotImplementedError, match="written as a whole"):
         cache[:, :, :4].copy_(states(4))
 
@@ -304,8 +303,7 @@ def test_another_dtype() -> None:
 def test_keep_rows_against_a_list() -> None:
     """Random writes, each from where the last one ended or from further back."""
     generator = torch.Generator().manual_seed(0)
-    exact, position = Keep(SINKS, RECENT).nothing_yet((1, 1, 0, 1), torch.float32, "cpu")
-    assert exact is not None and position is not None
+    exact, position = QuantizedKV.zeros((1, 1, 0, 1), torch.float32, **KEEP).parts[2:]
     sinks: dict[int, float] = {}
     recent: list[tuple[int, float]] = []
     end = 0
@@ -346,10 +344,12 @@ def test_merged_attention(settings: dict[str, Any], sinks: bool, kernel: str) ->
         # Of a row that a mask kills with finite numbers nobody reads the output; one that reads nothing gives zeros.
         if name == "all dead but finfo.min" or (rest[0] and mask is not None and mask.dtype != torch.bool):
             continue
-        expected = ops.attention(query, *parts, mask, *rest, more, *exact, position)
-        without = ops.without_rows(mask, position, length)
+        floats = [dequantize_per_head(*parts[i : i + 2], torch.float32) for i in (0, 2)]
+        placed = [place_rows(rows, kept, position) for rows, kept in zip(floats, exact, strict=True)]
+        expected = inductor.grouped_attention(query, *placed, mask, *rest, more)
+        without = inductor.without_rows(mask, position, length)
         output, lse = operator(query, *parts, without, *rest, more)
-        merged = ops.merge_rows(output, lse, query, *exact, position, mask, *rest, length)
+        merged = inductor.merge_rows(output, lse, query, *exact, position, mask, *rest, length)
         if expected.any():
             assert relative_distance(merged, expected) < 1e-5, name
         else:

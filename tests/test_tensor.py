@@ -165,9 +165,7 @@ def test_to_dtype() -> None:
 
 def test_print_and_python_values() -> None:
     quantized, values = pair(torch.bfloat16)
-    assert repr(quantized) == (
-        "QuantizedKV(shape=(2, 3, 7, 8), dtype=bfloat16, device='cpu', stored=int8 + bfloat16 scale per head and token)"
-    )
+    assert repr(quantized) == ("QuantizedKV(shape=(2, 3, 7, 8), dtype=bfloat16, device='cpu', stored=int8 bfloat16)")
     assert f"{quantized}" == repr(quantized)
     assert quantized.tolist() == values.tolist()
     assert quantized.stored_bytes == 2 * 3 * 7 * (8 + 2)

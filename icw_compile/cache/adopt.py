@@ -2,58 +2,90 @@
 
 ``generate(..., compile_config=CompileConfig(backend="icw_int8kv"))`` fills a `StaticCache` with an uncompiled prefill.
 No graph can change the dtype of a tensor that its caller owns, but the owner can be given another tensor: it is a cache
-layer of transformers, whose ``keys`` and ``values`` become `QuantizedKV`.
+layer of transformers, whose ``keys`` and ``values`` become `QuantizedKV`. Which layer, Dynamo says when the graph is
+compiled, as an expression of the caller's variables; at a call they are those of the frame that calls.
 """
 
 import gc
-from collections.abc import Iterable
+import sys
+import types
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.formats.rows import NOTHING, Keep
+from icw_compile.formats import Format
 
-__all__ = ["adopt", "find_owners"]
-
-#: Where a cache layer keeps a tensor: the layer, and the name of its attribute.
-Owner = tuple[CacheLayerMixin, str]
+__all__ = ["adopt", "find_held_elsewhere"]
 
 
-def find_owners(tensors: Iterable[Tensor]) -> dict[int, Owner]:
-    """``id(tensor)`` -> the cache layer that holds it, for each tensor that one holds. Visits every live object."""
-    wanted = {id(tensor) for tensor in tensors}
-    owners: dict[int, Owner] = {}
-    if not wanted:
-        return owners
-    for candidate in gc.get_objects():
-        # Not isinstance: it may run code of a lazy proxy.
-        if issubclass(type(candidate), CacheLayerMixin):
-            for name in ("keys", "values"):
-                held = vars(candidate).get(name)
-                if id(held) in wanted:
-                    owners[id(held)] = (candidate, name)
-    return owners
-
-
-def adopt(tensor: Tensor, owner: Owner | None, *, equalize: bool = False, keep: Keep = NOTHING) -> QuantizedKV:
+def adopt(tensor: Tensor, place: str, layout: Format, held_elsewhere: Collection[int] = ()) -> QuantizedKV:
     """Quantize a float cache tensor, give the result to its owner, and free the float storage.
 
-    Whoever else still holds ``tensor`` sees NaN from now on: its memory is gone before the next layer is adopted.
+    It is freed at once, before the next layer is adopted, unless something else holds the tensor: that keeps its
+    floats, and does not see what is written to the cache from now on.
+
+    Args:
+        tensor: what the compiled function was given.
+        place: where the caller keeps it, such as ``L['cache'].layers[0].keys``.
+        layout: how to store it.
+        held_elsewhere: ``id`` of the tensors that something else holds (`find_held_elsewhere`).
 
     Raises:
-        RuntimeError: nothing that can be given another tensor holds it.
+        RuntimeError: the caller does not keep it there.
     """
-    if owner is None:
-        raise RuntimeError(
-            "icw_int8kv: a float cache tensor came from a cache layer when the graph was compiled, and comes from none "
-            "now. Keep keys and values in a transformers cache, or build the cache with icw_compile.static_cache(...)."
-        )
-    quantized = QuantizedKV.quantize(tensor, equalize=equalize, keep=keep)
-    layer, name = owner
-    setattr(layer, name, quantized)
-    nothing = tensor.new_full((1,), torch.nan)
-    with torch.inference_mode():  # a tensor made there can be changed only there; any other, anywhere
-        tensor.set_(nothing.untyped_storage(), 0, tensor.shape, (0,) * tensor.dim())
+    owner, name = _find_owner(tensor, place)
+    quantized = QuantizedKV.encode(tensor, layout)
+    setattr(owner, name, quantized)
+    if id(tensor) not in held_elsewhere:
+        nothing = tensor.new_full((1,), torch.nan)
+        with torch.inference_mode():  # a tensor made there can be changed only there; any other, anywhere
+            tensor.set_(nothing.untyped_storage(), 0, tensor.shape, (0,) * tensor.dim())
     return quantized
+
+
+def find_held_elsewhere(tensors: Mapping[str, Tensor], passed: Sequence[Any]) -> set[int]:
+    """``id`` of the tensors that something holds besides their place and the calls that are under way.
+
+    Args:
+        tensors: where the caller keeps each -> it.
+        passed: a list that holds them as well, of this call.
+    """
+    expected = {id(passed), id(tensors)}
+    for place, tensor in tensors.items():
+        owner, _ = _find_owner(tensor, place)
+        expected |= {id(owner), id(vars(owner))}
+    frame = sys._getframe()
+    while frame is not None:
+        expected.add(id(frame))
+        expected.update(id(value) for value in frame.f_locals.values() if isinstance(value, (tuple, list, dict)))
+        frame = frame.f_back  # type: ignore[assignment]
+    held = set()
+    for holder in gc.get_referrers(*tensors.values()):
+        if id(holder) not in expected and not isinstance(holder, types.FrameType):
+            inside = holder.values() if isinstance(holder, dict) else holder
+            try:
+                held |= {id(each) for each in inside}
+            except TypeError:  # an object, with the tensor as an attribute
+                held |= {id(each) for each in getattr(holder, "__dict__", {}).values()}
+    return held
+
+
+def _find_owner(tensor: Tensor, place: str) -> tuple[Any, str]:
+    """The object that holds ``tensor``, and as which attribute: ``place`` among the variables of a calling frame."""
+    path, _, name = place.rpartition(".")
+    frame = sys._getframe(1)
+    while frame is not None:
+        try:
+            owner = eval(path, {"L": frame.f_locals, "G": frame.f_globals})  # torch's own expression, as in its guards
+        except (AttributeError, IndexError, KeyError, NameError, TypeError, SyntaxError):
+            owner = None
+        if owner is not None and getattr(owner, name, None) is tensor:
+            return owner, name
+        frame = frame.f_back  # type: ignore[assignment]
+    raise RuntimeError(
+        "icw_int8kv: a float cache tensor came from a cache layer when the graph was compiled, and comes from none "
+        "now. Keep keys and values in a transformers cache, or build the cache with icw_compile.static_cache(...)."
+    )

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from icw_compile.cache.adopt import adopt, find_owners
+import torch
+
+from icw_compile.cache.adopt import adopt, find_held_elsewhere
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.formats.rows import Keep, Quantized
-from icw_compile.passes import KVGraph
+from icw_compile.formats import AXES, Stored
+from icw_compile.passes import Input, KVGraph, Output
 
 __all__ = ["bind"]
 
@@ -18,54 +20,81 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
         graph: the rewritten graph.
         compiled: takes the rewritten graph's inputs and returns its outputs.
 
-    A quantized input keeps the position of its tensor for its first part, and its other parts follow after all
-    inputs. Where the graph appends rows to one, it is given room for them first, and the same tensor is returned. This
-    runs at every call: nothing in it looks at an ordinary input or output.
+    A stored input keeps the position of its tensor for its first part, and its other parts follow after all
+    inputs. Where the graph appends rows to one, it is given room for them first, and a tensor that shows them is
+    returned. This runs at every call: nothing in it looks at an ordinary input or output.
     """
     at = {name: position for position, name in enumerate(graph.input_names)}
-    taken = [(at[name], each, at.get(each.rows)) for name, each in graph.inputs.items()]
-    adopted = [(position, each.adopted) for position, each, _ in taken if each.adopted is not None]
-    outputs = [(each.position, each.quantized, at.get(each.input)) for each in graph.outputs]
+    inputs = [(at[name], each, at.get(str(each.appended))) for name, each in graph.inputs.items()]
+    adopted = [(position, each) for position, each, _ in inputs if each.adopted is not None]
+    outputs = [(each, at.get(each.grown.input, -1) if each.grown is not None else -1) for each in graph.outputs]
     plain_outputs = all(output.position >= 0 for output in graph.outputs)
 
     def call(*args: Any) -> list[Any]:
-        inputs = list(args)
+        passed = list(args)
         if adopted:
-            owners = find_owners(args[position] for position, _ in adopted)
-            for position, like in adopted:
-                equalize, keep = like.shift is not None, Keep.as_in(like)
-                inputs[position] = adopt(args[position], owners.get(id(args[position])), equalize=equalize, keep=keep)
-        grown = {}
-        for position, each, rows_at in taken:
-            tensor = inputs[position]
-            if each.spare is not None:
-                length = tensor.shape[2]
-                tensor = grown[position] = tensor.reserve(each.rows if rows_at is None else args[rows_at])
-                inputs += tensor.parts[1:]
-                inputs.append(tensor.spare_rows)
-                if each.length is not None:
-                    inputs.append(length)
-            else:
-                if each.written:
-                    tensor.separate()
-                inputs += tensor.parts[1:]
-            inputs[position] = tensor.qdata
-        returned = compiled(*inputs)
+            held = find_held_elsewhere({each.owner: args[position] for position, each in adopted}, passed)
+            for position, each in adopted:
+                assert each.adopted is not None
+                passed[position] = adopt(args[position], each.owner, each.adopted, held)
+        reserved: dict[int, Any] = {}
+        for position, each, rows_at in inputs:
+            _unwrap(passed, args, position, each, rows_at, reserved)
+        returned = compiled(*passed)
         if plain_outputs:
             return list(returned)
         return [
-            grown[source]
-            if source is not None
-            else _wrap(quantized.of_parts(returned[part] for part in quantized.parts.values()))
-            if quantized is not None
-            else returned[position]
-            for position, quantized, source in outputs
+            returned[each.position]
+            if each.position >= 0
+            else _grown(each, reserved[source], returned)
+            if each.grown is not None
+            else _wrap(each, returned, args)
+            for each, source in outputs
         ]
 
     return call
 
 
-def _wrap(value: Quantized) -> QuantizedKV:
-    if all(part.is_contiguous() and part.dim() == 4 for part in value.rows):
-        return QuantizedKV.growing(value)
-    return QuantizedKV.of(value)
+def _unwrap(
+    passed: list[Any], args: Sequence[Any], position: int, each: Input, rows_at: int | None, reserved: dict[int, Any]
+) -> None:
+    """Put the parts of one stored input where the compiled function takes them."""
+    tensor = passed[position]
+    if each.appended:
+        rows: Any = each.appended if rows_at is None else args[rows_at]
+        reserved[position] = tensor.reserve(rows, capacity=tensor.buffers[0].shape[2])
+        parts = reserved[position][1].parts
+    else:
+        if each.written:
+            tensor.separate()
+        parts = tensor.buffers
+    passed[position] = parts[0]
+    passed += parts[1:]
+    if each.length is not None:
+        passed.append(tensor.shape[2])
+
+
+def _grown(output: Output, reserved: Any, returned: Sequence[Any]) -> QuantizedKV:
+    assert output.grown is not None
+    claim, value = reserved
+    if output.grown.others:
+        value = value.with_parts(**{name: returned[part] for name, part in output.grown.others.items()})
+    return QuantizedKV.grown(claim, value, rows=output.grown.rows)
+
+
+def _wrap(output: Output, returned: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:
+    """A tensor made of parts that the graph returns: it grows if they are a cache that does, and are no view."""
+    assert output.stored is not None
+    value = output.stored.of_parts(returned[part] for part in output.stored.parts)
+    if not output.grows or value.axes != AXES:
+        return QuantizedKV.of(value)
+    owner = next((x for x in args if isinstance(x, QuantizedKV) and _shares_storage(x, value)), None)
+    if owner is not None:  # a view of what was passed in: what is written to either is seen in both
+        claim = owner._claim
+        return QuantizedKV.of(value, claim if claim is None else claim.of_view(None))
+    return QuantizedKV.growing(value).with_spare()
+
+
+def _shares_storage(tensor: QuantizedKV, value: Stored) -> bool:
+    mine = {part.untyped_storage().data_ptr() for part in tensor.buffers if isinstance(part, torch.Tensor)}
+    return any(part.untyped_storage().data_ptr() in mine for part in value.rows.values())

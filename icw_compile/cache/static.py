@@ -1,13 +1,16 @@
 """Int8 caches made before the first compiled call, and the size of any cache."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 
 from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.compat.transformers import StaticLayer, initialize, layer_sizes
+from icw_compile.formats import Format, make_format
 
 __all__ = ["cache_bytes", "static_cache"]
 
@@ -50,26 +53,30 @@ def static_cache(
     config = config.get_text_config(decoder=True)
     dtype = dtype or config.dtype or torch.get_default_dtype()
     cache = StaticCache(config, max_cache_len=max_cache_len)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layout = make_format(dtype, equalize=equalize, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+    sizes = layer_sizes(config)
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, StaticLayer):
             raise ValueError(
                 f"layer {i} of {config.model_type} keeps a {type(layer).__name__}, which is no key/value cache"
             )
-        no_states = torch.empty((batch_size, heads, 0, head_dim), dtype=dtype, device=device or "cpu")
-        _initialize(layer, no_states, equalize, layout)
+        states = [
+            torch.empty((batch_size, heads, 0, size), dtype=dtype, device=device or "cpu") for heads, size in sizes[i]
+        ]
+        _initialize(layer, states, layout)
     return cache
 
 
-def _initialize(layer: StaticLayer, no_states: Tensor, equalize: bool, keep: Keep) -> None:
+def _initialize(layer: StaticLayer, states: Sequence[Tensor], layout: Format) -> None:
     """Let transformers set up the layer, with `QuantizedKV` in place of the float tensors that it makes."""
-    layer.lazy_initialization(no_states, no_states)
-    for name in ("keys", "values"):
-        size = getattr(layer, name).shape
-        setattr(layer, name, None)  # frees the float tensor before its replacement is made
-        zeros = QuantizedKV.zeros(size, no_states.dtype, no_states.device, equalize=equalize, keep=keep)
-        setattr(layer, name, zeros)
+    with torch.device("meta"):
+        initialize(layer, *(torch.empty_like(each, device="meta") for each in states))
+    layer.device = states[0].device
+    for name, like in zip(("keys", "values"), states, strict=True):
+        setattr(layer, name, QuantizedKV.empty(getattr(layer, name).shape, layout, like.device))
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor) and value.is_meta:  # counters, which begin at 0
+            setattr(layer, name, torch.zeros_like(value, device=states[0].device))
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
-from icw_compile.formats.rules import RULES, append, decode, encode_like, overwrite
+from icw_compile.formats.rules import RULES, append, decode, overwrite
 
 __all__ = ["QuantizedKV"]
 
@@ -141,8 +141,13 @@ class QuantizedKV(Tensor):
     @classmethod
     def growing(cls, value: Stored) -> "QuantizedKV":
         """A tensor that alone owns the storage of its contiguous parts ``[batch, kv_heads, tokens, ...]``."""
-        room = Room(list(value.rows.values()))
-        return cls._on(room.claim(0, room.capacity), value)
+        rows = list(value.rows.values())
+        tokens = rows[0].shape[2]
+        if all(part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes for part in rows):
+            room = Room(rows)
+        else:  # they are a slice of what was made, which nothing else shows
+            room = Room.copy_of(rows, tokens, capacity_for(tokens))
+        return cls._on(room.claim(0, tokens), value)
 
     @classmethod
     def quantize(
@@ -165,9 +170,7 @@ class QuantizedKV(Tensor):
     @classmethod
     def encode(cls, x: Tensor, layout: Format) -> "QuantizedKV":
         """The float tensor ``x[..., tokens, head_dim]`` in another format; rows of zeros at the end are not written."""
-        value = layout.empty(_EAGER, x.shape, x.device)
-        axes = "." * (x.dim() - 2) + "TD" if x.dim() != 4 else AXES
-        value = Stored(layout, value.parts, axes)
+        value = cls.empty(x.shape, layout, x.device).value
         value = layout.settle(_EAGER, value, x)
         value = value.with_parts(**layout.encode(_EAGER, x, value))
         if value.kept and x.shape[-2]:
@@ -194,8 +197,13 @@ class QuantizedKV(Tensor):
         many of the rows that are written to it stay in ``dtype``.
         """
         layout = make_format(dtype, equalize=equalize, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
-        where = torch.get_default_device() if device is None else torch.device(device)
-        return cls.of(layout.empty(_EAGER, tuple(size), where))
+        return cls.empty(size, layout, torch.get_default_device() if device is None else torch.device(device))
+
+    @classmethod
+    def empty(cls, size: Sequence[int], layout: Format, device: torch.device) -> "QuantizedKV":
+        """A tensor of shape ``size`` into which nothing was written: it reads as zeros."""
+        value = layout.empty(_EAGER, tuple(size), device)
+        return cls.of(value if len(size) == 4 else replace(value, axes="." * (len(size) - 2) + "TD"))
 
     @property
     def format(self) -> Format:
@@ -233,7 +241,7 @@ class QuantizedKV(Tensor):
             the claim to this tensor's rows and the new ones, and the value whose parts go on to the end of the storage.
         """
         total = self.shape[2] + rows
-        claim, like = self._claim, self._whole
+        claim, like = self._claim, self.whole
         extended = None if claim is None else claim.room.extend(claim, rows)
         if extended is not None:
             return extended, like
@@ -246,7 +254,12 @@ class QuantizedKV(Tensor):
         return room.claim(0, total), like.with_parts(**dict(zip(like.rows, room.parts, strict=True)))
 
     @property
-    def _whole(self) -> Stored:
+    def grows(self) -> bool:
+        """Whether spare rows may follow its own in its buffers."""
+        return self._layout.grows
+
+    @property
+    def whole(self) -> Stored:
         """Its buffers as a value, that of a longer tensor if it grows."""
         return Stored(self._layout.format, self.buffers, self._layout.axes)
 
@@ -258,15 +271,20 @@ class QuantizedKV(Tensor):
         """
         if rows is not None and claim.end - rows > claim.start:
             claim = claim.room.claim(claim.end - rows, claim.end)
-        self = cls._on(claim, value)
+        return cls._on(claim, value).with_spare()
+
+    def with_spare(self) -> "QuantizedKV":
+        """This tensor, which grows, moved to a larger storage if hardly any rows are left for the next."""
+        claim = self._claim
+        assert claim is not None
         if claim.room.capacity - claim.end < MIN_SPARE:
             tokens = claim.end - claim.start
-            self._move_to(Room.copy_of(list(self._whole.rows.values()), tokens, capacity_for(tokens)))
+            self._move_to(Room.copy_of(list(self.whole.rows.values()), tokens, capacity_for(tokens)))
         return self
 
     def _move_to(self, room: Room) -> None:
         self._claim = room.claim(0, self.shape[2])
-        names = (f"_{name}" for name in self._whole.rows)
+        names = (f"_{name}" for name in self.whole.rows)
         for name, part in zip(names, room.from_row(0), strict=True):
             setattr(self, name, part)
 
@@ -277,7 +295,7 @@ class QuantizedKV(Tensor):
             if claim.is_view:
                 raise NotImplementedError("icw_int8kv: a view of a cache is written whose storage another one shares.")
             tokens = self.shape[2]
-            self._move_to(Room.copy_of(list(self._whole.rows.values()), tokens, self.buffers[0].shape[2]))
+            self._move_to(Room.copy_of(list(self.whole.rows.values()), tokens, self.buffers[0].shape[2]))
             for spec, name in zip(self._layout.format.parts, self._names, strict=True):
                 if not spec.has_rows:
                     setattr(self, name, getattr(self, name).clone())
@@ -359,7 +377,7 @@ class QuantizedKV(Tensor):
             claim = x._claim
             if func is aten.view.default and not x.value.parts[0].is_contiguous() and not claim.others():
                 # As the float tensor that it stands for, it is contiguous: without spare rows it is.
-                x._move_to(Room.copy_of(list(x._whole.rows.values()), x.shape[2], x.shape[2]))
+                x._move_to(Room.copy_of(list(x.whole.rows.values()), x.shape[2], x.shape[2]))
                 claim = x._claim
         results = rule(_EAGER, *_to_stored(args), **_to_stored(kwargs))
         if results is None:
@@ -382,7 +400,7 @@ class QuantizedKV(Tensor):
 
     def _batchwise(self, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedKV":
         """An operation on whole sequences, done to the spare rows as well: the result keeps room to grow."""
-        moved = rule(_EAGER, self._whole, *args[1:], **kwargs)
+        moved = rule(_EAGER, self.whole, *args[1:], **kwargs)
         room = Room(list(moved.rows.values()))
         return self._on(room.claim(0, self.shape[2]), moved)
 
@@ -427,7 +445,7 @@ def _is_real(x: QuantizedKV) -> bool:
 def _refuse_views_of_growing(x: Any) -> None:
     """As for any view of a cache that keeps rows (`icw_compile.formats.rules`), of which another tensor is a view."""
     claim = x._claim if isinstance(x, QuantizedKV) else None
-    if claim is not None and x._whole.kept and any(other.owner is claim.owner for other in claim.others()):
+    if claim is not None and x.whole.kept and any(other.owner is claim.owner for other in claim.others()):
         raise NotImplementedError(
             "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this one and a view "
             "of it are both in use, and the rows that they keep would not follow."

@@ -96,6 +96,7 @@ class Owner:
             frame made for an attribute of an object that it made, ``new DynamicCache.layers`` (a second one's with
             ``#2``); empty if it is in no list that is known.
         index: its place in that list.
+        siblings: how many elements that list has, this one included; ``None`` if Dynamo does not say.
     """
 
     source: str
@@ -103,6 +104,7 @@ class Owner:
     value: object = field(default=None, compare=False, repr=False)
     held_by: str = ""
     index: int | None = None
+    siblings: int | None = None
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,11 @@ def _class_of(variable: VariableTracker) -> type | None:
 def _owner(effects: Any, variable: VariableTracker) -> Owner:
     source = _nameable(variable.source)
     if source is None:
-        return Owner("", _class_of(variable), None, *_list_with(effects, variable))
-    return Owner(source.name, _class_of(variable), getattr(variable, "value", None), *_place(source))
+        place, value = _list_with(effects, variable), None
+    else:
+        place, value = _place(source), getattr(variable, "value", None)
+    siblings = next((len(each.items) for name, each in _lists(effects) if place[0] and name == place[0]), None)
+    return Owner("" if source is None else source.name, _class_of(variable), value, *place, siblings)
 
 
 def _nameable(source: Source | None) -> Source | None:

@@ -17,6 +17,7 @@ __all__ = [
     "causal_lm_classes",
     "initialize",
     "is_sliding",
+    "layer_sizes",
     "sdpa_attention",
     "unregistered",
 ]
@@ -38,6 +39,24 @@ def initialize(layer: CacheLayerMixin, keys: Tensor, values: Tensor) -> None:
     ``CacheLayerMixin.lazy_initialization``.
     """
     layer.lazy_initialization(keys, values)
+
+
+def layer_sizes(config: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Of each layer of a decoder, ``(heads, channels)`` of its keys and of its values.
+
+    Layers may differ, and latent attention, once expanded, has other channels in its keys than in its values.
+    ``PreTrainedConfig.per_layer_config``, since 5.19; before, all layers of a configuration are alike.
+    """
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    found = []
+    for layer in layers:
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        if (key_size := getattr(layer, "qk_head_dim", None)) and getattr(layer, "v_head_dim", None):
+            found.append(((heads, key_size), (heads, layer.v_head_dim)))
+        else:
+            found.append(((heads, size), (heads, size)))
+    return found
 
 
 def unregistered(layer_class: Any) -> Any:

@@ -153,6 +153,11 @@ class Format(ABC):
         """The dtype of the values that it stands for."""
 
     @property
+    @abstractmethod
+    def name(self) -> str:
+        """What the innermost format is called: what a kernel says that it reads."""
+
+    @property
     def inner(self) -> "Format":
         """The format that this one wraps."""
         raise TypeError(f"{self} wraps no format")
@@ -230,6 +235,10 @@ class Wrapper(Format):
     wrapped: Format
 
     @property
+    def name(self) -> str:
+        return self.wrapped.name
+
+    @property
     def inner(self) -> Format:
         return self.wrapped
 
@@ -252,7 +261,9 @@ class Wrapper(Format):
 
     def cast(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Stored:
         inner = self.wrapped.cast(run, x.inner, dtype)
-        return replace(inner, format=replace(self, wrapped=inner.format), parts=(*inner.parts, *x.parts[len(inner.parts) :]))
+        return replace(
+            inner, format=replace(self, wrapped=inner.format), parts=(*inner.parts, *x.parts[len(inner.parts) :])
+        )
 
     def is_empty(self, run: Evaluator, x: Stored) -> Any:
         return self.wrapped.is_empty(run, x.inner)

@@ -128,6 +128,8 @@ class Equalized(Wrapper):
 
 torch.library.define("icw_int8kv::channel_shift", "(Tensor x) -> Tensor")
 torch.library.impl("icw_int8kv::channel_shift", "CompositeImplicitAutograd", channel_shift)
+
+
 def _multiplied(run: Evaluator, x: Any, stored: Stored) -> Any:
     """``x``, a query or an output ``[B, Hq, T, D]``, with what the keys or values were divided by."""
     shift, value = stored["shift"], run.tensor(x)

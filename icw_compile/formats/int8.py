@@ -17,7 +17,15 @@ from torch import Tensor
 
 from icw_compile.formats.base import Evaluator, Format, Part, Stored
 
-__all__ = ["QMAX", "SCALE_DTYPES", "Int8Rows", "dequantize_per_head", "quantize_per_head", "scale_dtype_for", "to_finite"]
+__all__ = [
+    "QMAX",
+    "SCALE_DTYPES",
+    "Int8Rows",
+    "dequantize_per_head",
+    "quantize_per_head",
+    "scale_dtype_for",
+    "to_finite",
+]
 
 aten = torch.ops.aten
 _ops = torch.ops.icw_int8kv
@@ -89,6 +97,10 @@ class Int8Rows(Format):
         return f"int8 {str(self.float_dtype).removeprefix('torch.')}"
 
     @property
+    def name(self) -> str:
+        return "int8"
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         return (Part("qdata", "BHTD"), Part("scale", "BHT1"))
 
@@ -143,7 +155,5 @@ torch.library.define(
     "icw_int8kv::quantize_per_head", "(Tensor x, ScalarType scale_dtype) -> (Tensor qdata, Tensor scale)"
 )
 torch.library.impl("icw_int8kv::quantize_per_head", "CompositeImplicitAutograd", quantize_per_head)
-torch.library.define(
-    "icw_int8kv::dequantize_per_head", "(Tensor qdata, Tensor scale, ScalarType dtype) -> Tensor"
-)
+torch.library.define("icw_int8kv::dequantize_per_head", "(Tensor qdata, Tensor scale, ScalarType dtype) -> Tensor")
 torch.library.impl("icw_int8kv::dequantize_per_head", "CompositeImplicitAutograd", dequantize_per_head)

@@ -76,7 +76,7 @@ def roll_position(position: Tensor, tokens: int, by: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KeepsRows(Wrapper):
-    """Adds ``exact`` and ``position`` (int64): the first ``sinks`` rows, and the last ``recent`` ones that were written.
+    """Adds ``exact`` and ``position``: the first ``sinks`` rows, and the last ``recent`` ones that were written.
 
     They are read as they came. An operation that scatters the tokens forgets them, and the rows of the inner format,
     which are always there, stand for them.
@@ -145,7 +145,11 @@ class KeepsRows(Wrapper):
 
 
 for _schema, _function in (
-    ("keep_rows(Tensor exact, Tensor position, Tensor values, Tensor index, int sinks) -> (Tensor exact, Tensor position)", keep_rows),
+    (
+        "keep_rows(Tensor exact, Tensor position, Tensor values, Tensor index, int sinks) "
+        "-> (Tensor exact, Tensor position)",
+        keep_rows,
+    ),
     ("place_rows(Tensor rows, Tensor exact, Tensor position) -> Tensor", place_rows),
     ("place_kept(Tensor rows, Tensor exact, Tensor position, Tensor at) -> Tensor", place_kept),
     ("slice_position(Tensor position, SymInt tokens, SymInt? start, SymInt? end) -> Tensor", slice_position),

@@ -53,7 +53,6 @@ def _axis(x: Stored, dim: int, extra: int = 0) -> str:
     return x.axes[dim % (len(x.axes) + extra)]
 
 
-
 def _all_have(x: Stored, axis: str) -> bool:
     """Whether no part is the same for all of this axis, or has it in another form."""
     return all(part.has(axis) for part in x.format.parts)
@@ -198,9 +197,7 @@ def _squeeze(run: Evaluator, x: Stored, dim: int) -> Stored | None:
         return None
     if not statically_known_true(run.tensor(x.parts[0]).shape[at] == 1):
         return None
-    return _each(
-        run, x, lambda spec, part: run.call(aten.squeeze.dim, part, dim), axes=x.axes[:at] + x.axes[at + 1 :]
-    )
+    return _each(run, x, lambda spec, part: run.call(aten.squeeze.dim, part, dim), axes=x.axes[:at] + x.axes[at + 1 :])
 
 
 def _transpose(run: Evaluator, x: Stored, dim0: int, dim1: int) -> Stored | None:
@@ -261,7 +258,10 @@ def _to_shape(target: Any) -> Rule:
             axes = "." * (len(after) - len(before)) + x.axes
         else:
             keeps_tokens = (
-                len(after) > 1 and len(before) > 1 and x.axes[-2] == "T" and statically_known_true(before[-2] == after[-2])
+                len(after) > 1
+                and len(before) > 1
+                and x.axes[-2] == "T"
+                and statically_known_true(before[-2] == after[-2])
             )
             axes = "." * (len(after) - 2) + "TD" if keeps_tokens else "." * (len(after) - 1) + "D"
         if "T" not in axes and not all("T" in spec.axes for spec in x.format.parts):
@@ -333,7 +333,7 @@ def _index(run: Evaluator, x: Stored, indices: Sequence[Any]) -> Stored | None:
 
         return _each(run, x, act, is_view=False, tokens=(aten.index.Tensor, (indices,)))
     tail = x.axes[used:]
-    moved = [run.call(aten.index.Tensor, part, indices) for part in x.parts[:1]][0]
+    moved = run.call(aten.index.Tensor, x.parts[0], indices)
     axes = "." * (run.tensor(moved).dim() - len(tail)) + tail
     return _each(
         run,
@@ -433,9 +433,7 @@ def _index_copy_(run: Evaluator, x: Any, dim: int, index: Any, source: Any) -> S
     return _keep_at(run, written, source, index if axis == "T" else None)
 
 
-def _index_put_(
-    run: Evaluator, x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False
-) -> Stored | None:
+def _index_put_(run: Evaluator, x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False) -> Stored | None:
     if not isinstance(x, Stored) or accumulate or not _fits(run, x, values):
         return None
     _refuse_views_that_keep(x)
@@ -523,7 +521,9 @@ def _zero_(run: Evaluator, x: Any) -> Stored | None:
         return None
     _refuse_views_that_keep(x)
     # Zeros are zeros with any shift, and the next first write settles another.
-    return x.format.forget(run, x.with_parts(**{name: run.call(aten.zero_.default, part) for name, part in x.rows.items()}))
+    return x.format.forget(
+        run, x.with_parts(**{name: run.call(aten.zero_.default, part) for name, part in x.rows.items()})
+    )
 
 
 def _fill_(run: Evaluator, x: Any, value: Any) -> Stored | None:

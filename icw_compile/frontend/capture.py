@@ -1,35 +1,50 @@
-"""From the graph that Dynamo hands to a backend to the pre-dispatch ATen graph that the passes work on, and back.
-
-The one place that knows torch's private capture interfaces: `TracingContext`, the metadata of Dynamo's placeholders,
-and what AOTAutograd reads of it.
-"""
+"""From the graph that Dynamo hands to a backend to the pre-dispatch ATen graph that the passes work on, and back."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx.traceback
-from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from icw_compile.cache.adopt import find_owners
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.frontend.flex import FLEX_ATTENTION, is_elementwise, spell_out
-from icw_compile.passes import KVGraph
-from icw_compile.passes.graph import aliases, is_mutation
+from icw_compile.compat import dynamo
+from icw_compile.compat.flex import FLEX_ATTENTION, Flex
+from icw_compile.compat.fx import carry_item, current_node, is_fake, is_higher_order, rename, trace_pre_dispatch
+from icw_compile.frontend.endpoints import input_endpoints, output_endpoints
+from icw_compile.frontend.flex import is_elementwise, spell_out
+from icw_compile.passes.graph import Endpoint, KVGraph, aliases, is_mutation
 
-__all__ = ["NotCapturedError", "capture", "example_inputs", "forward_dynamo_metadata", "works_on_a_cache"]
-
-
-#: Where a layer of a transformers cache keeps its state.
-_CACHE_ATTRIBUTE = r"\.layers\[\d+\]\.\w+$"
+__all__ = ["NotCapturedError", "capture", "example_inputs", "forward_dynamo_metadata", "may_have_a_cache"]
 
 
 class NotCapturedError(Exception):
     """A graph cannot be retraced, and has to be compiled as it is; the message says why."""
+
+
+#: What attention is made of: functions and methods of torch that Dynamo leaves in its graph.
+_ATTENTION = ("scaled_dot_product_attention", "flex_attention", "softmax")
+
+
+def may_have_a_cache(dynamo_graph: GraphModule) -> bool:
+    """Whether the graph is worth a look: it takes a stored tensor, or it has attention in it, and no gradients."""
+    for node in dynamo_graph.graph.nodes:
+        if node.op == "placeholder" and isinstance(dynamo.example_value(node), QuantizedKV):
+            return True
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.op in ("call_function", "call_method") and any(each in str(name) for each in _ATTENTION):
+            return True
+    return works_on_a_cache()
+
+
+def works_on_a_cache() -> bool:
+    """Whether the frame that is being compiled reads a layer of a transformers cache: Dynamo guards on its state."""
+    return any(re.search(_CACHE_ATTRIBUTE, name) for name in dynamo.guarded_sources())
+
+
+#: Where a layer of a transformers cache keeps its state.
+_CACHE_ATTRIBUTE = r"\.layers\[\d+\]\.\w+$"
 
 
 def capture(dynamo_graph: GraphModule) -> KVGraph:
@@ -41,51 +56,103 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     Raises:
         NotCapturedError: the graph holds something that cannot be retraced.
     """
-    context = TracingContext.try_get()
-    if context is None or context.fake_mode is None:
+    fake_mode = dynamo.fake_mode()
+    if fake_mode is None:
         raise RuntimeError(
             "icw_int8kv compiles graphs that torch.compile captured; call it as a torch.compile backend."
         )
-    fake_mode = context.fake_mode
     for node in dynamo_graph.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if is_higher_order(node.target):
             _check_higher_order(dynamo_graph, node)
     placeholders = dynamo_graph.graph.find_nodes(op="placeholder")
-    examples = [node.meta["example_value"] for node in placeholders]
+    constants = _tensor_attributes(dynamo_graph)
+    examples = [dynamo.example_value(node) for node in placeholders]
     with fake_mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
         # Dynamo's own example values belong to a fake mode that it has done with.
-        inputs = [_fresh(example) for example in examples]
+        inputs = _fresh([*examples, *constants.values()])
         # `Interpreter` carries each node's layer and stack trace over to what it is traced into.
-        module = make_fx(lambda *args: _Retrace(dynamo_graph).run(*args), pre_dispatch=True)(*inputs)
+        module = trace_pre_dispatch(_Retrace(dynamo_graph, list(constants)).run_with_constants, inputs)
+    _install(module, constants)
     for node in module.graph.find_nodes(op="get_attr"):
-        if isinstance(getattr(module, node.target, None), FakeTensor):
+        if is_fake(getattr(module, node.target, None)):
             # As under `vmap`: a value of the trace that no node computes.
             raise NotCapturedError(f"retracing loses track of a tensor that `{next(iter(node.users))}` reads")
-    quantized = {}
+    inputs_at, outputs_at = input_endpoints(placeholders), output_endpoints()
+    stored, growing, adoptable = {}, set(), set()
+    endpoints: dict[Node, Endpoint] = {}
     news = module.graph.find_nodes(op="placeholder")
-    reals = [_real(node) for node in placeholders]
-    owners = find_owners(x for x in reals if type(x) is torch.Tensor and x.dim() == 4 and x.is_floating_point())
-    adoptable = frozenset(new for new, real in zip(news, reals, strict=True) if id(real) in owners)
     for old, new, example in zip(placeholders, news, examples, strict=True):
-        _rename(new, _readable_name(old.name))
+        rename(new, _readable_name(old.name))
         new.meta["dynamo_placeholder"] = old
         new.meta["source_name"] = source_name(old)
+        if old in inputs_at:
+            endpoints[new] = inputs_at[old]
         if isinstance(example, QuantizedKV):
             with fake_mode:
-                quantized[new] = example.value.of_parts(map(_fresh, example.parts))
+                stored[new] = example.whole.of_parts(_fresh(example.buffers))
+            if example.grows:
+                growing.add(new)
+        elif old in inputs_at and type(dynamo.caller_value(old)) is torch.Tensor:
+            adoptable.add(new)
     module.recompile()
-    return KVGraph(module, fake_mode, quantized, _sliding_layers(context), adoptable)
+    returned = dynamo_graph.graph.output_node().args[0]
+    returned_to = {i: outputs_at[node] for i, node in enumerate(returned) if node in outputs_at}
+    return KVGraph(module, fake_mode, stored, frozenset(growing), endpoints, returned_to, frozenset(adoptable))
 
 
 class _Retrace(Interpreter):
-    """Runs Dynamo's graph, `flex_attention` in plain operations."""
+    """Runs Dynamo's graph, `flex_attention` in plain operations, and the tensors that are its attributes as inputs."""
+
+    def __init__(self, module: GraphModule, constants: Sequence[str]) -> None:
+        super().__init__(module)
+        self.constants = constants
+        self.values: dict[str, Any] = {}
+
+    def run_with_constants(self, *args: Any) -> Any:
+        count = len(args) - len(self.constants)
+        self.values = dict(zip(self.constants, args[count:], strict=True))
+        return self.run(*args[:count])
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.values[target] if target in self.values else super().fetch_attr(target)
 
     def run_node(self, node: Node) -> Any:
         if node.target is not FLEX_ATTENTION:
             return super().run_node(node)
-        with self._set_current_node(node):
+        with current_node(self, node):
             args, kwargs = self.fetch_args_kwargs_from_env(node)
-            return spell_out(*args, **kwargs, log_sum=any(user.args[1] == 1 and user.users for user in node.users))
+            return spell_out(*args, **kwargs, log_sum=Flex.of(node).log_sum)
+
+
+def _tensor_attributes(dynamo_graph: GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors that nodes of the graph get from the module: parameters that are to be frozen, and constants."""
+    found = {}
+    for node in dynamo_graph.graph.find_nodes(op="get_attr"):
+        value: Any = dynamo_graph
+        for name in str(node.target).split("."):
+            value = getattr(value, name)
+        if isinstance(value, torch.Tensor):
+            found[str(node.target)] = value
+    return found
+
+
+def _install(module: GraphModule, constants: dict[str, torch.Tensor]) -> None:
+    """Make attributes of the last placeholders again: what Dynamo's graph gets from its module."""
+    if not constants:
+        return
+    placeholders = module.graph.find_nodes(op="placeholder")[-len(constants) :]
+    for node, (target, value) in zip(placeholders, constants.items(), strict=True):
+        name = re.sub(r"\W", "_", target)
+        if isinstance(value, torch.nn.Parameter):
+            module.register_parameter(name, value)
+        else:
+            module.register_buffer(name, value)
+        with module.graph.inserting_before(node):
+            attribute = module.graph.get_attr(name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        module.graph.erase_node(node)
+    module.recompile()
 
 
 def _check_higher_order(dynamo_graph: GraphModule, node: Node) -> None:
@@ -93,19 +160,10 @@ def _check_higher_order(dynamo_graph: GraphModule, node: Node) -> None:
     if operator is not FLEX_ATTENTION:
         # It calls a graph of its own, which retracing would take apart.
         raise NotCapturedError(f"the graph calls the higher-order operator `{operator.name()}`")
-    score_mod: Any
-    block_mask: Any
-    score_mod, block_mask = node.args[3:5]
-    for function in (score_mod, block_mask[-1]):
-        if not is_elementwise(getattr(dynamo_graph, function.target)):
+    flex = Flex.of(node)
+    for function in (flex.score_mod, flex.mask_mod):
+        if not is_elementwise(getattr(dynamo_graph, str(function.target))):
             raise NotCapturedError(f"`{function.target}` of `flex_attention` is more than arithmetic on one score")
-
-
-def works_on_a_cache() -> bool:
-    """Whether the graph that is being compiled reads a layer of a transformers cache: Dynamo guards on its state."""
-    context = TracingContext.try_get()
-    guards = context.guards_context.dynamo_guards if context is not None else ()
-    return any(re.search(_CACHE_ATTRIBUTE, guard.originating_source.name) for guard in guards)
 
 
 def example_inputs(graph: KVGraph) -> list[Any]:
@@ -121,23 +179,16 @@ def forward_dynamo_metadata(dynamo_graph: GraphModule, graph: KVGraph) -> None:
     and may write into them; should one move after all, it is recorded anew.
     """
     fixed = _fixed_inputs(graph)
-    graph.module.meta.update(dynamo_graph.meta)
-    sources = dict(getattr(dynamo_graph, "_param_name_to_source", {}))
-    for name, _ in (*graph.module.named_buffers(), *graph.module.named_parameters()):
-        sources.setdefault(name, ConstantSource(name))  # a constant of the graph, such as torch.tensor([-1])
-    graph.module._param_name_to_source = sources  # type: ignore[assignment]
-    parts = {name for taken in graph.inputs.values() for name in (*taken.parts, taken.spare, taken.length)}
+    dynamo.hand_over_module(dynamo_graph, graph.module)
+    parts = {name for taken in graph.inputs.values() for name in (*taken.parts, taken.length)}
     for node in graph.graph.find_nodes(op="placeholder"):
         old = node.meta.pop("dynamo_placeholder", None)
         if old is None:
             raise AssertionError(f"placeholder {node} does not come from the captured graph")
         # The parts of a quantized tensor have no source of their own.
-        node._dynamo_source = None if node.name in parts else getattr(old, "_dynamo_source", None)
-        if "tensor_dict" in old.meta:
-            node.meta["tensor_dict"] = dict(old.meta["tensor_dict"])
+        dynamo.hand_over_placeholder(old, node, has_source=node.name not in parts)
         if node in fixed:
-            # What `torch._dynamo.mark_static_address` says of a tensor.
-            node.meta.setdefault("tensor_dict", {})["_dynamo_static_input_type"] = "unguarded"
+            dynamo.fix_address(node)
 
 
 def _fixed_inputs(graph: KVGraph) -> set[Node]:
@@ -145,7 +196,7 @@ def _fixed_inputs(graph: KVGraph) -> set[Node]:
 
     transformers marks its own static tensors only where they are made outside a compiled graph.
     """
-    parts = {name for taken in graph.inputs.values() if taken.spare is None for name in taken.parts}
+    parts = {name for taken in graph.inputs.values() if not taken.appended for name in taken.parts}
     return {
         node
         for node in graph.graph.find_nodes(op="placeholder")
@@ -156,40 +207,39 @@ def _fixed_inputs(graph: KVGraph) -> set[Node]:
 
 def source_name(placeholder: Node) -> str:
     """Where the caller keeps this input, such as ``past_key_values.layers[0].keys``; empty if unknown."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    if source is None:
-        return ""
     # L['kwargs']['past_key_values'].layers[0].keys -> past_key_values.layers[0].keys
-    name = re.sub(r"^L(?:\['(?:args|kwargs)'\])?\['?(\w+)'?\]", r"\1", source.name)
+    name = re.sub(r"^L(?:\['(?:args|kwargs)'\])?\['?(\w+)'?\]", r"\1", dynamo.source_name(placeholder))
     # self._modules['norm']._parameters['weight'] -> self.norm.weight
     return re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
 
 
-def _real(placeholder: Node) -> Any:
-    """What the caller passes here in the call that is being compiled; ``None`` if Dynamo does not say."""
-    argument = placeholder.meta.get("grapharg")
-    return None if argument is None else argument.example
+def _fresh(examples: Sequence[Any]) -> list[Any]:
+    """Inputs to trace with: plain tensors of the same metadata, or the symbolic numbers themselves.
 
-
-def _fresh(example: Any) -> Any:
-    """An input to trace with: a plain tensor of the same metadata, or the symbolic number itself."""
-    if not isinstance(example, torch.Tensor):
-        return example
-    fresh = torch.empty_strided(example.size(), example.stride(), dtype=example.dtype, device=example.device)
-    if (number := getattr(example, "item_memo", None)) is not None:
-        # A Python number that Dynamo passes as a tensor (dynamic=True): its `item()` is a known symbol.
-        fresh.item_memo = number  # type: ignore[attr-defined]
-    return fresh
-
-
-def _sliding_layers(context: TracingContext) -> frozenset[int]:
-    """The cache layers that are sliding windows: Dynamo guards on attributes that only they have.
-
-    A window that is not full is written exactly as a full-attention cache is; the graph does not tell them apart.
+    Those that share storage share it again, so that what is written to one is seen in the other.
     """
-    names = (guard.originating_source.name for guard in context.guards_context.dynamo_guards)
-    found = (re.search(r"\.layers\[(\d+)\]\.(?:cumulative_length_int|sliding_window)$", name) for name in names)
-    return frozenset(int(match[1]) for match in found if match)
+    sharing: dict[Any, list[int]] = {}
+    for i, example in enumerate(examples):
+        if is_fake(example):
+            sharing.setdefault(example.untyped_storage()._cdata, []).append(i)
+    shared: dict[int, torch.UntypedStorage] = {}
+    for members in sharing.values():
+        if len(members) > 1:
+            first = examples[members[0]]
+            whole = torch.empty(first.untyped_storage().nbytes(), dtype=torch.uint8, device=first.device)
+            shared |= dict.fromkeys(members, whole.untyped_storage())
+    made = []
+    for i, example in enumerate(examples):
+        if not isinstance(example, torch.Tensor):
+            made.append(example)
+            continue
+        size, stride = example.size(), example.stride()
+        fresh = torch.empty_strided(size, stride, dtype=example.dtype, device=example.device)
+        if i in shared:
+            fresh = fresh.new_empty(0).set_(shared[i], example.storage_offset(), size, stride)
+        carry_item(example, fresh)
+        made.append(fresh)
+    return made
 
 
 def _readable_name(name: str) -> str:
@@ -197,8 +247,3 @@ def _readable_name(name: str) -> str:
     name = re.sub(r"^l_|_$", "", name)
     name = re.sub(r"^(self|args|kwargs)_", "", name)
     return re.sub(r"(^|_)(modules|parameters|buffers)_", r"\1", name) or "input"
-
-
-def _rename(node: Node, name: str) -> None:
-    node._rename(name)
-    node.target = node.name

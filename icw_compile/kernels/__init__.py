@@ -1,20 +1,20 @@
 """Attention kernels of our own, for what Inductor does not generate well.
 
-A kernel computes ``icw_int8kv::attention`` for the devices and the calls that it takes (`icw_compile.kernels.interface`).
-The ``lower`` pass asks `find_kernel` and falls back on Inductor, with the reason in the report.
+A kernel computes ``icw_int8kv::attention`` for the devices and the calls that it takes
+(`icw_compile.kernels.interface`). The ``lower`` pass asks `find_kernel` and falls back on Inductor, with the reason in
+the report.
 """
 
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.kernels import cpu, gpu
 from icw_compile.kernels.interface import AttentionCall, AttentionKernel, StoredRows
-from icw_compile.passes import Kernel
 
-__all__ = ["KERNELS", "AttentionCall", "AttentionKernel", "StoredRows", "find_kernel", "kernel_for"]
+__all__ = ["KERNELS", "AttentionCall", "AttentionKernel", "StoredRows", "find_kernel"]
 
 KERNELS: tuple[AttentionKernel, ...] = (cpu.KERNEL, gpu.KERNEL)
 
 
-def kernel_for(device_type: str, choice: str = "auto") -> AttentionKernel | str:
+def find_kernel(device_type: str, choice: str = "auto") -> AttentionKernel | str:
     """The kernel for tensors on ``device_type``, ready to run, or why there is none: never an empty text.
 
     Args:
@@ -25,7 +25,7 @@ def kernel_for(device_type: str, choice: str = "auto") -> AttentionKernel | str:
         KernelUnavailableError: the kernel was asked for by name, and is for another device or cannot be built here.
     """
     if choice == "inductor":
-        return 'options={"icw.attention": "inductor"}'
+        return "as asked"
     kernel = next((kernel for kernel in KERNELS if device_type in kernel.devices), None)
     if choice != "auto" and (kernel is None or kernel.option != choice):
         devices = " and ".join(next(kernel.devices for kernel in KERNELS if kernel.option == choice))
@@ -42,11 +42,3 @@ def kernel_for(device_type: str, choice: str = "auto") -> AttentionKernel | str:
             raise
         return str(error).splitlines()[0]
     return kernel
-
-
-def find_kernel(device_type: str, choice: str = "auto") -> Kernel | str:
-    """`kernel_for` in the terms of the ``lower`` pass; why there is none is empty where none is wanted."""
-    found = kernel_for(device_type, choice)
-    if isinstance(found, str):
-        return "" if choice == "inductor" else found
-    return Kernel(found.name, found.operator, found.with_lse, {"cpu": cpu, "triton": gpu}[found.option].supports)

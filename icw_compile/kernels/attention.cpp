@@ -1,6 +1,6 @@
 // Decode attention over an int8 key/value cache on the CPU.
 //
-// What it computes is `icw_int8kv::attention` (icw_compile/formats/ops.py); how:
+// What it computes is `icw_int8kv::attention` (icw_compile/kernels/inductor.py); how:
 //
 // * Split-KV ("flash decoding"): a unit of work is one (batch, key/value head, chunk of positions). Threads draw units
 //   from a counter, so a half-empty cache or a busy core does not leave the others waiting. Each unit yields

@@ -1,6 +1,6 @@
 """The Triton kernels behind `icw_compile.kernels.gpu`: attention over an int8 key/value cache. Imports Triton.
 
-What they compute is ``icw_int8kv::attention`` (`icw_compile.formats.ops`); how:
+What they compute is ``icw_int8kv::attention`` (`icw_compile.kernels.inductor`); how:
 
 * A *row* is one (query token, query head of the group) pair, tokens outermost. A program takes a tile of rows of one
   key/value head, so that decode and prefill are one kernel with different tiles, and each int8 row is loaded and

@@ -5,8 +5,8 @@ traced and printed anywhere. `load` compiles ``attention.cpp`` for this machine 
 uses (two to five seconds), keeps the shared library (`icw_compile.kernels.build`), and gives the operator its CPU
 kernel; calling the operator before that is an error of torch's dispatcher.
 
-Shapes, in the letters of `icw_compile.formats.ops`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query
-tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
+Shapes, in the letters of `icw_compile.kernels.inductor`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T``
+query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
 value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, engine=-1) -> [B, Hq, T, Dv]``
@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 
 from icw_compile.errors import KernelUnavailableError
-from icw_compile.formats.ops import ATTENTION_ARGUMENTS
 from icw_compile.kernels.build import build
+from icw_compile.kernels.inductor import ATTENTION_ARGUMENTS
 from icw_compile.kernels.interface import AttentionCall, AttentionKernel, declines_int8
 
-__all__ = ["ENGINES", "KERNEL", "attention", "attention_lse", "engines", "is_available", "load", "supports"]
+__all__ = ["ENGINES", "KERNEL", "attention", "attention_lse", "engines", "is_available", "load"]
 
 #: Longest query that the kernel is meant for: beyond it, dequantizing once and a matrix multiplication win.
 MAX_TOKENS = 16
@@ -57,26 +57,6 @@ def declines(call: AttentionCall) -> str | None:
         return f"a symbolic number of query tokens: the kernel is for at most {MAX_TOKENS}"
     if tokens > MAX_TOKENS:
         return f"a prompt: more than {MAX_TOKENS} query tokens"
-    return None
-
-
-def supports(query: Tensor, key_qdata: Tensor, value_qdata: Tensor) -> str | None:
-    """Why the kernel does not take these tensors (real or fake), or ``None`` if it does; empty if they are a prefill.
-
-    Args:
-        query: ``[B, Hq, T, D]``.
-        key_qdata: int8 ``[B, H, S, D]``.
-        value_qdata: int8 ``[B, H, S, Dv]``.
-    """
-    if query.device.type != "cpu":
-        return f"the query is on {query.device}, not on the CPU"
-    if query.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"queries of dtype {query.dtype} are not supported"
-    if not isinstance(query.shape[2], int) or query.shape[2] > MAX_TOKENS:
-        return ""
-    for name, tensor in (("keys", key_qdata), ("values", value_qdata)):
-        if not (isinstance(tensor.stride(-1), int) and tensor.stride(-1) == 1):
-            return f"the channels of the {name} are not contiguous"
     return None
 
 

@@ -5,8 +5,8 @@ that graphs that hold it can be traced and printed anywhere. The kernels are in 
 which is imported at the first call; Triton compiles each variant at its first call (about a second) and keeps it in
 its own cache on disk.
 
-Shapes, in the letters of `icw_compile.formats.ops`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query
-tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
+Shapes, in the letters of `icw_compile.kernels.inductor`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T``
+query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
 value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, splits=0) -> [B, Hq, T, Dv]``
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from icw_compile.errors import KernelUnavailableError
-from icw_compile.formats.ops import ATTENTION_ARGUMENTS
+from icw_compile.kernels.inductor import ATTENTION_ARGUMENTS
 from icw_compile.kernels.interface import AttentionCall, AttentionKernel, declines_int8
 
 __all__ = [
@@ -51,7 +51,6 @@ __all__ = [
     "choose_tiles",
     "load",
     "padded",
-    "supports",
 ]
 
 #: Largest head size: beyond it a tile does not fit in the shared memory of a multiprocessor.
@@ -84,27 +83,6 @@ def declines(call: AttentionCall) -> str | None:
         if size > MAX_HEAD_DIM:
             return f"the {name} have {size} channels: the kernel is for at most {MAX_HEAD_DIM}"
     return _why_not_on(call.query.device)
-
-
-def supports(query: Tensor, key_qdata: Tensor, value_qdata: Tensor) -> str | None:
-    """Why the kernels do not take these tensors (real or fake), or ``None`` if they do.
-
-    Args:
-        query: ``[B, Hq, T, D]``; all sizes but the last may be symbolic.
-        key_qdata: int8 ``[B, H, S, D]``.
-        value_qdata: int8 ``[B, H, S, Dv]``.
-    """
-    if query.device.type != "cuda":
-        return f"the query is on {query.device}, not on a CUDA device"
-    if query.dtype not in DTYPES:
-        return f"queries of dtype {query.dtype} are not supported"
-    for name, tensor in (("keys", key_qdata), ("values", value_qdata)):
-        size, stride = tensor.shape[-1], tensor.stride(-1)
-        if not isinstance(size, int) or size > MAX_HEAD_DIM:
-            return f"the {name} have {size} channels: the kernel is for at most {MAX_HEAD_DIM}"
-        if not isinstance(stride, int) or stride != 1:
-            return f"the channels of the {name} are not contiguous"
-    return _why_not_on(query.device)
 
 
 @functools.cache

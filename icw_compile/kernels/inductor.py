@@ -33,7 +33,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ATTENTION_ARGUMENTS", "attention", "attention_decode_lse", "merge_rows", "without_rows"]
+from icw_compile.kernels.interface import AttentionCall
+
+__all__ = [
+    "ATTENTION_ARGUMENTS",
+    "attention",
+    "attention_decode_declines",
+    "attention_decode_lse",
+    "merge_rows",
+    "without_rows",
+]
 
 #: What every attention over rows with a scale each takes, here and in the kernels.
 ATTENTION_ARGUMENTS = (
@@ -57,7 +66,7 @@ def attention(
         attn_mask = attn_mask.to(query.dtype)
     if softcap is not None or sinks is not None or key.shape[-1] != value.shape[-1]:
         # torch's fused kernels have none of these, and outside them it expands grouped heads.
-        return _grouped_attention(query, key, value, attn_mask, is_causal, scale, softcap, sinks)
+        return grouped_attention(query, key, value, attn_mask, is_causal, scale, softcap, sinks)
     groups = query.shape[1] // key.shape[1]
     if attn_mask is not None and groups > 1 and query.device.type != "cpu":
         return _folded_attention(query, key, value, attn_mask, scale)
@@ -91,6 +100,14 @@ def attention_decode_lse(
     return output.reshape(batch, query_heads, 1, -1).to(query.dtype), lse.reshape(batch, query_heads, 1)
 
 
+def attention_decode_declines(call: AttentionCall) -> str | None:
+    """Why ``attention_decode`` does not take a call of one query token; ``None`` if it does."""
+    for name, rows in (("keys", call.key), ("values", call.value)):
+        if set(rows.parts) != {"qdata", "scale"}:
+            return f"the {name} are stored as {rows.format}, not as rows with a scale each"
+    return None
+
+
 def _attention_decode(*arguments: Any) -> Tensor:
     return attention_decode_lse(*arguments)[0]
 
@@ -113,7 +130,7 @@ def _folded_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tens
     return output.reshape(batch, query_heads, length, -1)
 
 
-def _grouped_attention(
+def grouped_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

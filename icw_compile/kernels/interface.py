@@ -3,8 +3,8 @@
 A kernel says at compile time, of the whole call, what it does not take: the reason is a sentence for the report, and
 never empty. What it takes it computes, on every tensor that the fakes stand for.
 
-Shapes, in the letters of `icw_compile.formats.ops`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T`` query
-tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
+Shapes, in the letters of `icw_compile.kernels.inductor`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T``
+query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,0 +1,123 @@
+"""From Dynamo's graph to the one that is compiled: the one pipeline, behind the backend and behind `explain`."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from icw_compile.frontend.capture import capture, forward_dynamo_metadata
+from icw_compile.frontend.families import family_of
+from icw_compile.kernels import AttentionKernel, find_kernel
+from icw_compile.options import Options
+from icw_compile.passes import PASSES, KVGraph, PassResult, run_passes
+from icw_compile.passes.graph import arguments
+
+__all__ = ["Rewritten", "rewrite"]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What became of one graph.
+
+    Attributes:
+        graph: as it is now, with its signature and what was found.
+        captured: its text as it was captured; empty if texts were not asked for.
+        nodes: how many nodes it had then.
+        passes: what each pass did.
+        dropout: a node that drops out, as in training; ``None`` if there is none.
+    family, expected_sites: the model type whose code it came from, and the storages that it should have; empty if
+            that is not known.
+        capture_seconds, passes_seconds, kernel_seconds: the time that each took; finding the kernel is apart.
+    """
+
+    graph: KVGraph
+    captured: str
+    nodes: int
+    passes: tuple[PassResult, ...]
+    dropout: Node | None
+    family: str
+    expected_sites: int | None
+    capture_seconds: float
+    passes_seconds: float
+    kernel_seconds: float
+
+
+def rewrite(dynamo_graph: GraphModule, options: Options, *, keep_text: bool = False) -> Rewritten:
+    """Capture a graph and run the passes.
+
+    Args:
+        dynamo_graph: what Dynamo hands to a backend; it is left as it is.
+        options: as the user gave them.
+        keep_text: keep the readable text of the graph at every step.
+
+    Raises:
+        NotCapturedError: the graph holds something that cannot be retraced.
+        TypeError: the cache has a dtype that cannot be stored.
+        KernelUnavailableError: a kernel was asked for by name that is not to be had.
+    """
+    started = time.perf_counter()
+    graph = capture(dynamo_graph)
+    family, expected_sites = _family(graph)
+    dropout = next(filter(_drops_out, graph.graph.nodes), None)
+    nodes, captured = len(graph.graph.nodes), graph.readable() if keep_text else ""
+    asking = 0.0
+
+    def timed_find_kernel(device_type: str) -> AttentionKernel | str:
+        nonlocal asking
+        asked = time.perf_counter()
+        try:
+            return find_kernel(device_type, options.attention)
+        finally:
+            asking += time.perf_counter() - asked
+
+    graph.find_kernel = timed_find_kernel
+    graph.format_for, graph.skip_layers = options.format_for, options.skipped_layers
+    ready = time.perf_counter()
+    passes = run_passes(graph, PASSES, keep_text=keep_text)
+    done = time.perf_counter()
+    if graph.sites:
+        forward_dynamo_metadata(dynamo_graph, graph)
+    return Rewritten(
+        graph,
+        captured,
+        nodes,
+        tuple(passes),
+        dropout,
+        family,
+        expected_sites,
+        capture_seconds=ready - started,
+        passes_seconds=done - ready - asking,
+        kernel_seconds=asking,
+    )
+
+
+def _drops_out(node: Node) -> bool:
+    if node.target is torch.ops.aten.dropout.default:
+        return bool(arguments(node)["train"]) and arguments(node)["p"] != 0
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(arguments(node)["dropout_p"] != 0)
+    return False
+
+
+def _family(graph: KVGraph) -> tuple[str, int | None]:
+    """The model type that the graph's modules belong to, and the number of sites that it should have."""
+    attentions: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        for path, class_path in _modules(node):
+            if class_path.endswith("Attention"):
+                attentions[path] = class_path
+    families = {family for class_path in attentions.values() if (family := family_of(class_path))}
+    if len(families) != 1:
+        return "", None
+    family = families.pop()
+    return family.model_type, family.sites_per_layer * len(attentions)
+
+
+def _modules(node: Node) -> list[tuple[str, str]]:
+    """The modules that a node came from, outermost first: where each is, and what its class is called."""
+    stack: dict[str, Callable[..., object]] = node.meta.get("nn_module_stack") or {}
+    return [
+        (path, cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}") for path, cls in stack.values()
+    ]
