@@ -8,6 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from icw_compile.cache.growth import Growth, growth, reset_growth
+from icw_compile.kernels import AS_ASKED
 from icw_compile.passes import Site, Skipped
 from icw_compile.pipeline import Rewritten
 
@@ -176,7 +177,7 @@ def _sites_table(title: str, sites: Iterable[Site]) -> Table:
             f"{site.dtype} {list(site.shape)}",
             ", ".join(site.writes),
             ", ".join(site.reads) or "states, not cache",
-            f"{site.lowering} ({site.declined})" if site.declined else site.lowering,
+            f"{site.lowering} ({site.declined})" if site.declined not in ("", AS_ASKED) else site.lowering,
         )
         rows.setdefault(row, []).append(site)
     for row, alike in rows.items():

@@ -14,7 +14,7 @@ and biases become one tensor. The result is the same up to the order of floating
 past a write. What is stored, and how an attention reads it, is none of its business: that is ``lower``'s.
 """
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.fx import Node
@@ -47,9 +47,9 @@ def fuse_reads(graph: KVGraph) -> int:
             continue
         repeated = [graph.decoded[operand] for operand in operands]
         unrepeated = [_unrepeated(graph, each) for each in repeated]
-        if None in unrepeated or _written_since(repeated, unrepeated, operands, node):
+        key, value = unrepeated
+        if key is None or value is None or any(map(partial(_written_since, node), operands, repeated, (key, value))):
             continue
-        key, value = (each for each in unrepeated if each is not None)
         with graph.before(node):
             fused, replacement = _fuse(graph, found, key, value, heads=_heads(graph, repeated[0]))
         merged = strip_merge(repeated[0].stored.parts[0])
@@ -132,14 +132,11 @@ def _in_layout_of(graph: KVGraph, node: Node, fused: Node) -> Node:
     return graph.call(aten.transpose.int, graph.call(aten.contiguous.default, swapped), 1, 2)
 
 
-def _written_since(
-    repeated: Sequence[Storage], unrepeated: Sequence[Storage | None], decoded: Sequence[Node], reader: Node
-) -> bool:
-    """Whether something that is read is written after the first of it was read, or copied, and before ``reader``."""
-    parts = [part for each in unrepeated if each is not None for part in each.stored.parts]
+def _written_since(reader: Node, decoded: Node, repeated: Storage, unrepeated: Storage) -> bool:
+    """Whether what is decoded is written after it was read, or copied for each head, and before ``reader``."""
+    parts = unrepeated.stored.parts
     roots = {root_of(part) for part in parts}
-    copies = [part for each in repeated for part in each.stored.parts if part not in parts]
-    node = min([*decoded, *copies])
+    node = min([decoded, *(part for part in repeated.stored.parts if part not in parts)])
     while node is not reader:
         if is_mutation(node) and any(root_of(each) in roots for each in written_by(node)):
             return True

@@ -1,5 +1,8 @@
 """Float caches that were filled before the first compiled call become int8 at that call."""
 
+import copy
+import gc
+
 import pytest
 import torch
 from support import EAGER, SOME_MODEL_ATTENTIONS, compiled, graphs, relative_distance, run, tiny_model, tokens
@@ -8,7 +11,8 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.generation import CompileConfig
 
 from icw_compile import QuantizedKV
-from icw_compile.cache.adopt import adopt, find_owners
+from icw_compile.cache.adopt import adopt
+from icw_compile.formats import make_format
 from icw_compile.lab.reference import quantize_dequantize, reference_cache
 
 
@@ -75,7 +79,28 @@ def test_compile_config_of_generate() -> None:
 def test_owner_is_found_and_nothing_else() -> None:
     cache, *_ = filled(tiny_model(), 4, 8)
     keys, stranger = cache.layers[1].keys, torch.randn(1, 2, 8, 64)
-    assert find_owners([keys, stranger]) == {id(keys): (cache.layers[1], "keys")}
+    layout = make_format(torch.float32)
     with pytest.raises(RuntimeError, match="comes from none now"):
-        adopt(stranger, None)
+        adopt(stranger, "L['cache'].layers[1].keys", layout)
     assert stranger.isfinite().all()
+    assert adopt(keys, "L['cache'].layers[1].keys", layout) is cache.layers[1].keys
+
+
+@pytest.mark.parametrize("frozen", [False, True])  # as servers do before they fork: the owner is found all the same
+def test_another_holder_keeps_its_floats(frozen: bool) -> None:
+    """A shallow copy of a cache shares its tensors; nothing else that holds one reads another number."""
+    model = tiny_model()
+    cache, reference, _ = filled(model, 12, 40)
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    before = [layer.keys.clone() for layer in twin.layers]
+    if frozen:
+        gc.freeze()
+    try:
+        logits = run(compiled(model), cache, tokens(1, seed=3), (1,))
+    finally:
+        gc.unfreeze()
+    assert relative_distance(logits, run(model, reference, tokens(1, seed=3), (1,))) <= 2e-3
+    for layer, floats in zip(twin.layers, before, strict=True):
+        assert type(layer.keys) is torch.Tensor
+        assert layer.keys.isfinite().all() and torch.equal(layer.keys, floats)

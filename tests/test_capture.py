@@ -58,11 +58,11 @@ def test_names_and_layers() -> None:
 def test_quantized_inputs_are_traced_as_floats() -> None:
     model = tiny_model(dtype=torch.bfloat16)
     ((graph, _),) = captured(model, icw_compile.static_cache(model, 1, 16), 1)
-    assert len(graph.quantized) == 4
-    for node, parts in graph.quantized.items():
+    assert len(graph.stored) == 4
+    for node, parts in graph.stored.items():
         assert type(node.meta["val"]).__name__ == "FakeTensor" and node.meta["val"].dtype == torch.bfloat16
-        assert (parts.qdata.dtype, parts.scale.dtype) == (torch.int8, torch.bfloat16)
-        assert parts.qdata.fake_mode is graph.fake_mode
+        assert (parts["qdata"].dtype, parts["scale"].dtype) == (torch.int8, torch.bfloat16)
+        assert parts["qdata"].fake_mode is graph.fake_mode
 
 
 def test_sizes_stay_symbolic() -> None:

@@ -8,7 +8,6 @@ compiled, as an expression of the caller's variables; at a call they are those o
 
 import gc
 import sys
-import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.compat.transformers import CacheLayerMixin
 from icw_compile.formats import Format
 
 __all__ = ["adopt", "find_held_elsewhere"]
@@ -47,29 +47,25 @@ def adopt(tensor: Tensor, place: str, layout: Format, held_elsewhere: Collection
 
 
 def find_held_elsewhere(tensors: Mapping[str, Tensor], passed: Sequence[Any]) -> set[int]:
-    """``id`` of the tensors that something holds besides their place and the calls that are under way.
+    """``id`` of the tensors that another cache layer holds, as a shallow copy does, or a list.
+
+    Variables of the calls that are under way, and what a compiler keeps of them, are not looked at.
 
     Args:
         tensors: where the caller keeps each -> it.
         passed: a list that holds them as well, of this call.
     """
-    expected = {id(passed), id(tensors)}
-    for place, tensor in tensors.items():
-        owner, _ = _find_owner(tensor, place)
-        expected |= {id(owner), id(vars(owner))}
-    frame = sys._getframe()
-    while frame is not None:
-        expected.add(id(frame))
-        expected.update(id(value) for value in frame.f_locals.values() if isinstance(value, (tuple, list, dict)))
-        frame = frame.f_back  # type: ignore[assignment]
+    owners = [_find_owner(tensor, place)[0] for place, tensor in tensors.items()]
+    if gc.get_freeze_count():  # what holds them may be among what is not looked at any more
+        return {id(tensor) for tensor in tensors.values()}
+    own = {id(each) for owner in owners for each in (owner, vars(owner))}
     held = set()
     for holder in gc.get_referrers(*tensors.values()):
-        if id(holder) not in expected and not isinstance(holder, types.FrameType):
-            inside = holder.values() if isinstance(holder, dict) else holder
-            try:
-                held |= {id(each) for each in inside}
-            except TypeError:  # an object, with the tensor as an attribute
-                held |= {id(each) for each in getattr(holder, "__dict__", {}).values()}
+        if isinstance(holder, list) and holder is not passed:
+            held |= {id(each) for each in holder}
+        elif isinstance(holder, (dict, CacheLayerMixin)) and id(holder) not in own:
+            attributes = holder if isinstance(holder, dict) else vars(holder)
+            held |= {id(attributes.get(name)) for name in ("keys", "values")}
     return held
 
 

@@ -9,8 +9,10 @@ from icw_compile.errors import KernelUnavailableError
 from icw_compile.kernels import cpu, gpu
 from icw_compile.kernels.interface import AttentionCall, AttentionKernel, StoredRows
 
-__all__ = ["KERNELS", "AttentionCall", "AttentionKernel", "StoredRows", "find_kernel"]
+__all__ = ["AS_ASKED", "KERNELS", "AttentionCall", "AttentionKernel", "StoredRows", "find_kernel"]
 
+#: Why there is no kernel where the user wants none.
+AS_ASKED = "as asked"
 KERNELS: tuple[AttentionKernel, ...] = (cpu.KERNEL, gpu.KERNEL)
 
 
@@ -25,7 +27,7 @@ def find_kernel(device_type: str, choice: str = "auto") -> AttentionKernel | str
         KernelUnavailableError: the kernel was asked for by name, and is for another device or cannot be built here.
     """
     if choice == "inductor":
-        return "as asked"
+        return AS_ASKED
     kernel = next((kernel for kernel in KERNELS if device_type in kernel.devices), None)
     if choice != "auto" and (kernel is None or kernel.option != choice):
         devices = " and ".join(next(kernel.devices for kernel in KERNELS if kernel.option == choice))
