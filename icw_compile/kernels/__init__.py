@@ -1,6 +1,6 @@
 """Attention kernels of our own, for what Inductor does not generate well.
 
-A kernel computes ``icw_int8kv::attention`` for the devices and the calls that it takes (`icw_compile.kernels.interface`).
+A kernel computes ``icw_int8kv::attention`` for the devices and calls that it takes (`icw_compile.kernels.interface`).
 The ``lower`` pass asks `find_kernel` and falls back on Inductor, with the reason in the report.
 """
 
