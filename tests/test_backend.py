@@ -191,7 +191,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler() -> None:
         raise KernelUnavailableError("No working C++ compiler.\nMore about it.")
 
-    monkeypatch.setattr(cpu, "load", no_compiler)
+    monkeypatch.setattr(cpu._loader, "load", no_compiler)
     model = tiny_model()
     ids = tokens(3)
     step = torch.compile(model, backend="icw_int8kv", options={"icw.compiler": "eager"})

@@ -1,6 +1,7 @@
 """The CPU kernel against ``icw_int8kv::attention``, the pure-torch reference, on every engine that this machine has."""
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -8,12 +9,13 @@ import pytest
 import torch
 from attention_cases import log_sums, make, masks, reference
 
-from icw_compile.kernels import cpu
+from icw_compile.kernels import AttentionCall, StoredRows, cpu
 
 if not cpu.is_available():
     pytest.skip("no C++ compiler", allow_module_level=True)
 
-ENGINES = {"plain": 0, "vnni": 1, "best": -1}
+#: Those of this machine, by what caps them; `test_engine` reports the others as skipped.
+ENGINES = {name: cpu.ENGINES.index(name) for name in cpu.engines()}
 #: Relative norm of the difference from float32: rounding of the output, and for float32 that of exp and sums.
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 3e-6}
 HEADS = [(1, 1), (4, 4), (8, 2), (6, 2), (9, 1)]
@@ -34,6 +36,26 @@ def check(tensors, *args, tolerance=None, **kwargs):
         assert actual.isfinite().all()
         error = (actual.float() - expected).norm() / expected.norm().clamp(min=1e-30)
         assert error <= (tolerance or TOLERANCE[tensors[0].dtype]), (engine, error.item())
+
+
+@pytest.mark.parametrize("name", cpu.ENGINES)
+def test_engine(name):
+    """What the library says of engines is what runs: capped, each gives the result in its own rounding."""
+    if name not in ENGINES:
+        pytest.skip(f"this processor, or this build, has no {name}")
+    tensors = make(1, 8, 2, 2, 700, 128, 128, torch.float32)
+    plain, capped = (kernel(tensors, engine=engine) for engine in (0, ENGINES[name]))
+    assert torch.equal(plain, capped) == (name == "plain")
+    best = list(ENGINES.values())[-1]
+    assert torch.equal(kernel(tensors), kernel(tensors, engine=best))
+    assert torch.equal(kernel(tensors, engine=len(cpu.ENGINES)), kernel(tensors, engine=best))
+    check(tensors)
+
+
+def test_engines_by_head_size():
+    assert cpu.engines(128) == cpu.engines() == cpu.engines(4) == cpu.engines(256)
+    assert cpu.engines(30) == cpu.engines(320) == ("plain",)
+    assert cpu.ENGINES[: len(cpu.engines())] == cpu.engines()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -265,35 +287,121 @@ def test_compiles_with_symbolic_length():
         assert torch.equal(step(*tensors), expected)
 
 
+def call(tensors, attn_mask=None, **others):
+    query, *parts = tensors
+    return AttentionCall(query, StoredRows.int8(*parts[:2]), StoredRows.int8(*parts[2:]), attn_mask, **others)
+
+
+def test_takes():
+    tensors = make(2, 4, 2, 16, 100, 64, 32, torch.bfloat16)
+    masks = (
+        torch.ones(2, 4, 16, 100, dtype=torch.bool),
+        torch.zeros(1, 1, 1, 100),
+        torch.zeros(2, 1, 16, 1, dtype=torch.float64),
+        torch.zeros(1, 4, 1, 100, dtype=torch.float16),
+    )
+    for mask in (None, *masks):
+        for others in ({}, {"is_causal": True, "softcap": 3.0, "sinks": torch.zeros(4, dtype=torch.bfloat16)}):
+            assert cpu.declines(call(tensors, mask, **others)) is None
+            others = {"is_causal": False, "softcap": None, "sinks": None, **others}
+            kernel(tensors, mask, **others)  # and it does take them
+
+
+#: What is changed of a call that the kernel takes -> what the reason says; the operator refuses each at run time.
+DECLINED = [
+    (lambda t: t.__setitem__(0, t[0].double()), {}, "queries of dtype torch.float64"),
+    (lambda t: t.__setitem__(0, t[0][0]), {}, "the query has 3 dimensions"),
+    (lambda t: t.__setitem__(0, t[0][:, :3]), {}, "3 query heads cannot be grouped on 2"),
+    (lambda t: t.__setitem__(0, t[0][..., :32]), {}, r"the keys of shape \[1, 2, 100, 64\], which is not"),
+    (lambda t: t.__setitem__(1, t[1].float()), {}, "unsupported dtype of the keys: torch.float32"),
+    (lambda t: t.__setitem__(1, t[1].transpose(2, 3).contiguous().transpose(2, 3)), {}, "the channels of the keys"),
+    (lambda t: t.__setitem__(3, t[3].transpose(2, 3).contiguous().transpose(2, 3)), {}, "the channels of the values"),
+    (lambda t: t.__setitem__(2, t[2][:, :, 1:]), {}, "the scales of the keys of shape"),
+    (lambda t: t.__setitem__(4, t[4].to(torch.int32)), {}, "unsupported dtype of the scales of the values"),
+    (lambda t: None, {"attn_mask": torch.zeros(1, 1, 1, 100, dtype=torch.int64)}, "dtype of attn_mask: torch.int64"),
+    (lambda t: None, {"attn_mask": torch.zeros(1, 1, 1, 100, dtype=torch.uint8)}, "dtype of attn_mask: torch.uint8"),
+    (lambda t: None, {"attn_mask": torch.zeros(1, 1, 1, 100).to(torch.float8_e5m2)}, "dtype of attn_mask"),
+    (lambda t: None, {"attn_mask": torch.zeros(1, 100)}, "does not broadcast to"),
+    (lambda t: None, {"attn_mask": torch.zeros(1, 1, 1, 99)}, "does not broadcast to"),
+    (lambda t: None, {"sinks": torch.zeros(2)}, r"sinks of shape \[2\], which is not \[4\]"),
+    (lambda t: None, {"sinks": torch.zeros(4, dtype=torch.int32)}, "unsupported dtype of sinks"),
+]
+
+
+@pytest.mark.parametrize(("change", "others", "reason"), DECLINED)
+def test_declines_what_it_refuses(change, others, reason):
+    tensors = make(1, 4, 2, 1, 100, 64, 64, torch.bfloat16)
+    assert cpu.declines(call(tensors)) is None
+    change(tensors)
+    assert re.search(reason, cpu.declines(call(tensors, **others)))
+    with pytest.raises(RuntimeError):
+        kernel(tensors, others.get("attn_mask"), sinks=others.get("sinks"))
+
+
+def test_declines_by_choice():
+    tensors = make(1, 4, 2, 1, 100, 64, 64, torch.bfloat16)
+    prompt = [tensors[0].expand(-1, -1, 17, -1), *tensors[1:]]
+    assert cpu.declines(call(prompt)) == "a prompt: more than 16 query tokens"
+    on_meta = [tensor.to("meta") for tensor in tensors]
+    assert cpu.declines(call(on_meta)) == "the query is on meta, and the kernel is for cpu"
+    assert "attn_mask on meta" in cpu.declines(call(tensors, torch.zeros(1, 1, 1, 100, device="meta")))
+    query, key = tensors[0], StoredRows.int8(*tensors[1:3])
+    packed = StoredRows("int4", {"qdata": tensors[3], "scale": tensors[4]})
+    assert "values are stored as int4" in cpu.declines(AttentionCall(query, key, packed))
+    zeros = StoredRows("int8", {**key.parts, "zero_point": tensors[2]})
+    assert "keys are not rows with one scale each: zero_point" in cpu.declines(AttentionCall(query, zeros, key))
+
+
+def test_declines_symbolic_sizes():
+    """A symbolic length is taken; a symbolic number of query tokens is declined with a text of its own."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    shape_env = ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env):
+        length, tokens = (shape_env.create_unbacked_symint() for _ in range(2))
+        rows = [torch.empty(2, 2, length, size, dtype=d) for size, d in ((64, torch.int8), (1, torch.bfloat16))]
+        one, several = (torch.empty(2, 4, count, 64, dtype=torch.bfloat16) for count in (1, tokens))
+        mask = torch.empty(2, 1, 1, length, dtype=torch.bool)
+        assert cpu.declines(call([one, *rows, *rows], mask)) is None
+        reason = cpu.declines(call([several, *rows, *rows]))
+        assert reason == "a symbolic number of query tokens: the kernel is for at most 16"
+        other = torch.empty(2, 1, 1, length + 1, dtype=torch.bool)
+        assert "does not broadcast" in cpu.declines(call([one, *rows, *rows], other))
+
+
 def test_supports():
     tensors = make(1, 4, 2, 1, 100, 64, 64, torch.bfloat16)
     assert cpu.supports(tensors[0], tensors[1], tensors[3]) is None
     assert cpu.supports(tensors[0].expand(-1, -1, 17, -1), tensors[1], tensors[3]) == ""
     assert "dtype" in cpu.supports(tensors[0].double(), tensors[1], tensors[3])
-    assert "cuda" not in (cpu.supports(tensors[0].to("meta"), tensors[1], tensors[3]) or "")
+    assert "is on meta" in cpu.supports(tensors[0].to("meta"), tensors[1], tensors[3])
 
 
-LOAD = "import sys; from icw_compile.kernels import cpu; print(cpu.is_available())\n" + (
-    "try: cpu.load()\nexcept RuntimeError as error: print(error)\n"
-)
+WITHOUT_MEMORY = """
+import resource, torch
+from icw_compile.kernels import cpu
+cpu.load()
+torch.set_num_threads(2)
+def call(tokens):
+    query = torch.zeros(64, 1, 1, 256).expand(64, 1, tokens, 256)
+    rows, scale = torch.zeros(64, 1, 64, 256, dtype=torch.int8), torch.ones(64, 1, 64, 1)
+    return cpu.attention(query, rows, scale, rows[..., :1], scale, None, False, 1.0, None)
+call(1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), -1))
+try:
+    call(1 << 16)  # each thread would need 300 MiB, and the output 16
+except MemoryError as error:
+    print(repr(error))
+print(call(1).shape)
+"""
 
 
-def run_loader(monkeypatch, **environment):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    command = [sys.executable, "-c", LOAD]
-    return subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def test_two_processes_build_at_once(monkeypatch, tmp_path):
-    processes = [run_loader(monkeypatch, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
-    assert [process.communicate()[0].strip() for process in processes] == ["True", "True"]
-    assert len(list((tmp_path / "icw_int8kv").iterdir())) == 1
-
-
-@pytest.mark.parametrize("compiler", ["/nowhere/g++", "/bin/false"])
-def test_no_compiler(monkeypatch, tmp_path, compiler):
-    process = run_loader(monkeypatch, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), CXX=compiler)
-    output = process.communicate()[0]
-    assert "False" in output
-    assert "compiler" in output
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+def test_too_little_memory_is_an_error():
+    process = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    message, shape = process.stdout.strip().splitlines()
+    assert message.startswith("MemoryError")
+    assert shape == "torch.Size([64, 1, 1, 1])"

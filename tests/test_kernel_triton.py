@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 import icw_compile
 from icw_compile.errors import KernelUnavailableError
-from icw_compile.kernels import find_kernel, gpu
+from icw_compile.kernels import KERNELS, AttentionCall, StoredRows, find_kernel, gpu, kernel_for
 from icw_compile.lab.reference import reference_cache
 from icw_compile.passes import Kernel
 
@@ -328,6 +328,60 @@ def test_supports(monkeypatch):
     gpu._why_not_on.cache_clear()
 
 
+def test_declines(monkeypatch):
+    """On fake CUDA tensors, with symbolic lengths and numbers of query tokens: the whole call, and always a text."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    gpu._why_not_on.cache_clear()
+    shape_env = ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env):
+        length, tokens = (shape_env.create_unbacked_symint() for _ in range(2))
+
+        def empty(*shape, dtype=torch.bfloat16, device="cuda"):
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        def declined(query=None, key_dim=64, value_dim=64, value=None, **others):
+            query = empty(2, 4, tokens, 64) if query is None else query
+            key, value = (
+                StoredRows.int8(empty(2, 2, length, size, dtype=torch.int8), empty(2, 2, length, 1))
+                if rows is None
+                else rows
+                for size, rows in ((key_dim, None), (value_dim, value))
+            )
+            reason = gpu.declines(AttentionCall(query, key, value, **others))
+            assert reason != ""
+            return reason
+
+        assert declined() is None
+        assert declined(attn_mask=empty(2, 1, tokens, length, dtype=torch.bool), softcap=3.0) is None
+        assert declined(attn_mask=empty(1, 1, 1, length), sinks=empty(4), is_causal=True) is None
+        assert "dtype of attn_mask: torch.int64" in declined(attn_mask=empty(1, 1, 1, length, dtype=torch.int64))
+        assert "does not broadcast" in declined(attn_mask=empty(tokens, length))
+        assert "320 channels" in declined(empty(2, 4, tokens, 320), key_dim=320)
+        assert "320 channels" in declined(value_dim=320)
+        assert "torch.float64" in declined(empty(2, 4, tokens, 64, dtype=torch.float64))
+        assert "on cpu, and the kernel is for cuda" in declined(empty(2, 4, tokens, 64, device="cpu"))
+        assert "attn_mask on cpu" in declined(attn_mask=empty(1, 1, 1, length, device="cpu"))
+        across = torch.empty_strided((2, 2, length, 64), (1024, 512, 1, 8), dtype=torch.int8, device="cuda")
+        assert "not contiguous" in declined(value=StoredRows.int8(across, empty(2, 2, length, 1)))
+        assert "stored as int4" in declined(value=StoredRows("int4", {}))
+        assert "sinks of shape" in declined(sinks=empty(3))
+        gpu._why_not_on.cache_clear()
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+        assert "needs compute capability 8.0, and a GPU has 7.5" in declined()
+    gpu._why_not_on.cache_clear()
+
+
+def test_kernel_for():
+    assert kernel_for("cuda") is gpu.KERNEL and gpu.KERNEL in KERNELS
+    assert kernel_for("cuda", "inductor") == 'options={"icw.attention": "inductor"}'
+    assert kernel_for("xpu") == "there is no kernel for xpu"
+    assert gpu.KERNEL.operator is gpu.attention and gpu.KERNEL.with_lse is gpu.attention_lse
+
+
 #: What is compiled: (dtype, heads, kv heads, query tokens, cached tokens, D, Dv, mask, causal, softcap, sinks, splits).
 QUICK = [
     ("bfloat16", 32, 8, 1, 4096, 128, 128, None, False, None, False, 8),
@@ -348,14 +402,16 @@ COMPILE = """
 import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from icw_compile.kernels import attention_triton, gpu
 from icw_compile.formats.ops import scale_dtype_for
 
-capability, cases = json.loads(sys.argv[1])
+backend, arch, cases = json.loads(sys.argv[1])
+torch.version.hip = "some" if backend == "hip" else None
+
+from icw_compile.kernels import attention_triton, gpu
 
 class Driver:
     # What Triton asks of a device when it compiles for one.
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+    get_current_target = staticmethod(lambda: GPUTarget(backend, arch, 64 if backend == "hip" else 32))
     get_current_device = get_current_stream = staticmethod(lambda *_: 0)
 
 class Compiled:
@@ -365,7 +421,8 @@ class Compiled:
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             compiled = self.kernel.run(*args, grid=grid, warmup=True, **kwargs)
-            print(json.dumps([self.kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared]))
+            code = compiled.asm["hsaco" if backend == "hip" else "cubin"]
+            print(json.dumps([self.kernel.__name__, len(code), compiled.metadata.shared]))
         return launch
 
 triton.runtime.driver.set_active(Driver())
@@ -387,18 +444,22 @@ for dtype, query_heads, heads, tokens, length, size, value_size, mask, causal, s
 
 
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_for(capability, cases):
+@pytest.mark.parametrize(
+    ("backend", "arch", "shared_memory"),
+    [("cuda", 80, 99 * 1024), ("cuda", 90, 99 * 1024), ("hip", "gfx942", 64 * 1024)],
+    ids=["sm_80", "sm_90", "gfx942"],
+)
+def test_compiles_for(backend, arch, shared_memory, cases):
     """What is launched compiles to machine code, and fits in the shared memory that every such device has."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", COMPILE, json.dumps([capability, cases])]
+    command = [sys.executable, "-c", COMPILE, json.dumps([backend, arch, cases])]
     process = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-4000:]
     compiled = [json.loads(line) for line in process.stdout.splitlines()]
     assert [name for name, _, _ in compiled] == [
         name for case in cases for name in ("attend", "merge")[: 1 if case[-1] == 1 else 2]
     ]
-    assert all(size > 0 and shared <= 99 * 1024 for _, size, shared in compiled)
+    assert all(size > 0 and shared <= shared_memory for _, size, shared in compiled)
 
 
 HEADS = [(32, 8), (32, 32), (32, 1), (12, 2), (9, 1)]

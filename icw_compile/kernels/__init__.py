@@ -1,8 +1,7 @@
 """Attention kernels of our own, for what Inductor does not generate well.
 
-A kernel computes ``icw_int8kv::attention`` for the devices and the calls that it takes
-(`icw_compile.kernels.interface`). The ``lower`` pass asks `find_kernel` and falls back on Inductor, with the reason in
-the report.
+A kernel computes ``icw_int8kv::attention`` for the devices and calls that it takes (`icw_compile.kernels.interface`).
+The ``lower`` pass asks `find_kernel` and falls back on Inductor, with the reason in the report.
 """
 
 from icw_compile.errors import KernelUnavailableError

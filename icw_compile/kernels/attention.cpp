@@ -29,7 +29,6 @@
 #include <limits>
 #include <memory>
 #include <new>
-#include <stdexcept>
 #include <vector>
 
 #ifdef _OPENMP
@@ -1133,7 +1132,7 @@ void run(Problem& p, int threads, int engine) {
   } else
 #endif
     try_to_work();
-  if (done.load() != units) throw std::runtime_error("icw_int8kv_cpu::attention: there is not enough memory");
+  if (done.load() != units) throw std::bad_alloc();
 }
 
 }  // namespace

@@ -17,8 +17,8 @@ value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, engin
     ``query`` is bfloat16, float16 or float32; scales and sinks are of any floating dtype; ``attn_mask`` is ``None``,
     boolean or of any floating dtype, 4-dimensional, and broadcasts to ``[B, Hq, T, S]``. Any strides will do, except
     that the channels of the int8 tensors are contiguous. The result is contiguous, in the query's dtype. Raises
-    RuntimeError for shapes and dtypes that do not fit, and for want of memory. ``engine`` caps the instructions that
-    are used, for tests: 0 plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
+    RuntimeError for shapes and dtypes that do not fit, MemoryError for want of memory. ``engine`` caps the instructions
+    that are used, for tests: 0 plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
 ``attention_lse(...) -> (output[B, Hq, T, Dv], lse float32[B, Hq, T])``
     The same, and the logarithm of the sum of exponentials of each query row's scores, its sink included: minus infinity
     for a row that reads nothing.
