@@ -15,6 +15,7 @@ a write that no rule knows. A program with such a write is compared within the e
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +28,10 @@ from icw_compile import QuantizedKV
 
 __all__ = ["WITHOUT", "CacheInput", "Program", "channel_shift", "programs", "round_rows"]
 
-#: Kinds of lines to leave out, by name (`KINDS`), so that one fault known already does not hide the next:
-#: ``ICW_FUZZ_WITHOUT=custom,out,foreach,parts,between``.
+#: What to leave out, by name, so that one fault known already does not hide the next: any form of a line that is
+#: chosen with `Draw.form` below, caches that are ``kept``, ``equalized`` or ``grown``, ``between`` for lines between
+#: the two products of an attention, ``integer_bias``, ``merged_bias``, ``dynamic``.
 WITHOUT = frozenset(filter(None, os.environ.get("ICW_FUZZ_WITHOUT", "").split(",")))
-KINDS = ("custom", "out", "foreach", "parts", "between", "kept", "equalized", "grown", "integer_bias", "merged_bias")
 
 
 # The rules of storage, in plain torch.
@@ -169,6 +170,7 @@ class Program:
     caches: dict[str, CacheInput] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    steps: list[tuple[Any, ...]] = field(default_factory=list)
     env: dict[str, Any] = field(default_factory=lambda: dict(NAMESPACE))
     shadows: dict[str, Tensor] = field(default_factory=dict)
     stores: list[Store] = field(default_factory=list)
@@ -181,13 +183,14 @@ class Program:
     dynamic: bool = False
     count: int = 0
 
-    # Building.
+    # Building. What is done is noted, so that it can be done again without some of it.
 
     def new(self, prefix: str = "v") -> str:
         self.count += 1
         return f"{prefix}{self.count}"
 
     def take(self, name: str, cache: CacheInput) -> None:
+        """A cache that the function is given."""
         values = cache.rounded()
         # Its own storage: what is a view is known from there.
         self.env[name] = values.clone()
@@ -199,67 +202,130 @@ class Program:
     def give(self, value: Tensor, prefix: str = "x") -> str:
         """A float input of the function."""
         name = self.new(prefix)
+        self._give(name, value)
+        return name
+
+    def _give(self, name: str, value: Tensor) -> None:
         self.inputs[name] = value.clone()
         self.env[name] = value.clone()
-        return name
 
-    def run(self, line: str) -> None:
+    def do(self, what: str, *arguments: Any) -> bool:
+        """Add a line of the kind ``what``; ``False``, and nothing is changed, if torch refuses it."""
+        try:
+            getattr(self, f"_{what}")(*arguments)
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        self.steps.append((what, *arguments))
+        return True
+
+    def without(self, left_out: set[int]) -> "Program | None":
+        """The program without some of its steps, if that is one."""
+        other = Program(dynamic=self.dynamic)
+        for name, cache in self.caches.items():
+            other.take(name, cache)
+        for name, value in self.inputs.items():
+            other._give(name, value)
+        for i, step in enumerate(self.steps):
+            try:
+                if i not in left_out and not other.do(*step):
+                    return None
+            except (NameError, KeyError):
+                return None
+        if not other.outputs and not other.writes:
+            return None
+        other.drop_unused()
+        return other
+
+    def smallest(self, fails: Callable[["Program"], bool]) -> "Program":
+        """A smaller program that fails: without each step, from the last one, that it fails without."""
+        best = self
+        at = len(best.steps) - 1
+        while at >= 0:
+            smaller = best.without({at})
+            if smaller is not None and fails(smaller):
+                best = smaller
+            at = min(at - 1, len(best.steps) - 1)
+        return best
+
+    def _read(self, name: str, expression: str) -> None:
+        self.env[name] = eval(expression, self.env)
+        self.lines.append(f"{name} = {expression}")
+
+    def _output(self, name: str) -> None:
+        self.env[name]  # NameError in a program without it
+        self.outputs.append(name)
+
+    def _move(self, name: str, expression: str, of: str, cuts: bool) -> None:
+        """``name = expression`` moves ``of``: the result is something that int8 may store. ``cuts``: through rows."""
+        value = eval(expression, self.env)
+        shadow = eval(expression, {**self.env, of: self.shadows[of]})
+        self.env[name], self.shadows[name] = value, shadow
+        self.lines.append(f"{name} = {expression}")
+        if cuts or of in self.cut:
+            self.cut.add(name)
+        if not any(store.shares(value) for store in self.stores):
+            keeps = any(store.keeps and store.shares(self.env[of]) for store in self.stores)
+            self.stores.append(Store(value, shadow, False, keeps))
+
+    def _cat(self, name: str, tensors: tuple[str, ...], dim: int, named: int) -> None:
+        """``name = cat(tensors, named)`` of whole rows, where some are of caches: new ones are rounded."""
+        values = [self.env[t] for t in tensors]
+        shadows = [self.shadows.get(t) for t in tensors]
+        grown = torch.cat(values, dim)
+        like = next(shadow for shadow in shadows if shadow is not None)
+        parts = []
+        for value, shadow in zip(values, shadows, strict=True):
+            if dim == 2 and like.shape[2]:  # the first cache's exponents, for each head
+                parts.append(like[:, :, :1].expand(value.shape))
+            else:
+                parts.append(torch.zeros(value.shape) if shadow is None else shadow)
+        self.env[name], self.shadows[name] = grown, torch.cat(parts, dim)
+        self.lines.append(f"{name} = torch.cat([{', '.join(tensors)}], {named})")
+        if self.cut.intersection(tensors):
+            self.cut.add(name)
+        shares = [store for store in self.stores if any(store.shares(value) for value in values)]
+        keeps = any(store.keeps for store in shares)
+        store = Store(grown, self.shadows[name], not keeps, keeps)
+        # A cache that is appended to rounds what is new; whether others do is not said.
+        appended = dim == 2 and shadows[0] is not None and tensors[0] not in self.cut
+        if any(shadow is not None and shadow.any() for shadow in shadows) and not appended:
+            self.within_one_rounding = True
+        self._round(store)
+        store.is_input = False
+        self.stores.append(store)
+
+    def _write(self, line: str, targets: tuple[str, ...]) -> None:
+        """A line that writes into ``targets``."""
         exec(line, self.env)
         self.lines.append(line)
-
-    def assign(self, expression: str, of: str | None = None) -> str | None:
-        """``name = expression``; with ``of``, which it only moves, the result is something that int8 may store."""
-        name = self.new()
-        try:
-            self.env[name] = value = eval(expression, self.env)
-            shadow = None
-            if of is not None:
-                shadow = eval(expression, {**self.env, of: self.shadows[of]})
-        except (RuntimeError, IndexError, ValueError, TypeError):
-            self.env.pop(name, None)
-            return None
-        self.lines.append(f"{name} = {expression}")
-        if shadow is not None:
-            self.shadows[name] = shadow
-            if of in self.cut:
-                self.cut.add(name)
-            if not any(store.shares(value) for store in self.stores):
-                keeps = any(store.keeps and store.shares(self.env[of]) for store in self.stores)
-                self.stores.append(Store(value, shadow, False, keeps))
-        return name
-
-    def write(self, line: str, *targets: str, on_grid: bool = False) -> bool:
-        """A line that writes into ``targets``. ``on_grid``: what was on the grid of a plain cache still is."""
-        before = {name: self.env[name].clone() for name in targets}
-        try:
-            self.run(line)
-        except (RuntimeError, IndexError, ValueError, TypeError):
-            if any(not torch.equal(self.env[name], value) for name, value in before.items()):
-                raise
-            return False
         self.writes += 1
         for name in targets:
             self.writes_cut_rows |= name in self.cut
             for store in self.stores:
                 if store.shares(self.env[name]):
-                    self._round(store, on_grid and name not in self.cut)
-        return True
+                    self._round(store)
 
-    def _round(self, store: Store, on_grid: bool) -> None:
+    def _round(self, store: Store) -> None:
+        if not store.values.numel():
+            return
         exact = store.values.clone()
         rounded = round_rows(exact, store.shift)
-        moved = (rounded - exact).abs().amax() if exact.numel() else torch.zeros(())
-        if moved > 1e-5 * exact.abs().amax() and (store.keeps or not store.is_input):
+        moved = (rounded - exact).abs().amax() > 1e-5 * exact.abs().amax()
+        if moved and (store.keeps or not store.is_input):
             self.within_one_rounding = True
-        emptied = exact.ne(0).any(-1).any(-1)
-        if store.shift.any() and not emptied.all():
-            self.within_one_rounding = True  # the next write may settle another shift
+        if store.shift.any() and not exact.ne(0).any(-1).any(-1).all():
+            self.within_one_rounding = True  # it is empty: the next write may settle another shift
         store.values.copy_(rounded)
 
     # Looking at it.
 
     def cachelike(self, rank: int | None = None) -> list[str]:
         return [name for name in self.shadows if rank is None or self.env[name].dim() == rank]
+
+    def drop_unused(self) -> None:
+        names = set(re.findall(r"\w+", " ".join([*self.lines, *self.outputs])))
+        self.inputs = {name: value for name, value in self.inputs.items() if name in names}
+        self.caches = {name: cache for name, cache in self.caches.items() if name in names}
 
     @property
     def source(self) -> str:
@@ -316,6 +382,10 @@ class Draw:
     def one_of(self, *choices: Any) -> Any:
         return self.draw(st.sampled_from(choices))
 
+    def form(self, *names: str) -> str:
+        """One of these forms of a line, but those left out."""
+        return self.one_of(*[name for name in names if name not in WITHOUT])
+
     def maybe(self) -> bool:
         return self.draw(st.booleans())
 
@@ -357,7 +427,7 @@ def view_like(d: Draw, x: str) -> tuple[str, bool]:
     negative = d.one_of(dim, dim - rank)
     low = d.integer(0, max(size - 1, 0))
     high = d.integer(low, size)
-    form = d.one_of(
+    form = d.form(
         "slice", "slice", "narrow", "select", "unsqueeze", "squeeze", "transpose", "merge", "split_dim", "expand",
         "split", "chunk", "unbind", "tensor_split", "detach", "contiguous", "step",
     )  # fmt: skip
@@ -394,8 +464,6 @@ def view_like(d: Draw, x: str) -> tuple[str, bool]:
     if form == "expand":
         shape = [(-1 if size != 1 or cuts_at else d.integer(1, 2)) for size, cuts_at in _with_last(value)]
         return f"{x}.expand({', '.join(map(str, shape))})", False
-    if form in ("split", "chunk", "unbind", "tensor_split") and "parts" in WITHOUT:
-        return f"{x}.detach()", False
     if form == "split":
         sizes = d.one_of(max(size // 2, 1), [low, size - low])
         return f"{x}.split({sizes}, dim={negative})[{d.integer(0, 1)}]", cuts
@@ -420,7 +488,7 @@ def copy_like(d: Draw, x: str) -> tuple[str, bool]:
     cuts = dim == rank - 1
     negative = d.one_of(dim, dim - rank)
     commas = ":, " * dim
-    form = d.one_of(
+    form = d.form(
         "index_select", "index", "index", "roll", "roll", "flip", "repeat_interleave", "repeat", "clone", "repeat_kv",
         "gather_rows", "boolean", "copy_op",
     )  # fmt: skip
@@ -455,9 +523,7 @@ def step_move(d: Draw) -> None:
     if x is None or d.program.env[x].dim() < 2:
         return
     expression, cuts = (view_like if d.integer(0, 2) else copy_like)(d, x)
-    name = d.program.assign(expression, of=x)
-    if name is not None and cuts:
-        d.program.cut.add(name)
+    d.program.do("move", d.program.new(), expression, x, cuts)
 
 
 def step_cat(d: Draw) -> None:
@@ -470,38 +536,11 @@ def step_cat(d: Draw) -> None:
     size = list(value.shape)
     size[dim] = d.integer(1, 3)
     if d.maybe():
-        others = [o for o in program.cachelike(4) if fits(program.env[o], value, dim)]
-        other = d.one_of(*others)
+        other = d.one_of(*[o for o in program.cachelike(4) if fits(program.env[o], value, dim)])
     else:
         other = d.source(size)
-    tensors = [x, other] if d.integer(0, 3) else [other, x]
-    named = d.one_of(dim, dim - 4)
-    name = program.new()
-    program.env[name] = grown = torch.cat([program.env[t] for t in tensors], dim)
-    program.lines.append(f"{name} = torch.cat([{', '.join(tensors)}], {named})")
-    shadow = [program.shadows.get(t) for t in tensors]
-    like = next(s for s in shadow if s is not None)
-    mixed = any(s is not None and s.any() for s in shadow)
-    parts = []
-    for each, t in zip(shadow, tensors, strict=True):
-        shape = program.env[t].shape
-        if each is None or dim == 2:  # the first cache's exponents, for each head
-            rows = like[:, :, :1] if dim == 2 and like.shape[2] else torch.zeros(1, 1, 1, 1)
-            parts.append(rows.expand(shape) if rows.dim() == 4 else torch.zeros(shape))
-        else:
-            parts.append(each)
-    program.shadows[name] = torch.cat(parts, dim)
-    keeps = any(store.keeps and store.shares(program.env[t]) for store in program.stores for t in tensors)
-    if {*tensors} & program.cut or keeps:
-        program.cut |= {name} if {*tensors} & program.cut else set()
-        program.within_one_rounding |= bool(mixed)
-    first_is_whole = len(tensors) and tensors[0] in program.shadows and dim == 2
-    program.within_one_rounding |= mixed and not first_is_whole
-    store = Store(grown, program.shadows[name], False, keeps)
-    program.stores.append(store)
-    before = program.within_one_rounding
-    program._round(store, False)
-    program.within_one_rounding = before or (program.within_one_rounding and not (first_is_whole and not keeps))
+    tensors = (x, other) if d.integer(0, 3) else (other, x)
+    program.do("cat", program.new(), tensors, dim, d.one_of(dim, dim - 4))
 
 
 def fits(other: Tensor, value: Tensor, dim: int) -> bool:
@@ -517,7 +556,7 @@ def step_write(d: Draw) -> None:
         return
     value = program.env[t]
     rank = value.dim()
-    if rank == 0:
+    if rank == 0 or any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
         return
     dim = d.row_dim(value)
     size = value.shape[dim]
@@ -526,73 +565,75 @@ def step_write(d: Draw) -> None:
     high = d.integer(low, size)
     forms = ["assign", "index_copy_", "index_put_", "copy_", "zero_", "mul_", "fill_", "arithmetic", "masked_fill_"]
     forms += ["scatter_", "augmented", "index_fill_", "of_itself", "where"]
-    forms += [form for form in ("out", "out", "foreach", "foreach", "custom", "custom", "custom") if form not in WITHOUT]
-    form = d.one_of(*forms)
+    forms += ["out", "out", "foreach", "foreach", "custom", "custom", "custom"]
+    form = d.form(*forms)
     if form == "assign":
         part = value[(slice(None),) * dim + (slice(low, high),)]
         shape = list(part.shape)
         if d.integer(0, 3) == 0:
-            program.write(f"{t}[{commas}{low}] = {d.source([*shape[:dim], *shape[dim + 1 :]])}", t, on_grid=True)
+            program.do("write", f"{t}[{commas}{low}] = {d.source([*shape[:dim], *shape[dim + 1 :]])}", (t,))
             return
         if d.integer(0, 4) == 0:
             shape = shape[-1:]  # broadcast
-        program.write(f"{t}[{commas}{low}:{high}] = {d.source(shape)}", t, on_grid=True)
+        program.do("write", f"{t}[{commas}{low}:{high}] = {d.source(shape)}", (t,))
     elif form in ("index_copy_", "index_put_"):
         indices = d.indices(size, distinct=True)
         shape = list(value.shape)
         shape[dim] = len(indices)
         source, index = d.source(shape), d.index(indices)
         if form == "index_copy_":
-            program.write(f"{t}.index_copy_({d.one_of(dim, dim - rank)}, {index}, {source})", t, on_grid=True)
+            program.do("write", f"{t}.index_copy_({d.one_of(dim, dim - rank)}, {index}, {source})", (t,))
         else:
-            program.write(f"{t}[{commas}{index}] = {source}", t, on_grid=True)
+            program.do("write", f"{t}[{commas}{index}] = {source}", (t,))
     elif form == "copy_":
         others = [o for o in program.cachelike() if program.env[o].shape == value.shape]
         others = [o for o in others if not any(s.shares(program.env[o]) and s.shares(value) for s in program.stores)]
         if others and d.maybe():
-            program.write(f"{t}.copy_({d.one_of(*others)})", t, on_grid=True)
+            program.do("write", f"{t}.copy_({d.one_of(*others)})", (t,))
         else:
             shape = list(value.shape) if d.integer(0, 3) else [1, *value.shape[1:]]
-            program.write(f"{t}.copy_({d.source(shape)})", t, on_grid=True)
+            program.do("write", f"{t}.copy_({d.source(shape)})", (t,))
     elif form == "zero_":
-        program.write(d.one_of(f"{t}.zero_()", f"{t}.fill_(0)", f"{t}.mul_(0.0)"), t, on_grid=True)
+        program.do("write", d.one_of(f"{t}.zero_()", f"{t}.fill_(0)", f"{t}.mul_(0.0)"), (t,))
     elif form == "mul_":
         line = d.one_of(f"{t}.mul_(2.0)", f"{t}.neg_()", f"{t}.div_(4.0)", f"torch.neg_({t})")
-        program.write(line, t, on_grid=True)
+        program.do("write", line, (t,))
     elif form == "fill_":
         line = d.one_of(f"{t}.fill_(0.5)", f"{t}[:] = 1.5", f"{t}.fill_(torch.tensor(-2.0))")
-        program.write(line, t, on_grid=True)
+        program.do("write", line, (t,))
     elif form == "arithmetic":
         source = d.source(value.shape if d.maybe() else value.shape[-1:])
         line = d.one_of(
             f"{t}.add_({source})", f"{t}.sub_({source}, alpha=0.5)", f"{t}.add_(1.0)", f"{t}.clamp_(min=-0.5)",
             f"{t}.lerp_({source}.expand_as({t}), 0.5)",
         )  # fmt: skip
-        program.write(line, t)
+        program.do("write", line, (t,))
     elif form == "augmented":
         part = value[(slice(None),) * dim + (slice(low, high),)]
         source = d.source(part.shape)
         line = d.one_of(f"{t}[{commas}{low}:{high}] += {source}", f"{t}[{commas}{low}:{high}] *= 2.0")
-        program.write(line, t, on_grid="*=" in line)
+        program.do("write", line, (t,))
     elif form == "masked_fill_":
         shape = d.one_of(list(value.shape), [*value.shape[:-1], 1])
         mask = program.give(values(shape, d.integer(0, 3)) > 0.3, "m")
-        program.write(f"{t}.masked_fill_({mask}, {d.one_of(0.0, 1.0)})", t)
+        program.do("write", f"{t}.masked_fill_({mask}, {d.one_of(0.0, 1.0)})", (t,))
     elif form == "index_fill_":
         indices = d.index(d.indices(size, distinct=True))
-        program.write(f"{t}.index_fill_({dim}, {indices}, {d.one_of(0.0, 0.25)})", t, on_grid=True)
+        program.do("write", f"{t}.index_fill_({dim}, {indices}, {d.one_of(0.0, 0.25)})", (t,))
     elif form == "scatter_":
         indices = d.indices(size, distinct=True)
         shape = list(value.shape)
         shape[dim] = len(indices)
         index = torch.tensor(indices).view(*[-1 if i == dim else 1 for i in range(rank)]).expand(shape).contiguous()
         at = program.give(index, "i")
-        program.write(f"{t}.scatter_({dim}, {at}, {d.one_of(d.source(shape), '0.0')})", t, on_grid=True)
+        program.do("write", f"{t}.scatter_({dim}, {at}, {d.one_of(d.source(shape), '0.0')})", (t,))
     elif form == "of_itself":
-        line = d.one_of(f"{t}.copy_({t} * 2.0)", f"{t}.copy_({t}.flip({dim}).clone())", f"{t}.copy_({t}.roll(1, {dim}))")
-        program.write(line, t, on_grid=True)
+        line = d.one_of(
+            f"{t}.copy_({t} * 2.0)", f"{t}.copy_({t}.flip({dim}).clone())", f"{t}.copy_({t}.roll(1, {dim}))"
+        )
+        program.do("write", line, (t,))
     elif form == "where":
-        program.write(f"{t}.copy_(torch.where({t} > 0, {t}, {d.source(value.shape)}))", t)
+        program.do("write", f"{t}.copy_(torch.where({t} > 0, {t}, {d.source(value.shape)}))", (t,))
     elif form == "out":
         source = d.source(value.shape)
         line = d.one_of(
@@ -600,7 +641,7 @@ def step_write(d: Draw) -> None:
             f"torch.flip({source}, [{dim}]).abs_().neg_(); torch.abs({source}, out={t})",
             f"torch.cat([{source}], {dim}, out={t})",
         )  # fmt: skip
-        program.write(line, t, on_grid="add" not in line)
+        program.do("write", line, (t,))
     elif form == "foreach":
         others = [o for o in program.cachelike() if o != t and not overlap(program, o, t)]
         other = d.one_of(*others) if others and d.maybe() else None
@@ -610,16 +651,16 @@ def step_write(d: Draw) -> None:
                 f"torch._foreach_mul_([{t}], 2.0)", f"torch._foreach_zero_([{t}])",
                 f"torch._foreach_copy_([{t}], [{source}])", f"torch._foreach_mul_([{source}, {t}], 2.0)",
             )  # fmt: skip
-            program.write(line, t, on_grid=True)
+            program.do("write", line, (t,))
         else:
             line = d.one_of(f"torch._foreach_mul_([{t}, {other}], 2.0)", f"torch._foreach_zero_([{other}, {t}])")
-            program.write(line, t, other, on_grid=True)
+            program.do("write", line, (t, other))
     elif form == "custom":
         source = d.source(d.one_of(value.shape, value.shape[-1:]))
         others = [o for o in program.cachelike() if o != t and not overlap(program, o, t)]
         if others and d.integer(0, 2) == 0:
             other = d.one_of(*others)
-            program.write(f"scale_both({t}, b={other}, factor=2.0)", t, other, on_grid=True)
+            program.do("write", f"scale_both({t}, b={other}, factor=2.0)", (t, other))
             return
         line = d.one_of(
             f"put_first({t}, {source})", f"put_second({source}, {t})", f"put_second(cache={t}, new={source})",
@@ -627,10 +668,10 @@ def step_write(d: Draw) -> None:
         if d.integer(0, 2) == 0:
             name = program.new()
             line = f"{name} = put_and_double({source}, {t})"
-            if program.write(line, t, on_grid=True):
-                program.outputs.append(name)
+            if program.do("write", line, (t,)):
+                program.do("output", name)
             return
-        program.write(line, t, on_grid=True)
+        program.do("write", line, (t,))
 
 
 def overlap(program: Program, a: str, b: str) -> bool:
@@ -653,9 +694,9 @@ def step_read(d: Draw) -> None:
         forms += [f"torch.nn.functional.pad({x}, (0, 0, 1, 0))", f"torch.stack([{x}, {x}]).sum(0)"]
     if "custom" in WITHOUT:
         forms = [form for form in forms if "read_only" not in form]
-    name = program.assign(d.one_of(*forms))
-    if name is not None:
-        program.outputs.append(name)
+    name = program.new()
+    if program.do("read", name, d.one_of(*forms)):
+        program.do("output", name)
 
 
 def step_attention(d: Draw, pending: list[Callable[[], None]]) -> None:
@@ -670,15 +711,16 @@ def step_attention(d: Draw, pending: list[Callable[[], None]]) -> None:
     fitting = [o for o in program.cachelike(4) if fits(program.env[o], keys, 3)]
     v = d.one_of(*fitting)
     tokens, groups = d.one_of(1, 1, 2, 4), d.one_of(1, 1, 2)
-    spelling = d.one_of("sdpa", "sdpa", "eager", "eager", "merged", "einsum")
+    spelling = d.form("sdpa", "sdpa", "eager", "eager", "merged", "einsum")
     query = program.give(values((batch, heads * groups, tokens, head_dim), d.integer(0, 3)), "q")
     if groups > 1 and spelling != "sdpa":
         repeat = "{0}[:, :, None].expand({1}, {2}, {5}, {3}, {4}).reshape({1}, {6}, {3}, {4})"
         repeated = []
         for each in (k, v):
             last = program.env[each].shape[-1]
-            name = program.assign(repeat.format(each, batch, heads, length, last, groups, heads * groups), of=each)
-            if name is None:
+            name = program.new()
+            expression = repeat.format(each, batch, heads, length, last, groups, heads * groups)
+            if not program.do("move", name, expression, each, False):
                 return
             repeated.append(name)
         k, v = repeated
@@ -731,7 +773,7 @@ def step_attention(d: Draw, pending: list[Callable[[], None]]) -> None:
 
     def rest() -> None:
         for line in middle:
-            program.run(line)
+            program.do("read", *line.split(" = ", 1))
         run_read(program, out, second)
 
     if "between" not in WITHOUT and d.maybe():
@@ -741,13 +783,8 @@ def step_attention(d: Draw, pending: list[Callable[[], None]]) -> None:
 
 
 def run_read(program: Program, name: str, expression: str, *, output: bool = True) -> bool:
-    try:
-        program.run(f"{name} = {expression}")
-    except (RuntimeError, IndexError, ValueError, TypeError):
-        return False
-    if output:
-        program.outputs.append(name)
-    return True
+    done = program.do("read", name, expression)
+    return done and (not output or program.do("output", name))
 
 
 def mask_for(
@@ -813,7 +850,7 @@ def programs(draw: Any, most: int = 7) -> Program:
         program.take(name, draw(caches(batch, heads, head_dim, ord(name))))
     pending: list[Callable[[], None]] = []
     for _ in range(d.integer(1, most)):
-        kind = d.one_of("write", "write", "write", "move", "move", "read", "attention", "attention", "cat", "rest")
+        kind = d.form("write", "write", "write", "move", "move", "read", "attention", "attention", "cat", "rest")
         if kind == "rest":
             if pending:
                 pending.pop(d.integer(0, len(pending) - 1))()
@@ -825,10 +862,10 @@ def programs(draw: Any, most: int = 7) -> Program:
         pending.pop(0)()
     for name in program.cachelike():
         if name not in program.caches and d.integer(0, 2) == 0:
-            program.outputs.append(name)
+            program.do("output", name)
     if not program.outputs:
-        name = program.assign(f"{d.one_of(*program.caches)} * 1.0")
-        assert name is not None
-        program.outputs.append(name)
-    program.dynamic = d.integer(0, 4) == 0
+        program.do("read", "last", f"{d.one_of(*program.caches)} * 1.0")
+        program.do("output", "last")
+    program.drop_unused()
+    program.dynamic = "dynamic" not in WITHOUT and d.integer(0, 4) == 4
     return program
