@@ -30,7 +30,8 @@ __all__ = ["WITHOUT", "CacheInput", "Program", "channel_shift", "programs", "rou
 
 #: What to leave out, by name, so that one fault known already does not hide the next: any form of a line that is
 #: chosen with `Draw.form` below, caches that are ``kept``, ``equalized`` or ``grown``, ``between`` for lines between
-#: the two products of an attention, ``integer_bias``, ``merged_bias``, ``dynamic``.
+#: the two products of an attention, ``integer_bias``, ``merged_bias``, ``dynamic``, ``cut`` for
+#: views that reach into rows.
 WITHOUT = frozenset(filter(None, os.environ.get("ICW_FUZZ_WITHOUT", "").split(",")))
 
 
@@ -259,11 +260,16 @@ class Program:
         """``name = expression`` moves ``of``: the result is something that int8 may store. ``cuts``: through rows."""
         value = eval(expression, self.env)
         shadow = eval(expression, {**self.env, of: self.shadows[of]})
-        self.env[name], self.shadows[name] = value, shadow
+        self.env[name] = value
         self.lines.append(f"{name} = {expression}")
-        if cuts or of in self.cut:
+        cuts |= of in self.cut
+        is_view = any(store.shares(value) for store in self.stores)
+        if cuts and not is_view:
+            return  # a float tensor
+        self.shadows[name] = shadow
+        if cuts:
             self.cut.add(name)
-        if not any(store.shares(value) for store in self.stores):
+        if not is_view:
             keeps = any(store.keeps and store.shares(self.env[of]) for store in self.stores)
             self.stores.append(Store(value, shadow, False, keeps))
 
@@ -281,13 +287,11 @@ class Program:
                 parts.append(torch.zeros(value.shape) if shadow is None else shadow)
         self.env[name], self.shadows[name] = grown, torch.cat(parts, dim)
         self.lines.append(f"{name} = torch.cat([{', '.join(tensors)}], {named})")
-        if self.cut.intersection(tensors):
-            self.cut.add(name)
         shares = [store for store in self.stores if any(store.shares(value) for value in values)]
         keeps = any(store.keeps for store in shares)
         store = Store(grown, self.shadows[name], not keeps, keeps)
         # A cache that is appended to rounds what is new; whether others do is not said.
-        appended = dim == 2 and shadows[0] is not None and tensors[0] not in self.cut
+        appended = dim == 2 and shadows[0] is not None
         if any(shadow is not None and shadow.any() for shadow in shadows) and not appended:
             self.within_one_rounding = True
         self._round(store)
@@ -523,20 +527,23 @@ def step_move(d: Draw) -> None:
     if x is None or d.program.env[x].dim() < 2:
         return
     expression, cuts = (view_like if d.integer(0, 2) else copy_like)(d, x)
+    if "cut" in WITHOUT and (cuts or x in d.program.cut):
+        expression = f"({expression}).clone()"
     d.program.do("move", d.program.new(), expression, x, cuts)
 
 
 def step_cat(d: Draw) -> None:
     """Rows, sequences or heads put together: with new ones, or with those of another cache."""
     program, x = d.program, d.cachelike(4)
-    if x is None:
+    if x is None or x in program.cut:
         return
     value = program.env[x]
     dim = d.one_of(2, 2, 2, 0, 1)
     size = list(value.shape)
     size[dim] = d.integer(1, 3)
     if d.maybe():
-        other = d.one_of(*[o for o in program.cachelike(4) if fits(program.env[o], value, dim)])
+        whole = [o for o in program.cachelike(4) if o not in program.cut]
+        other = d.one_of(*[o for o in whole if fits(program.env[o], value, dim)])
     else:
         other = d.source(size)
     tensors = (x, other) if d.integer(0, 3) else (other, x)

@@ -764,3 +764,175 @@ def test_autocast(attention: str, kept: dict[str, int]) -> None:
     assert actual.dtype == expected.dtype == stock.dtype
     # As far from the float32 model as the stock one is, rounded to bfloat16 at each step.
     assert relative_distance(actual, exact) <= 2 * relative_distance(expected, exact) + 1e-3
+
+
+# Found by the fuzzer.
+
+
+def outliers(x: Tensor, channels: tuple[int, ...] = (3, 5)) -> Tensor:
+    """With another large channel in each sequence, so that their shifts differ."""
+    x = x.clone()
+    for sequence, channel in zip(x, channels, strict=False):
+        sequence[..., channel] = 40.0 + sequence[..., channel].abs()
+    return x
+
+
+@torch.no_grad()
+def check_made(
+    way: Callable[..., Any], function: Callable[..., Any], make: Callable[[], QuantizedKV], *rest: Tensor, close: float
+) -> None:
+    """As `check`, for one cache that ``make`` makes; a clear refusal does as well."""
+    ours = make()
+    floats = ours.dequantize()
+    expected = flat(function(floats, *copies(rest)))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", icw_compile.UnquantizedCacheWarning)
+            actual = flat(way(function)(ours, *copies(rest)))
+    except (NotImplementedError, BackendCompilerFailed) as error:
+        assert "icw_int8kv: " in str(error) and "NotImplementedError" in repr(getattr(error, "inner_exception", error))
+        return
+    for one, other in zip(actual, expected, strict=True):
+        assert relative_distance(one, other) <= close
+    assert relative_distance(ours.dequantize(), floats) <= close
+
+
+def kept(**parts: int) -> Callable[[], QuantizedKV]:
+    """A cache that keeps rows in float; what it holds is on the grid of int8, so that both read the same."""
+
+    def make() -> QuantizedKV:
+        cache = icw_compile.static_cache(tiny_model(head_dim=16), BATCH, TOKENS, equalize=False, **parts)
+        keys: QuantizedKV = cache.layers[0].keys
+        return keys.copy_(states())
+
+    return make
+
+
+def slice_write(cache: Tensor, new: Tensor) -> Tensor:
+    cache[:, :, 1:3] = new
+    return cache * 1.0
+
+
+def merged_write(cache: Tensor, new: Tensor) -> Tensor:
+    cache.view(BATCH * HEADS, TOKENS, HEAD_DIM)[:, 1:3] = new.flatten(0, 1)
+    return cache * 1.0
+
+
+def turned_write(cache: Tensor, new: Tensor) -> Tensor:
+    cache.transpose(1, 2)[:, 1:3] = new.transpose(1, 2)
+    return cache * 1.0
+
+
+def selected_write(cache: Tensor, new: Tensor) -> Tensor:
+    cache[:, :, 1] = new[:, :, 0]
+    return cache * 1.0
+
+
+def sequence_write(cache: Tensor, new: Tensor) -> Tensor:
+    cache[1:, :, 2:4] = new[1:]
+    return cache * 1.0
+
+
+def squeezed_write(cache: Tensor, new: Tensor) -> Tensor:
+    cache[:, :1].squeeze(1)[:, 1:3] = new[:, 0]
+    return cache * 1.0
+
+
+def nothing_written(cache: Tensor, new: Tensor) -> Tensor:
+    cache[:, :, 4:4] = new[:, :, :0]
+    return cache * 1.0
+
+
+WRITES = [slice_write, merged_write, turned_write, selected_write, sequence_write, squeezed_write, nothing_written]
+
+
+@WAYS
+@pytest.mark.parametrize("function", WRITES)
+def test_write_into_a_view_of_a_cache_that_keeps_rows(function: Callable[..., Any], way: Callable[..., Any]) -> None:
+    """Its kept rows are others afterwards: a view must not leave them behind."""
+    make = kept(sink_tokens=2, recent_tokens=2)
+    check_made(way, function, make, states(2, seed=1), close=CLOSE)
+
+
+@WAYS
+@pytest.mark.parametrize("function", WRITES)
+def test_write_into_a_view_of_an_equalized_cache(function: Callable[..., Any], way: Callable[..., Any]) -> None:
+    """The default format of a cache, whose channels are divided differently in each head."""
+    new = outliers(states(2, seed=1))
+    make = lambda: QuantizedKV.quantize(outliers(states()), equalize=True)  # noqa: E731
+    check_made(way, function, make, new, close=1e-2)
+
+
+@WAYS
+@pytest.mark.parametrize("index", [[1, 0], [1]])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_write_of_whole_sequences_or_heads(dim: int, index: list[int], way: Callable[..., Any]) -> None:
+    """Each is stored with the shift of where it goes."""
+
+    def function(cache: Tensor, new: Tensor) -> Tensor:
+        cache.index_copy_(dim, torch.tensor(index), new)
+        return cache * 1.0
+
+    x = outliers(states())
+    new = outliers(states(seed=1)).index_select(dim, torch.tensor(index))  # each with its own outlier, where it goes
+    new = x.index_select(dim, torch.tensor(index)) * 0.5 if dim == 1 else new
+    check_made(way, function, lambda: QuantizedKV.quantize(x, equalize=True), new, close=1e-2)
+
+
+def turned_before(q: Tensor, keys: Tensor, new: Tensor) -> Tensor:
+    turned = keys.transpose(2, 3)
+    keys.index_copy_(2, torch.tensor([1]), new)
+    return q @ turned
+
+
+def channels_before(q: Tensor, keys: Tensor, new: Tensor) -> Tensor:
+    half = keys[..., :8]
+    keys.index_copy_(2, torch.tensor([1]), new)
+    return half * 1.0
+
+
+def selected_before(q: Tensor, keys: Tensor, new: Tensor) -> Tensor:
+    row = keys[:, :, 1]
+    keys.index_copy_(2, torch.tensor([1]), new)
+    return row * 1.0
+
+
+def squeezed_before(q: Tensor, keys: Tensor, new: Tensor) -> Tensor:
+    heads = keys[:, :1].squeeze(1)
+    keys.index_copy_(2, torch.tensor([1]), new)
+    return heads * 1.0
+
+
+@pytest.mark.parametrize("equalize", [False, True])
+@pytest.mark.parametrize("function", [turned_before, channels_before, selected_before, squeezed_before])
+def test_view_taken_before_a_write(function: Callable[..., Any], equalize: bool) -> None:
+    """In a graph a view is a view, also one that reaches into rows: it is read after the write."""
+
+    def of_cache(keys: Tensor, q: Tensor, new: Tensor) -> Tensor:
+        return function(q, keys, new)
+
+    make = lambda: QuantizedKV.quantize(states(), equalize=equalize)  # noqa: E731
+    check_made(through_the_backend, of_cache, make, query(), states(1, seed=2), close=1e-2 if equalize else CLOSE)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda x: x[1:],
+        lambda x: x[:1, 1:],
+        lambda x: x[:1, :1, 3:],
+        lambda x: x[:1, :1, 2:5],
+        lambda x: x[1:, :, -3:],
+        lambda x: x.split(1)[1],
+        lambda x: x.unsqueeze(0)[:, 1],
+    ],
+)
+def test_part_of_a_cache_that_is_returned(part: Callable[[Tensor], Tensor]) -> None:
+    """It is contiguous, and lies somewhere in the middle of what it is a part of."""
+    x = QuantizedKV.quantize(states())
+    with torch.no_grad():
+        returned = through_the_backend(part)(x)
+    expected = part(x.dequantize())
+    assert relative_distance(returned * 1.0, expected) <= CLOSE
+    grown = torch.cat([returned, expected[:, :, :1]], dim=-2)  # as the next step would
+    assert relative_distance(grown * 1.0, torch.cat([expected, expected[:, :, :1]], dim=-2)) <= CLOSE
