@@ -31,7 +31,7 @@ __all__ = ["WITHOUT", "CacheInput", "Program", "channel_shift", "programs", "rou
 #: What to leave out, by name, so that one fault known already does not hide the next: any form of a line that is
 #: chosen with `Draw.form` below, caches that are ``kept``, ``equalized`` or ``grown``, ``between`` for lines between
 #: the two products of an attention, ``integer_bias``, ``merged_bias``, ``dynamic``, ``cut`` for
-#: views that reach into rows.
+#: views that reach into rows, ``returned`` for views of caches as results.
 WITHOUT = frozenset(filter(None, os.environ.get("ICW_FUZZ_WITHOUT", "").split(",")))
 
 
@@ -646,7 +646,7 @@ def step_write(d: Draw) -> None:
         line = d.one_of(
             f"torch.mul({source}, 2.0, out={t})", f"torch.neg({t}, out={t})", f"torch.add({source}, {t}, out={t})",
             f"torch.flip({source}, [{dim}]).abs_().neg_(); torch.abs({source}, out={t})",
-            f"torch.cat([{source}], {dim}, out={t})",
+            f"torch.maximum({t}, {source}, out={t})",
         )  # fmt: skip
         program.do("write", line, (t,))
     elif form == "foreach":
@@ -868,7 +868,10 @@ def programs(draw: Any, most: int = 7) -> Program:
     while pending:
         pending.pop(0)()
     for name in program.cachelike():
-        if name not in program.caches and d.integer(0, 2) == 0:
+        is_view = any(store.is_input and store.shares(program.env[name]) for store in program.stores)
+        if name in program.caches or ("returned" in WITHOUT and is_view):
+            continue
+        if d.integer(0, 2) == 0:
             program.do("output", name)
     if not program.outputs:
         program.do("read", "last", f"{d.one_of(*program.caches)} * 1.0")

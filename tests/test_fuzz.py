@@ -1,4 +1,4 @@
-"""Random functions of quantized caches, compiled and not, against float tensors that store what int8 would.
+"""Random functions of quantized caches, and random models, against float tensors that store what int8 would.
 
 ``make test`` runs the same few examples each time. For more of them, and other ones each time::
 
@@ -13,10 +13,12 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from fuzz_models import Case, cases
 from fuzz_programs import Program, programs
 from hypothesis import HealthCheck, Phase, event, given, settings
 from support import EAGER
@@ -190,3 +192,72 @@ def test_random_functions(way: Callable[..., Any]) -> None:
 @WAYS
 def test_many_random_functions(way: Callable[..., Any]) -> None:
     fuzz(MANY, way)
+
+
+# Models.
+
+#: Of logits: a number that lies between two steps of int8 may be rounded to either.
+CLOSE_LOGITS = 3e-3
+CLOSE_ROWS = 1e-2
+
+
+def check_model(case: Case) -> str:
+    """``"right"``, ``"refused"``, or that transformers or torch.compile do not take it themselves."""
+    try:
+        model = case.model()
+        expected = case.expected(model)
+        case.run(model, model, stock := replace(case, cache=case.cache.replace("made", "static")).new_cache(model))
+        del stock
+    except Exception:
+        return "refused without us"
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="icw_int8kv", fullgraph=True, dynamic=case.dynamic, options=case.options())
+    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
+        warnings.simplefilter("ignore", icw_compile.UnquantizedCacheWarning)
+        try:
+            actual = case.run(model, call, case.new_cache(model))
+        except (NotImplementedError, BackendCompilerFailed) as error:
+            if refusal(error) is None:
+                raise
+            return "refused"
+    steps = sum(isinstance(step, int) for step in case.steps)
+    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        what = f"logits of call {i}" if i < steps else f"layer {(i - steps) // 2} {('keys', 'values')[(i - steps) % 2]}"
+        if (found := distance(one, other)) > (CLOSE_LOGITS if i < steps else CLOSE_ROWS):
+            raise Wrong(f"{what}: {found:.3g} off, of shape {tuple(one.shape)} and {tuple(other.shape)}")
+    return "right"
+
+
+def model_fails(case: Case) -> Exception | None:
+    try:
+        check_model(case)
+    except Exception as error:
+        return error
+    return None
+
+
+def fuzz_models(how: settings) -> None:
+    outcomes = Outcomes()
+
+    @how
+    @given(cases())
+    def every(case: Case) -> None:
+        try:
+            outcome = check_model(case)
+        except Exception as error:
+            kind = type(error)
+            smallest = case.smallest(lambda other: type(model_fails(other)) is kind)
+            raise AssertionError(f"{smallest}\n{model_fails(smallest)}") from error
+        outcomes.add(outcome)
+
+    every()
+    outcomes.check(0.1)
+
+
+def test_random_models() -> None:
+    fuzz_models(settings(FEW, max_examples=8))
+
+
+@pytest.mark.slow
+def test_many_random_models() -> None:
+    fuzz_models(settings(MANY, max_examples=int(os.environ.get("ICW_FUZZ_EXAMPLES", "600")) // 5))
