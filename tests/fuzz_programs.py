@@ -219,10 +219,18 @@ class Program:
         self.steps.append((what, *arguments))
         return True
 
-    def without(self, left_out: set[int]) -> "Program | None":
-        """The program without some of its steps, if that is one."""
+    def in_other_formats(self) -> "Program | None":
+        """The same function for caches of other formats: one compiled function must tell them apart."""
+        others = {
+            name: CacheInput(cache.values, 0, not cache.equalize and "equalized" not in WITHOUT)
+            for name, cache in self.caches.items()
+        }
+        return self.without(set(), others)
+
+    def without(self, left_out: set[int], caches: dict[str, CacheInput] | None = None) -> "Program | None":
+        """The program without some of its steps, or with other caches, if that is one."""
         other = Program(dynamic=self.dynamic)
-        for name, cache in self.caches.items():
+        for name, cache in (caches or self.caches).items():
             other.take(name, cache)
         for name, value in self.inputs.items():
             other._give(name, value)
@@ -300,7 +308,13 @@ class Program:
 
     def _write(self, line: str, targets: tuple[str, ...]) -> None:
         """A line that writes into ``targets``."""
-        exec(line, self.env)
+        before = [(x, x.clone()) for x in [*(s.values for s in self.stores), *(self.env[i] for i in self.inputs)]]
+        try:
+            exec(line, self.env)
+        except Exception:  # it may have come halfway
+            for x, value in before:
+                x.copy_(value)
+            raise
         self.lines.append(line)
         self.writes += 1
         for name in targets:
@@ -682,6 +696,10 @@ def step_write(d: Draw) -> None:
 
 
 def overlap(program: Program, a: str, b: str) -> bool:
+    """Whether one memory is behind both, or the same more than once behind ``a``."""
+    value = program.env[a]
+    if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
+        return True
     return program.env[a].untyped_storage().data_ptr() == program.env[b].untyped_storage().data_ptr()
 
 

@@ -936,3 +936,23 @@ def test_part_of_a_cache_that_is_returned(part: Callable[[Tensor], Tensor]) -> N
     assert relative_distance(returned * 1.0, expected) <= CLOSE
     grown = torch.cat([returned, expected[:, :, :1]], dim=-2)  # as the next step would
     assert relative_distance(grown * 1.0, torch.cat([expected, expected[:, :, :1]], dim=-2)) <= CLOSE
+
+
+@WAYS
+@pytest.mark.parametrize("equalize", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x @ torch.ones(HEAD_DIM, 3),  # which views all rows of a contiguous tensor as one matrix
+        lambda x: torch.nn.functional.linear(x, torch.ones(3, HEAD_DIM)),
+        lambda x: x.view(1, -1, HEAD_DIM) * 1.0,
+        lambda x: x.view(HEADS, -1, HEAD_DIM) * 1.0,
+        lambda x: x.flatten(1, 2) * 1.0,
+    ],
+)
+def test_grown_cache_that_is_viewed(function: Callable[[Tensor], Tensor], equalize: bool, way: Callable) -> None:
+    x = torch.cat([QuantizedKV.quantize(states(batch=1), equalize=equalize), states(1, seed=1, batch=1)], dim=-2)
+    expected = function(x.dequantize())
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", icw_compile.UnquantizedCacheWarning)
+        assert relative_distance(way(function)(x), expected) <= CLOSE
