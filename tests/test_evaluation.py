@@ -1,6 +1,7 @@
 """``icw-compile eval``: the scores, the hard cases, and the numerical study that equalisation rests on."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,24 @@ def test_windows_that_do_not_fit(wrong: dict[str, int]) -> None:
         cut(**wrong)
 
 
+def assert_same_scores(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two ways of reading the same stored keys and values, which differ in the order of float32 sums alone.
+
+    Up to that order both are equal, but not to the last bit, and a number that lies between two steps of int8 may be
+    rounded to either. A state is off by about 1e-6 of its size, at most 127 * 1e-6 steps, so that about one number in
+    4,000 is rounded the other way, and then differs by a whole step, where quantization errs by sqrt(1/12) of one: the
+    logits move by sqrt(12 / 4,000) = 5 % of what quantization moves them. The divergence is the square of that move:
+    10 % at most, if all errors add up. What the move itself changes in the first order, the mean loss, is bounded by
+    the same 5 % of sqrt(2 * KL). Which numbers are rounded where depends on the CPU.
+    """
+    move = 0.05 * (2 * max(one["kl_mean"], other["kl_mean"])) ** 0.5 + 1e-6
+    assert one["kl_mean"] == pytest.approx(other["kl_mean"], rel=0.1, abs=1e-10)
+    assert one["logit_distance"] == pytest.approx(other["logit_distance"], rel=0.1, abs=1e-4)
+    for name in ("perplexity", "perplexity_ratio"):
+        assert math.log(one[name]) == pytest.approx(math.log(other[name]), rel=0, abs=move), name
+    assert one["top1_agreement"] == pytest.approx(other["top1_agreement"], rel=0, abs=2.5 / one["tokens"]), "near ties"
+
+
 def test_chunks_and_batches_change_no_score() -> None:
     """Several tokens a step, several windows a batch: each score still reads the same stored keys and values."""
     model = tiny_model()
@@ -53,10 +72,9 @@ def test_chunks_and_batches_change_no_score() -> None:
     rows.append(Contender("reference", model, lambda length: reference_cache(model, length)))
     together, alone = qualities(rows, cut()), qualities(rows, cut(chunk=1, batch=1))
     assert together[1]["total"]["kl_mean"] > 1e-7, "ours is quantized"
-    for one, other in zip(together, alone):
-        for name in ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "logit_distance"):
-            assert one["total"][name] == pytest.approx(other["total"][name], rel=1e-2, abs=1e-8), name
-    assert together[1]["total"]["kl_mean"] == pytest.approx(together[2]["total"]["kl_mean"], rel=1e-2)
+    for one, other in zip(together, alone, strict=True):
+        assert_same_scores(one["total"], other["total"])
+    assert_same_scores(together[1]["total"], together[2]["total"])
 
 
 def test_scores() -> None:
@@ -74,10 +92,15 @@ def test_scores() -> None:
     losses = [-x.gather(-1, ids[:, prompt + 1 :, None]).mean() for x in (p, q)]
     assert ours["tokens"] == 96
     assert ours["reference_perplexity"] == pytest.approx(losses[0].exp().item(), rel=1e-5)
-    assert ours["perplexity"] == pytest.approx(losses[1].exp().item(), rel=1e-5)
-    assert ours["kl_mean"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=2e-2)
-    assert ours["top1_agreement"] == pytest.approx((a.argmax(-1) == b.argmax(-1)).double().mean().item())
-    assert ours["logit_distance"] == pytest.approx((a - b).abs().max().item(), rel=1e-2)
+    plainly = {
+        "tokens": 96,
+        "perplexity": losses[1].exp().item(),
+        "perplexity_ratio": (losses[1] - losses[0]).exp().item(),
+        "kl_mean": (p.exp() * (p - q)).sum(-1).mean().item(),
+        "top1_agreement": (a.argmax(-1) == b.argmax(-1)).double().mean().item(),
+        "logit_distance": (a - b).abs().max().item(),
+    }
+    assert_same_scores(ours, plainly)
 
 
 @pytest.fixture

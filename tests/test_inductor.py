@@ -66,7 +66,11 @@ QUICK = [
     [m if m in QUICK else pytest.param(*m, marks=pytest.mark.slow) for m in MODEL_ATTENTIONS],
 )
 def test_generation_in_bfloat16(name: str, attention: str) -> None:
-    """As near to the reference as 2x the distance of the stock compiled model from eager."""
+    """As near to the reference as 2x the distance of the stock compiled model from eager, or as bfloat16 allows.
+
+    That distance is a matter of the CPU: where both round at the same places it is nothing. A bfloat16 number is up to
+    2**-9 of itself off, and some 20 operations of two layers round, each for itself: sqrt(20) * 2**-9, about 2**-7.
+    """
     model = tiny_model(name, attention=attention, dtype=torch.bfloat16)
     ids, chunks = tokens(40), (9, *(1,) * 24)
     step = torch.compile(model, backend="icw_int8kv", fullgraph=True)
@@ -86,7 +90,7 @@ def test_generation_in_bfloat16(name: str, attention: str) -> None:
     print(
         f"{name} {attention}: ours from the reference {distances[0]:.4f}, stock compiled from eager {distances[1]:.4f}"
     )
-    assert distances[0] <= 2 * distances[1]
+    assert distances[0] <= 2 * max(distances[1], 2.0**-7)
 
 
 def test_dynamic_cache_of_many_layers() -> None:

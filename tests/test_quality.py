@@ -46,5 +46,8 @@ def test_held_out_text(dtype: torch.dtype, attention: str) -> None:
     print(f"{dtype} {attention}: KL {divergence.mean():.2e}, perplexity {perplexities}, top-1 {agreement:.4f}")
     assert perplexities[0] < 25, "the model is trained"
     assert divergence.mean().item() <= 1e-3
-    assert abs(perplexities[1] / perplexities[0] - 1) <= 1e-3
+    # In bfloat16 each logit, of size 10 or so, is another 2**-9 of itself off in each of the two, differently on each
+    # CPU: 0.03 of a nat in each of the 4,096 losses, which is 5e-4 in their mean. Three times that is within chance.
+    noise = 1.5e-3 if dtype == torch.bfloat16 else 0.0
+    assert abs(perplexities[1] / perplexities[0] - 1) <= 1e-3 + noise
     assert agreement >= 0.98

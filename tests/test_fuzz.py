@@ -1,0 +1,275 @@
+"""Random functions of quantized caches, and random models, against float tensors that store what int8 would.
+
+``make test`` runs the same few examples each time. For more of them, and other ones each time::
+
+    ICW_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py -m slow
+
+A failure prints the smallest function that fails, with its inputs. ``ICW_FUZZ_WITHOUT`` leaves kinds of lines out
+(`fuzz_programs.WITHOUT`).
+"""
+
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from fuzz_models import Case, cases
+from fuzz_programs import Program, programs
+from hypothesis import HealthCheck, Phase, event, given, settings
+from support import EAGER
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+
+import icw_compile
+from icw_compile import QuantizedKV
+
+#: Of float32 sums in another order.
+CLOSE = 2e-5
+
+FEW = settings(
+    max_examples=60,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate,),  # it shrinks by itself: see `Program.smallest`
+)
+MANY = settings(FEW, max_examples=int(os.environ.get("ICW_FUZZ_EXAMPLES", "600")), derandomize=False)
+
+
+class Wrong(Exception):
+    """Another answer than the oracle's."""
+
+
+def refusal(error: BaseException) -> str | None:
+    """The text of one of our own clear errors, or ``None``."""
+    cause = getattr(error, "inner_exception", error)
+    text = str(cause)
+    return text if isinstance(cause, NotImplementedError) and "icw_int8kv" in text else None
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        return float("inf")
+    difference = (actual.double() - expected.double()).norm()
+    found = (difference / expected.double().norm().clamp(min=1e-6)).item()
+    return found if found == found else float("inf")
+
+
+def one_rounding(expected: Tensor, shift: Tensor) -> Tensor:
+    """How far one more rounding may move each element: a step of its row."""
+    factor = torch.exp2(shift)
+    plain = expected.abs().amax(-1, keepdim=True) / 127.0
+    return plain.expand_as(expected).maximum((expected / factor).abs().amax(-1, keepdim=True) / 127.0 * factor)
+
+
+def as_floats(x: Tensor) -> Tensor:
+    return x.dequantize() if isinstance(x, QuantizedKV) else x
+
+
+def check(program: Program, call: Callable[..., Any]) -> str:
+    """``"right"``, or ``"refused"`` with one of our clear errors."""
+    arguments = program.arguments()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", icw_compile.UnquantizedCacheWarning)
+        try:
+            returned = call(*arguments.values())
+        except (NotImplementedError, BackendCompilerFailed) as error:
+            if refusal(error) is None:
+                raise
+            return "refused"
+    close = 0.15 if program.within_one_rounding else CLOSE
+    for name, actual in zip(program.outputs, returned, strict=True):
+        expected = program.env[name]
+        if name in program.shadows and program.within_one_rounding:
+            compare_rows(program, name, as_floats(actual))
+        elif (found := distance(as_floats(actual), expected)) > close:
+            raise Wrong(f"output {name} is {found:.3g} off\n{as_floats(actual)}\nexpected\n{expected}")
+    for name in program.caches:
+        compare_rows(program, name, as_floats(arguments[name]))
+    for name, value in program.inputs.items():
+        if not torch.equal(arguments[name], program.env[name]):
+            raise Wrong(f"input {name} holds another value:\n{arguments[name]}\nexpected\n{program.env[name]}\n{value}")
+    return "right"
+
+
+def compare_rows(program: Program, name: str, actual: Tensor) -> None:
+    expected = program.env[name]
+    if program.within_one_rounding and expected.dim() > 1 and actual.shape == expected.shape:
+        bound = 2.02 * one_rounding(expected, program.shadows[name]) if expected.numel() else expected
+        if not ((actual - expected).abs() <= bound + 1e-6).all():
+            raise Wrong(f"{name} holds rows that no rounding explains:\n{actual}\nexpected\n{expected}")
+    elif (found := distance(actual, expected)) > CLOSE:
+        raise Wrong(f"{name} holds other rows, {found:.3g} off:\n{actual}\nexpected\n{expected}")
+
+
+class Outcomes:
+    """How the examples of one test ended, and how long they took."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.started = time.perf_counter()
+
+    def add(self, outcome: str) -> None:
+        self.counts[outcome] += 1
+        event(outcome)
+
+    def check(self, most_refused: float) -> None:
+        """Say so, and fail if more than this share was refused with a clear error."""
+        total = sum(self.counts.values())
+        seconds = time.perf_counter() - self.started
+        said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.counts.items()))
+        print(f"\n{total} examples in {seconds:.0f} s: {said}")
+        assert self.counts["refused"] <= most_refused * total, f"too many clear errors: {said}"
+
+
+def through_the_backend(program: Program) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(
+        program.function(), backend="icw_int8kv", fullgraph=True, dynamic=program.dynamic, options=EAGER
+    )
+
+
+def as_it_is(program: Program) -> Callable[..., Any]:
+    return program.function()
+
+
+def check_twice(program: Program, call: Callable[..., Any]) -> str:
+    """Once more with new caches, and with caches of another format: for one compiled function as for two."""
+    outcome = check(program, call)
+    if outcome == "right":
+        check(program, call)
+        if (other := program.in_other_formats()) is not None:
+            check(other, call)
+    return outcome
+
+
+def fails(program: Program, way: Callable[[Program], Callable[..., Any]]) -> Exception | None:
+    try:
+        check_twice(program, way(program))
+    except Exception as error:
+        return error
+    return None
+
+
+def fuzz(how: settings, way: Callable[[Program], Callable[..., Any]]) -> None:
+    outcomes = Outcomes()
+
+    @how
+    @given(programs())
+    def every(program: Program) -> None:
+        if way is as_it_is and program.writes_cut_rows:
+            return  # a view that cuts rows is documented to be a copy
+        try:
+            outcome = check_twice(program, way(program))
+        except Exception as error:
+            if way is through_the_backend and stock_refuses(program):
+                outcomes.add("refused by torch.compile itself")
+                return
+            kind = type(error)
+            smallest = program.smallest(lambda other: type(fails(other, way)) is kind)
+            raise AssertionError(f"{smallest}\n{fails(smallest, way)}") from error
+        outcomes.add(f"{outcome}, one more rounding allowed" if program.within_one_rounding else outcome)
+
+    every()
+    outcomes.check(0.2)
+
+
+def stock_refuses(program: Program) -> bool:
+    """Whether torch.compile does not take the function either, on floats."""
+    torch._dynamo.reset()
+    floats = [as_floats(x) for x in program.arguments().values()]
+    try:
+        with torch.no_grad():
+            torch.compile(program.function(), backend="aot_eager", fullgraph=True, dynamic=program.dynamic)(*floats)
+    except Exception:
+        return True
+    return False
+
+
+WAYS = pytest.mark.parametrize("way", [through_the_backend, as_it_is])
+
+
+@WAYS
+def test_random_functions(way: Callable[..., Any]) -> None:
+    fuzz(FEW, way)
+
+
+@pytest.mark.slow
+@WAYS
+def test_many_random_functions(way: Callable[..., Any]) -> None:
+    fuzz(MANY, way)
+
+
+# Models.
+
+#: Of logits: a number that lies between two steps of int8 may be rounded to either.
+CLOSE_LOGITS = 3e-3
+CLOSE_ROWS = 1e-2
+
+
+def check_model(case: Case) -> str:
+    """``"right"``, ``"refused"``, or that transformers or torch.compile do not take it themselves."""
+    try:
+        model = case.model()
+        expected = case.expected(model)
+        case.run(model, model, stock := replace(case, cache=case.cache.replace("made", "static")).new_cache(model))
+        del stock
+    except Exception:
+        return "refused without us"
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="icw_int8kv", fullgraph=True, dynamic=case.dynamic, options=case.options())
+    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
+        warnings.simplefilter("ignore", icw_compile.UnquantizedCacheWarning)
+        try:
+            actual = case.run(model, call, case.new_cache(model))
+        except (NotImplementedError, BackendCompilerFailed) as error:
+            if refusal(error) is None:
+                raise
+            return "refused"
+    steps = sum(isinstance(step, int) for step in case.steps)
+    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        what = f"logits of call {i}" if i < steps else f"layer {(i - steps) // 2} {('keys', 'values')[(i - steps) % 2]}"
+        if (found := distance(one, other)) > (CLOSE_LOGITS if i < steps else CLOSE_ROWS):
+            raise Wrong(f"{what}: {found:.3g} off, of shape {tuple(one.shape)} and {tuple(other.shape)}")
+    return "right"
+
+
+def model_fails(case: Case) -> Exception | None:
+    try:
+        check_model(case)
+    except Exception as error:
+        return error
+    return None
+
+
+def fuzz_models(how: settings) -> None:
+    outcomes = Outcomes()
+
+    @how
+    @given(cases())
+    def every(case: Case) -> None:
+        try:
+            outcome = check_model(case)
+        except Exception as error:
+            kind = type(error)
+            smallest = case.smallest(lambda other: type(model_fails(other)) is kind)
+            raise AssertionError(f"{smallest}\n{model_fails(smallest)}") from error
+        outcomes.add(outcome)
+
+    every()
+    outcomes.check(0.1)
+
+
+def test_random_models() -> None:
+    fuzz_models(settings(FEW, max_examples=8))
+
+
+@pytest.mark.slow
+def test_many_random_models() -> None:
+    fuzz_models(settings(MANY, max_examples=int(os.environ.get("ICW_FUZZ_EXAMPLES", "600")) // 5))
