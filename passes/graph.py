@@ -203,6 +203,7 @@ class KVGraph:
     """
 
     view = torch.ops.aten.reshape.default
+    takes_effect = True
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ from icw_compile.passes.graph import (
     Storage,
     aliases,
     is_mutation,
+    root_of,
     viewed_by,
     written_by,
 )
@@ -72,6 +73,7 @@ def propagate(graph: KVGraph) -> int:
                 _note(values[each].site.writes, node)
         else:
             _refuse_writes_through(node, values)
+            _read_late(graph, node, values)
             _give_values(graph, node, values)
 
     for node in reversed(values):
@@ -111,6 +113,36 @@ def _give_values(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> dic
                 given[operand] = graph.decode(values[operand])
             node.replace_input_with(operand, given[operand])
     return given
+
+
+def _read_late(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> None:
+    """A view that becomes a copy is made again for those who read it after a write that it would have shown."""
+    viewed = next((each for each in viewed_by(node) if each in values), None)
+    if viewed is None:
+        return
+    root, write = root_of(viewed), node.next
+    while write.op != "root" and not any(root_of(each) is root for each in written_by(write)):
+        write = write.next
+    if write.op == "root":
+        return
+    views = list(aliases(node))
+    for view in views:
+        for reader in [user for user in view.users if user not in views and write < user]:
+            with graph.before(reader):
+                reader.replace_input_with(view, _view_again(graph, view, node, graph.decode(values[viewed]), viewed))
+
+
+def _view_again(graph: KVGraph, view: Node, first: Node, value: Node, viewed: Node) -> Any:
+    """``view``, which is ``first`` or a view of that, of ``value`` in place of ``viewed``."""
+    if view.target is operator.getitem:
+        return _view_again(graph, view.args[0], first, value, viewed)[view.args[1]]
+    if view is first:
+        source, again = viewed, value
+    else:
+        source = viewed_by(view)[0]
+        again = _view_again(graph, source, first, value, viewed)
+    args, kwargs = torch.fx.map_arg((view.args, view.kwargs), lambda each: again if each is source else each)
+    return graph.call(view.target, *args, **kwargs)
 
 
 def _write_back(graph: KVGraph, node: Node, written: list[Node], values: dict[Node, Storage]) -> None:

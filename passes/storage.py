@@ -282,7 +282,8 @@ def _adopt_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
 class _Fakes:
     """The `icw_compile.formats.Evaluator` of fake tensors."""
 
-    view = aten.view.default
+    view = aten.reshape.default
+    takes_effect = False
 
     def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
@@ -340,6 +341,7 @@ def _take_input(
         length = placeholder("length")
         length.meta = {"val": value.shape[2], "dynamo_placeholder": node.meta.get("dynamo_placeholder")}
         extra = length.name
+    first = last.next  # of the graph proper
     appends = _Append.find(graph, node, stored)
     rows = 0 if appends is None else appends.rows
     graph.inputs[node.name] = Input(names, extra, rows if isinstance(rows, int) else rows.name, written)
@@ -347,17 +349,16 @@ def _take_input(
         _append(graph, appends, stored, length, names)
         _stand_for(graph, appends.cat, appends.result, uses, before=appends.cat, cache="dynamic", name=name)
         graph.sites[-1].writes.append("append")
-    with graph.before(last.next):
+    with graph.before(first):
         shown = stored.with_parts(
             **{each: graph.call(aten.narrow.default, part, 2, 0, length) for each, part in stored.rows.items()}
         )
     if node.users:
-        _stand_for(graph, node, shown, uses, before=last.next, cache="dynamic", name=name, is_site=appends is None)
+        _stand_for(graph, node, shown, uses, before=first, cache="dynamic", name=name, is_site=appends is None)
+    elif appends is None:
+        _stand_for(graph, node, shown, uses, before=first, cache="dynamic", name=name)
     else:
-        if appends is None:
-            _stand_for(graph, node, shown, uses, before=last.next, cache="dynamic", name=name)
-        else:
-            graph.graph.erase_node(node)
+        graph.graph.erase_node(node)
 
 
 class _Append:

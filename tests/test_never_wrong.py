@@ -26,6 +26,7 @@ from transformers import DynamicCache, StaticCache
 import icw_compile
 from icw_compile import QuantizedKV
 from icw_compile.cache import growth
+from icw_compile.cache.tensor import _EAGER as eager
 from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize, reference_cache
 from icw_compile.lab.tiny import tiny_causal_lm
 
@@ -94,7 +95,11 @@ def check(
     for one, other in zip(actual, expected, strict=True):
         assert relative_distance(one, other) <= close
     for position in caches:
-        assert relative_distance(ours[position].dequantize(), floats[position]) <= close, "what the cache holds"
+        held, expected_rows = ours[position].dequantize(), floats[position]
+        if expected_rows.any():
+            assert relative_distance(held, expected_rows) <= close, "what the cache holds"
+        else:
+            assert not held.any(), "what the cache holds"
 
 
 # B1: a sliding window of one head, where the slice that transformers keeps is contiguous, and not all of its storage.
@@ -455,8 +460,11 @@ def test_float16_query_on_a_shifted_channel(attention: str, length: int) -> None
     q[..., 3] = 600.0
     with torch.no_grad():
         actual = through_the_backend(sdpa, **{"icw.attention": attention})(q, *stored)
-    expected = sdpa(q.float(), *(x.dequantize().float() for x in stored))
-    assert relative_distance(actual, expected) <= 2e-2
+    # A row may be read as float16 or as it is stored: at 2.0 the first is off by 2**-11, which is 0.15 in a score.
+    exact = [x.format.decode(eager, x.value, torch.float32) for x in stored]
+    rounded = [x.dequantize().float() for x in stored]
+    distances = [relative_distance(actual, sdpa(q.float(), *rows)) for rows in (exact, rounded)]
+    assert min(distances) <= 2e-2
 
 
 # B13: threads on one growing tensor.

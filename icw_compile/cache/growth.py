@@ -13,8 +13,9 @@ moves to a room of its own (`icw_compile.cache.tensor.QuantizedKV`). A room may 
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,10 @@ def capacity_for(rows: int) -> int:
     return (rows + max(256, rows // 4)) // 64 * 64
 
 
+def _nothing() -> None:
+    return None
+
+
 class Claim:
     """That a tensor lives on a room; it ends with the tensor. `Room.claim` and `Room.extend` make one.
 
@@ -56,9 +61,10 @@ class Claim:
         start, end: the rows of the room that the tensor shows, or that what it is a view of shows.
         owner: the same object for a tensor and its views.
         is_view: the tensor is not just rows that follow each other.
+        tensor: the tensor, by a weak reference.
     """
 
-    __slots__ = ("__weakref__", "end", "is_view", "owner", "room", "start")
+    __slots__ = ("__weakref__", "end", "is_view", "owner", "room", "start", "tensor")
 
     def __init__(self, room: "Room", start: int, end: int, owner: object, is_view: bool) -> None:
         self.room = room
@@ -66,6 +72,7 @@ class Claim:
         self.end = end
         self.owner = owner
         self.is_view = is_view
+        self.tensor: Callable[[], Any] = _nothing
 
     def others(self) -> "list[Claim]":
         """The claims of the other tensors on this room."""

@@ -1,6 +1,7 @@
 """`QuantizedKV`: the tensor that a cache layer holds in place of its float keys or values."""
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
+from icw_compile.compat.fx import tree_leaves, tree_map
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
 from icw_compile.formats.rules import RULES, append, decode, overwrite
 
@@ -117,6 +119,8 @@ class QuantizedKV(Tensor):
             setattr(self, name, part)
         self._layout = layout
         self._claim = claim
+        if claim is not None:
+            claim.tensor = weakref.ref(self)
         return self
 
     @classmethod
@@ -283,9 +287,13 @@ class QuantizedKV(Tensor):
         return self
 
     def _move_to(self, room: Room) -> None:
-        self._claim = room.claim(0, self.shape[2])
+        self._place(room.claim(0, self.shape[2]))
+
+    def _place(self, claim: Claim) -> None:
+        claim.tensor = weakref.ref(self)
+        self._claim = claim
         names = (f"_{name}" for name in self.whole.rows)
-        for name, part in zip(names, room.from_row(0), strict=True):
+        for name, part in zip(names, claim.room.from_row(claim.start), strict=True):
             setattr(self, name, part)
 
     def separate(self) -> None:
@@ -299,6 +307,32 @@ class QuantizedKV(Tensor):
             for spec, name in zip(self._layout.format.parts, self._names, strict=True):
                 if not spec.has_rows:
                     setattr(self, name, getattr(self, name).clone())
+
+    def _compact(self) -> None:
+        """Leave the spare rows, with all views of this tensor: it is contiguous, as what it stands for is."""
+        claim = self._claim
+        assert claim is not None
+        family = [claim, *claim.others()]
+        first, last = min(each.start for each in family), max(each.end for each in family)
+        tensors = [each.tensor() for each in family]
+        if any(each.is_view for each in family) or None in tensors or (first, last) != (claim.start, claim.end):
+            raise NotImplementedError(
+                "icw_int8kv: `view` of a cache with spare rows, of which there are views: use `reshape`, which copies."
+            )
+        room = Room([part[:, :, first:last].clone() for part in claim.room.parts])
+        for each, tensor in zip(family, tensors, strict=True):
+            assert tensor is not None
+            tensor._place(room.claim(each.start - first, each.end - first, each.owner))
+
+    def share_memory_(self) -> "QuantizedKV":
+        """Move the stored parts to memory that other processes see."""
+        for part in self.buffers:
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether other processes see the stored parts."""
+        return all(part.is_shared() for part in self.buffers)
 
     def dequantize(self) -> Tensor:
         """The values as an ordinary float tensor, of this tensor's dtype."""
@@ -368,6 +402,9 @@ class QuantizedKV(Tensor):
             return _on_values(func, args, kwargs)
         x = args[0]
         claim = x._claim if isinstance(x, QuantizedKV) else None
+        run = _EAGER if isinstance(x, QuantizedKV) and _is_real(x) else _SHAPES
+        if not isinstance(x, QuantizedKV):  # a list of them, or a float tensor that one is written to
+            run = _EAGER if all(_is_real(each) for each in _all_of(args)) else _SHAPES
         if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:]):
             return x._batchwise(rule, args, kwargs)
         if func._schema.is_mutable:
@@ -375,11 +412,10 @@ class QuantizedKV(Tensor):
         if claim is not None and func._schema.arguments[0].alias_info is not None:  # a write into x, or a view of it
             x.separate()
             claim = x._claim
-            if func is aten.view.default and not x.value.parts[0].is_contiguous() and not claim.others():
-                # As the float tensor that it stands for, it is contiguous: without spare rows it is.
-                x._move_to(Room.copy_of(list(x.whole.rows.values()), x.shape[2], x.shape[2]))
+            if func is aten.view.default and not x.value.parts[0].is_contiguous():
+                x._compact()
                 claim = x._claim
-        results = rule(_EAGER, *_to_stored(args), **_to_stored(kwargs))
+        results = rule(run, *_to_stored(args), **_to_stored(kwargs))
         if results is None:
             return _on_values(func, args, kwargs)
         if func._schema.is_mutable:
@@ -403,6 +439,67 @@ class QuantizedKV(Tensor):
         moved = rule(_EAGER, self.whole, *args[1:], **kwargs)
         room = Room(list(moved.rows.values()))
         return self._on(room.claim(0, self.shape[2]), moved)
+
+
+class DecodedView(Tensor):
+    """What a `QuantizedKV` gives in place of a view that it cannot give: a copy of its values, to be read only.
+
+    A write into the view would have reached the cache; a write into the copy would be lost, and is refused.
+    """
+
+    _values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> "DecodedView":
+        self: DecodedView = torch.Tensor._make_wrapper_subclass(
+            cls,
+            values.shape,
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            device=values.device,
+        )
+        self._values = values
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["_values"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], context: None, size: Any, stride: Any) -> "DecodedView":
+        return DecodedView(parts["_values"])
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"DecodedView({self._values!r})"
+
+    def tolist(self) -> Any:
+        return self._values.tolist()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for argument, value in zip(func._schema.arguments, args):
+            if isinstance(value, DecodedView) and argument.alias_info is not None and argument.alias_info.is_write:
+                raise NotImplementedError(
+                    f"icw_int8kv: `{func}` writes into part of a row of a quantized cache, or into a view of it that "
+                    "has to be a copy: the write would be lost. Write whole rows of head_dim, into the cache itself."
+                )
+        plain_args, plain_kwargs = tree_map(_plain, (args, kwargs or {}))
+        result = func(*plain_args, **plain_kwargs)
+        return _read_only(func, result) if isinstance(args[0], DecodedView) else result
+
+
+def _plain(value: Any) -> Any:
+    return value._values if isinstance(value, DecodedView) else value
+
+
+def _read_only(func: Any, result: Any) -> Any:
+    """``result``, guarded against writes where ``func`` returns views of what it was given."""
+    is_view = any(each.alias_info is not None for each in func._schema.returns)
+    return tree_map(lambda x: DecodedView(x) if type(x) is Tensor else x, result) if is_view else result
 
 
 def _rebuild(layout: Format, parts: tuple[Tensor, ...], axes: str) -> QuantizedKV:
@@ -435,6 +532,11 @@ def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
         value = append(_EAGER, value, _to_stored(new), start, new.shape[2])
         start += new.shape[2]
     return QuantizedKV._on(claim, value)
+
+
+def _all_of(value: Any) -> list[QuantizedKV]:
+    """Every `QuantizedKV` among arguments, in lists as well."""
+    return [x for x in tree_leaves(value) if isinstance(x, QuantizedKV)]
 
 
 def _is_real(x: QuantizedKV) -> bool:
@@ -479,6 +581,7 @@ class _Eager:
     """The `icw_compile.formats.Evaluator` that runs each operation."""
 
     view = aten.view.default
+    takes_effect = True
 
     def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
@@ -496,7 +599,15 @@ class _Eager:
         return type(a) is Tensor and type(b) is Tensor and torch.equal(a, b)
 
 
+class _Shapes(_Eager):
+    """The same for fake tensors, as a compiler traces them: a view is of any layout, and a write is not carried out."""
+
+    view = aten.reshape.default
+    takes_effect = False
+
+
 _EAGER = _Eager()
+_SHAPES = _Shapes()
 
 
 def _to_stored(value: Any) -> Any:
@@ -524,7 +635,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain_kwargs = {name: dequantized(value) for name, value in kwargs.items()}
     result = func(*plain_args, **plain_kwargs)
     if not func._schema.is_mutable:
-        return result
+        return _read_only(func, result)
     written = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -574,6 +685,8 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten._pin_memory.default: _pin_memory,
     aten.is_pinned.default: lambda x, device=None: x.buffers[0].is_pinned(device),
     aten.dequantize.self: QuantizedKV.dequantize,
+    # The memory that a stream uses is that of the parts.
+    aten.record_stream.default: lambda x, stream: [part.record_stream(stream) for part in x.buffers] and None,
 }
 
 # `torch.load(..., weights_only=True)` reads tensors of this class, those of version 0.1.0 as well.

@@ -61,6 +61,8 @@ class Evaluator(Protocol):
     #: The operation that gives parts another shape. Spare rows may lie between the heads of a part, where there are
     #: none between those of the tensor that it stands for, so that ``view`` will not always do.
     view: Any
+    #: Whether what it runs is carried out, in the end: it is not where only shapes are worked out.
+    takes_effect: bool
 
     def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
 

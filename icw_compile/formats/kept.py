@@ -32,6 +32,8 @@ _END = 2**63 - 1
 
 def keep_rows(exact: Tensor, position: Tensor, values: Tensor, index: Tensor, sinks: int) -> tuple[Tensor, Tensor]:
     tokens, kept = values.shape[-2], exact.shape[-2] - sinks
+    if tokens == 0:
+        return exact.clone(), position.clone()
     position = torch.where(position < index[0], position, -1)
     # The gaps first: they are the next to go.
     order = (position[sinks:] >= 0).to(torch.uint8).argsort(stable=True)

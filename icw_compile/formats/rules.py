@@ -423,7 +423,7 @@ def append(run: Evaluator, x: Stored, source: Any, start: Any, rows: int | Any) 
 def _index_copy_(run: Evaluator, x: Any, dim: int, index: Any, source: Any) -> Stored | None:
     if not isinstance(x, Stored) or not _fits(run, x, source):
         return None
-    _refuse_views_that_keep(x)
+    _refuse_views_that_keep(run, x)
     axis = _axis(x, dim)
     if axis == "D" or (axis != "T" and not _all_have(x, "T")):
         return None
@@ -436,7 +436,7 @@ def _index_copy_(run: Evaluator, x: Any, dim: int, index: Any, source: Any) -> S
 def _index_put_(run: Evaluator, x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False) -> Stored | None:
     if not isinstance(x, Stored) or accumulate or not _fits(run, x, values):
         return None
-    _refuse_views_that_keep(x)
+    _refuse_views_that_keep(run, x)
     used = _dims_used(run, indices)
     if used >= len(x.axes):
         return None
@@ -455,7 +455,7 @@ def _copy_(run: Evaluator, x: Any, source: Any, non_blocking: bool = False) -> S
         return None
     if not isinstance(source, Stored) and len(run.tensor(source).shape) > len(x.axes):
         return None
-    _refuse_views_that_keep(x)
+    _refuse_views_that_keep(run, x)
     written = _write(run, aten.copy_.default, x.format.settle(run, x, source), (), source)
     if not x.kept:
         return written
@@ -503,13 +503,13 @@ def _write(run: Evaluator, target: Any, x: Stored, where: Sequence[Any], source:
 
 def overwrite(run: Evaluator, x: Stored, values: Any) -> Stored:
     """Encode all of ``values`` again into the storage of ``x``: after an operation that no rule carries out."""
-    _refuse_views_that_keep(x)
+    _refuse_views_that_keep(run, x)
     return x.format.forget(run, _write(run, aten.copy_.default, x, (), values))
 
 
-def _refuse_views_that_keep(x: Stored) -> None:
+def _refuse_views_that_keep(run: Evaluator, x: Stored) -> None:
     """Rows that are kept besides are those of the whole: a write into a view would leave them as they were."""
-    if x.is_view and x.kept:
+    if x.is_view and x.kept and run.takes_effect:
         raise NotImplementedError(
             "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this writes into "
             "a view of it, and the rows that it keeps would not follow."
@@ -519,7 +519,7 @@ def _refuse_views_that_keep(x: Stored) -> None:
 def _zero_(run: Evaluator, x: Any) -> Stored | None:
     if not isinstance(x, Stored):
         return None
-    _refuse_views_that_keep(x)
+    _refuse_views_that_keep(run, x)
     # Zeros are zeros with any shift, and the next first write settles another.
     return x.format.forget(
         run, x.with_parts(**{name: run.call(aten.zero_.default, part) for name, part in x.rows.items()})

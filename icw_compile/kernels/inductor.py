@@ -26,6 +26,7 @@ is_causal, scale, softcap, S) -> [B, Hq, T, Dv]``
     attention.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,21 @@ ATTENTION_ARGUMENTS = (
 )
 
 
+def _in_its_own_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function(tensor, ...)`` outside of autocast: float32 is what its sums are exact in."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *arguments: Any) -> Any:
+        device = first.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(first, *arguments)
+        with torch.autocast(device, enabled=False):
+            return function(first, *arguments)
+
+    return call
+
+
+@_in_its_own_dtypes
 def attention(
     query: Tensor,
     key: Tensor,
@@ -75,6 +91,7 @@ def attention(
     )
 
 
+@_in_its_own_dtypes
 def attention_decode_lse(
     query: Tensor,
     key_rows: Tensor,
@@ -198,6 +215,7 @@ def unite_positions(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a, torch.where(known, -1, b)])
 
 
+@_in_its_own_dtypes
 def merge_rows(
     output: Tensor,
     lse: Tensor,
