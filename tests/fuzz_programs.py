@@ -134,11 +134,9 @@ class CacheInput:
         return round_rows(self.values, self.shift.expand_as(self.values))
 
     def make(self) -> QuantizedKV:
-        from icw_compile.formats.rows import Keep
-
         length = self.values.shape[2] - self.appended
         made = QuantizedKV.quantize(
-            self.values[:, :, :length], equalize=self.equalize, keep=Keep(self.sinks, self.recent)
+            self.values[:, :, :length], equalize=self.equalize, sink_tokens=self.sinks, recent_tokens=self.recent
         )
         for row in range(self.appended):
             made = torch.cat([made, self.values[:, :, length + row : length + row + 1]], dim=-2)
