@@ -2,7 +2,7 @@
 
 ``make test`` runs the same few examples each time. For more of them, and other ones each time::
 
-    ICW_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py -m slow
+    ICW_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py -m slow -s
 
 A failure prints the smallest function that fails, with its inputs. ``ICW_FUZZ_WITHOUT`` leaves kinds of lines out
 (`fuzz_programs.WITHOUT`).
@@ -32,14 +32,16 @@ from icw_compile import QuantizedKV
 CLOSE = 2e-5
 
 FEW = settings(
-    max_examples=60,
+    max_examples=40,
     derandomize=True,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.generate,),  # it shrinks by itself: see `Program.smallest`
 )
-MANY = settings(FEW, max_examples=int(os.environ.get("ICW_FUZZ_EXAMPLES", "600")), derandomize=False)
+#: Functions to compile; 20 times as many are run as they are, and a tenth as many models: about ten minutes.
+EXAMPLES = int(os.environ.get("ICW_FUZZ_EXAMPLES", "300"))
+MANY = settings(FEW, derandomize=False)
 
 
 class Wrong(Exception):
@@ -192,18 +194,22 @@ def stock_refuses(program: Program) -> bool:
     return False
 
 
-WAYS = pytest.mark.parametrize("way", [through_the_backend, as_it_is])
+def test_random_functions() -> None:
+    fuzz(FEW, through_the_backend)
 
 
-@WAYS
-def test_random_functions(way: Callable[..., Any]) -> None:
-    fuzz(FEW, way)
+def test_random_functions_that_are_not_compiled() -> None:
+    fuzz(settings(FEW, max_examples=300), as_it_is)
 
 
 @pytest.mark.slow
-@WAYS
-def test_many_random_functions(way: Callable[..., Any]) -> None:
-    fuzz(MANY, way)
+def test_many_random_functions() -> None:
+    fuzz(settings(MANY, max_examples=EXAMPLES), through_the_backend)
+
+
+@pytest.mark.slow
+def test_many_random_functions_that_are_not_compiled() -> None:
+    fuzz(settings(MANY, max_examples=20 * EXAMPLES), as_it_is)
 
 
 # Models.
@@ -267,9 +273,9 @@ def fuzz_models(how: settings) -> None:
 
 
 def test_random_models() -> None:
-    fuzz_models(settings(FEW, max_examples=8))
+    fuzz_models(settings(FEW, max_examples=3))
 
 
 @pytest.mark.slow
 def test_many_random_models() -> None:
-    fuzz_models(settings(MANY, max_examples=int(os.environ.get("ICW_FUZZ_EXAMPLES", "600")) // 5))
+    fuzz_models(settings(MANY, max_examples=max(EXAMPLES // 10, 1)))
