@@ -122,12 +122,13 @@ class Outcomes:
         event(outcome)
 
     def check(self, most_refused: float) -> None:
-        """Say so, and fail if more than this share was refused with a clear error."""
+        """Say so, and fail if more than this share was refused: by us with a clear error, or without us."""
         total = sum(self.counts.values())
         seconds = time.perf_counter() - self.started
         said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.counts.items()))
         print(f"\n{total} examples in {seconds:.0f} s: {said}")
-        assert self.counts["refused"] <= most_refused * total, f"too many clear errors: {said}"
+        refused = sum(count for outcome, count in self.counts.items() if outcome.startswith("refused"))
+        assert refused <= most_refused * total, f"too few were compared: {said}"
 
 
 def through_the_backend(program: Program) -> Callable[..., Any]:
@@ -269,7 +270,7 @@ def fuzz_models(how: settings) -> None:
         outcomes.add(outcome)
 
     every()
-    outcomes.check(0.1)
+    outcomes.check(0.15)
 
 
 def test_random_models() -> None:
