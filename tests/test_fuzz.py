@@ -2,7 +2,7 @@
 
 ``make test`` runs the same few examples each time. For more of them, and other ones each time::
 
-    ICW_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py -m slow
+    ICW_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py -m slow -s
 
 A failure prints the smallest function that fails, with its inputs. ``ICW_FUZZ_WITHOUT`` leaves kinds of lines out
 (`fuzz_programs.WITHOUT`).
@@ -32,14 +32,16 @@ from icw_compile import QuantizedKV
 CLOSE = 2e-5
 
 FEW = settings(
-    max_examples=60,
+    max_examples=40,
     derandomize=True,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     phases=(Phase.generate,),  # it shrinks by itself: see `Program.smallest`
 )
-MANY = settings(FEW, max_examples=int(os.environ.get("ICW_FUZZ_EXAMPLES", "600")), derandomize=False)
+#: Functions to compile; 20 times as many are run as they are, and a tenth as many models: about ten minutes.
+EXAMPLES = int(os.environ.get("ICW_FUZZ_EXAMPLES", "300"))
+MANY = settings(FEW, derandomize=False)
 
 
 class Wrong(Exception):
@@ -120,12 +122,13 @@ class Outcomes:
         event(outcome)
 
     def check(self, most_refused: float) -> None:
-        """Say so, and fail if more than this share was refused with a clear error."""
+        """Say so, and fail if more than this share was refused: by us with a clear error, or without us."""
         total = sum(self.counts.values())
         seconds = time.perf_counter() - self.started
         said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.counts.items()))
         print(f"\n{total} examples in {seconds:.0f} s: {said}")
-        assert self.counts["refused"] <= most_refused * total, f"too many clear errors: {said}"
+        refused = sum(count for outcome, count in self.counts.items() if outcome.startswith("refused"))
+        assert refused <= most_refused * total, f"too few were compared: {said}"
 
 
 def through_the_backend(program: Program) -> Callable[..., Any]:
@@ -192,18 +195,22 @@ def stock_refuses(program: Program) -> bool:
     return False
 
 
-WAYS = pytest.mark.parametrize("way", [through_the_backend, as_it_is])
+def test_random_functions() -> None:
+    fuzz(FEW, through_the_backend)
 
 
-@WAYS
-def test_random_functions(way: Callable[..., Any]) -> None:
-    fuzz(FEW, way)
+def test_random_functions_that_are_not_compiled() -> None:
+    fuzz(settings(FEW, max_examples=300), as_it_is)
 
 
 @pytest.mark.slow
-@WAYS
-def test_many_random_functions(way: Callable[..., Any]) -> None:
-    fuzz(MANY, way)
+def test_many_random_functions() -> None:
+    fuzz(settings(MANY, max_examples=EXAMPLES), through_the_backend)
+
+
+@pytest.mark.slow
+def test_many_random_functions_that_are_not_compiled() -> None:
+    fuzz(settings(MANY, max_examples=20 * EXAMPLES), as_it_is)
 
 
 # Models.
@@ -263,13 +270,13 @@ def fuzz_models(how: settings) -> None:
         outcomes.add(outcome)
 
     every()
-    outcomes.check(0.1)
+    outcomes.check(0.15)
 
 
 def test_random_models() -> None:
-    fuzz_models(settings(FEW, max_examples=8))
+    fuzz_models(settings(FEW, max_examples=3))
 
 
 @pytest.mark.slow
 def test_many_random_models() -> None:
-    fuzz_models(settings(MANY, max_examples=int(os.environ.get("ICW_FUZZ_EXAMPLES", "600")) // 5))
+    fuzz_models(settings(MANY, max_examples=max(EXAMPLES // 10, 1)))

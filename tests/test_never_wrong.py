@@ -964,3 +964,15 @@ def test_grown_cache_that_is_viewed(function: Callable[[Tensor], Tensor], equali
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", icw_compile.UnquantizedCacheWarning)
         assert relative_distance(way(function)(x), expected) <= CLOSE
+
+
+@pytest.mark.parametrize("kept", [{"icw.sink_tokens": 3}, {"icw.recent_tokens": 2}])
+@pytest.mark.parametrize("attention", ["inductor", "auto"])
+def test_kept_rows_of_a_symbolic_batch(attention: str, kept: dict[str, int]) -> None:
+    """The first token alone, of several sequences, with ``dynamic=True``."""
+    model, ids = tiny_model(head_dim=16), tokens(3, batch=2)
+    options = {"icw.compiler": "eager", "icw.attention": attention, **kept}
+    step = torch.compile(model, backend="icw_int8kv", fullgraph=True, dynamic=True, options=options)
+    actual = run(step, DynamicCache(config=model.config), ids, (1, 1, 1))
+    keep = {name.removeprefix("icw."): count for name, count in kept.items()}
+    assert relative_distance(actual, run(model, dynamic_reference_cache(model, **keep), ids, (1, 1, 1))) <= 2e-3
