@@ -54,6 +54,8 @@ def channel_shift(x: Tensor) -> Tensor:
 
 def round_rows(x: Tensor, shift: Tensor | None = None) -> Tensor:
     """What int8 with a float32 scale for each row stores of ``x``, with the exponent ``shift`` for each element."""
+    if x.numel() == 0:
+        return x
     factor = torch.ones_like(x) if shift is None else torch.exp2(shift)
     rows = x / factor
     scale = rows.abs().amax(-1, keepdim=True) / 127.0

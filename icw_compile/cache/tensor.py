@@ -442,15 +442,19 @@ class QuantizedKV(Tensor):
 
 
 class DecodedView(Tensor):
-    """What a `QuantizedKV` gives in place of a view that it cannot give: a copy of its values, to be read only.
+    """What a `QuantizedKV` gives in place of a view that it cannot give: its values, to be read only.
 
-    A write into the view would have reached the cache; a write into the copy would be lost, and is refused.
+    It shows what is written to the cache later, as a view does. A write into it is refused: it would be lost.
+
+    Args:
+        values: what it shows now.
+        again: makes ``values`` anew.
     """
 
-    _values: Tensor
+    _again: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, values: Tensor) -> "DecodedView":
+    def __new__(cls, values: Tensor, again: Callable[[], Tensor]) -> "DecodedView":
         self: DecodedView = torch.Tensor._make_wrapper_subclass(
             cls,
             values.shape,
@@ -459,47 +463,52 @@ class DecodedView(Tensor):
             dtype=values.dtype,
             device=values.device,
         )
-        self._values = values
+        self._again = again
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["_values"], None
-
-    @staticmethod
-    def __tensor_unflatten__(parts: dict[str, Tensor], context: None, size: Any, stride: Any) -> "DecodedView":
-        return DecodedView(parts["_values"])
+    @property
+    def values_now(self) -> Tensor:
+        """What it shows, as an ordinary tensor."""
+        return self._again()
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return f"DecodedView({self._values!r})"
+        return f"DecodedView({self.values_now!r})"
 
     def tolist(self) -> Any:
-        return self._values.tolist()
+        return self.values_now.tolist()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         for argument, value in zip(func._schema.arguments, args):
             if isinstance(value, DecodedView) and argument.alias_info is not None and argument.alias_info.is_write:
                 raise NotImplementedError(
                     f"icw_int8kv: `{func}` writes into part of a row of a quantized cache, or into a view of it that "
                     "has to be a copy: the write would be lost. Write whole rows of head_dim, into the cache itself."
                 )
-        plain_args, plain_kwargs = tree_map(_plain, (args, kwargs or {}))
-        result = func(*plain_args, **plain_kwargs)
-        return _read_only(func, result) if isinstance(args[0], DecodedView) else result
+
+        def again() -> Any:
+            plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
+            return func(*plain_args, **plain_kwargs)
+
+        return _read_only(func, again(), again)
 
 
 def _plain(value: Any) -> Any:
-    return value._values if isinstance(value, DecodedView) else value
+    return value.values_now if isinstance(value, DecodedView) else value
 
 
-def _read_only(func: Any, result: Any) -> Any:
+def _read_only(func: Any, result: Any, again: Callable[[], Any]) -> Any:
     """``result``, guarded against writes where ``func`` returns views of what it was given."""
-    is_view = any(each.alias_info is not None for each in func._schema.returns)
-    return tree_map(lambda x: DecodedView(x) if type(x) is Tensor else x, result) if is_view else result
+    if not any(each.alias_info is not None for each in func._schema.returns):
+        return result
+    if isinstance(result, (list, tuple)):
+        return [DecodedView(each, lambda i=i: again()[i]) for i, each in enumerate(result)]
+    return DecodedView(result, again) if type(result) is Tensor else result
 
 
 def _rebuild(layout: Format, parts: tuple[Tensor, ...], axes: str) -> QuantizedKV:
@@ -620,6 +629,11 @@ def _to_stored(value: Any) -> Any:
     return value
 
 
+def as_float(value: Any) -> Any:
+    """A `QuantizedKV` as the float tensor that it stands for; anything else as it is."""
+    return value.dequantize() if isinstance(value, QuantizedKV) else value
+
+
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``func`` on dequantized values; where it writes into an operand, quantize that operand's new values."""
     values: dict[int, tuple[QuantizedKV, Tensor]] = {}
@@ -635,7 +649,14 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain_kwargs = {name: dequantized(value) for name, value in kwargs.items()}
     result = func(*plain_args, **plain_kwargs)
     if not func._schema.is_mutable:
-        return _read_only(func, result)
+        if not all(map(_is_real, _all_of((args, kwargs)))):
+            return result
+
+        def again() -> Any:
+            now_args, now_kwargs = tree_map(as_float, (args, kwargs))
+            return func(*now_args, **now_kwargs)
+
+        return _read_only(func, result, again)
     written = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

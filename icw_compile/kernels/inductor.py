@@ -87,7 +87,7 @@ def attention(
     if attn_mask is not None and groups > 1 and query.device.type != "cpu":
         return _folded_attention(query, key, value, attn_mask, scale)
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
+        query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=bool(groups > 1)
     )
 
 
