@@ -62,8 +62,8 @@ def _unwrap(
     tensor = passed[position]
     if each.appended:
         rows: Any = each.appended if rows_at is None else args[rows_at]
-        reserved[position] = tensor.reserve(rows, capacity=tensor.buffers[0].shape[2])
-        parts = reserved[position][1].parts
+        claim, parts = tensor.reserve(rows, capacity=tensor.buffers[0].shape[2])
+        reserved[position] = (tensor, claim, parts)
     else:
         if each.written:
             tensor.separate()
@@ -76,10 +76,12 @@ def _unwrap(
 
 def _grown(output: Output, reserved: Any, returned: Sequence[Any]) -> QuantizedKV:
     assert output.grown is not None
-    claim, value = reserved
+    tensor, claim, parts = reserved
     if output.grown.others:
-        value = value.with_parts(**{name: returned[part] for name, part in output.grown.others.items()})
-    return QuantizedKV.grown(claim, value, rows=output.grown.rows)
+        made = {name: returned[part] for name, part in output.grown.others.items()}
+        parts = tuple(made.get(spec.name, part) for spec, part in zip(tensor.format.parts, parts, strict=True))
+    grown: QuantizedKV = tensor.grown(claim, parts, rows=output.grown.rows)
+    return grown
 
 
 def _wrap(output: Output, returned: Sequence[Any], args: Sequence[Any]) -> QuantizedKV:

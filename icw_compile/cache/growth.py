@@ -76,8 +76,7 @@ class Claim:
 
     def others(self) -> "list[Claim]":
         """The claims of the other tensors on this room."""
-        with self.room.lock:
-            return [claim for claim in self.room.claims if claim is not self]
+        return [claim for claim in self.room.claims() if claim is not self]
 
     def of_view(self, rows: range | None) -> "Claim":
         """The claim of a view: of these of the tensor's rows, or of another kind (``None``)."""
@@ -96,7 +95,7 @@ class Room:
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self.parts = tuple(parts)
         self.capacity: int = self.parts[0].shape[2]
-        self.claims: weakref.WeakSet[Claim] = weakref.WeakSet()
+        self._claims: list[weakref.ref[Claim]] = []
         self.lock = threading.Lock()
         for part in self.parts:
             # The capacity is a symbol of every graph from the first on: no graph is compiled because it changed.
@@ -119,8 +118,13 @@ class Room:
         """A claim to these rows, of a tensor of its own or, with its ``owner``, of a view."""
         claim = Claim(self, start, end, owner or object(), is_view)
         with self.lock:
-            self.claims.add(claim)
+            self._claims.append(weakref.ref(claim))
         return claim
+
+    def claims(self) -> list[Claim]:
+        """Those that have not ended."""
+        with self.lock:
+            return [claim for reference in self._claims if (claim := reference()) is not None]
 
     def extend(self, claim: Claim, rows: int) -> Claim | None:
         """The claim to ``rows`` more; ``None`` if there are not as many, or another tensor would notice.
@@ -130,11 +134,17 @@ class Room:
         with self.lock:
             if claim.is_view or claim.end + rows > self.capacity:
                 return None
-            for other in self.claims:
+            live = []
+            for reference in self._claims:
+                other = reference()
+                if other is None:
+                    continue
+                live.append(reference)
                 if other is not claim and (other.owner is claim.owner or other.end > claim.end):
                     return None
             extended = Claim(self, claim.start, claim.end + rows, object(), False)
-            self.claims.add(extended)
+            live.append(weakref.ref(extended))
+            self._claims = live
             return extended
 
     @property
@@ -177,8 +187,7 @@ def growth() -> Growth:
     with _lock:
         rooms = list(_rooms)
     for room in rooms:
-        with room.lock:
-            used = max((claim.end for claim in room.claims), default=0)
+        used = max((claim.end for claim in room.claims()), default=0)
         spare += room.nbytes // max(room.capacity, 1) * (room.capacity - used)
     return Growth(_growth.moves, _growth.bytes_copied, spare)
 

@@ -234,7 +234,7 @@ class QuantizedKV(Tensor):
             return self.value[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def reserve(self, rows: int, *, capacity: int | None = None) -> tuple[Claim, Stored]:
+    def reserve(self, rows: int, *, capacity: int | None = None) -> tuple[Claim, tuple[Tensor, ...]]:
         """Room for ``rows`` more behind this tensor's, for a tensor independent of it.
 
         They are in spare storage where no other tensor has taken them. Otherwise the whole moves to a larger storage
@@ -242,20 +242,50 @@ class QuantizedKV(Tensor):
         there.
 
         Returns:
-            the claim to this tensor's rows and the new ones, and the value whose parts go on to the end of the storage.
+            the claim to this tensor's rows and the new ones, and the parts, those that have rows with all that follow.
         """
-        total = self.shape[2] + rows
-        claim, like = self._claim, self.whole
-        extended = None if claim is None else claim.room.extend(claim, rows)
-        if extended is not None:
-            return extended, like
+        claim = self._claim
+        if claim is not None and (extended := claim.room.extend(claim, rows)) is not None:
+            return extended, self.buffers
+        like, total = self.whole, self.shape[2] + rows
         room = Room.copy_of(list(like.rows.values()), self.shape[2], capacity or capacity_for(total))
-        if claim is not None and not claim.others() and not claim.is_view:
+        if claim is not None and not claim.is_view and not claim.others():
             self._move_to(room)
         else:  # only tensors of one room share what the tokens share
             shared = {s.name: part for s, part in zip(like.format.parts, like.parts) if not s.has_rows}
             like = like.with_parts(**{name: part.clone() for name, part in shared.items()})
-        return room.claim(0, total), like.with_parts(**dict(zip(like.rows, room.parts, strict=True)))
+        return room.claim(0, total), like.with_parts(**dict(zip(like.rows, room.parts, strict=True))).parts
+
+    def grown(self, claim: Claim, parts: tuple[Tensor, ...], *, rows: int | None = None) -> "QuantizedKV":
+        """What a reservation of this tensor becomes: all its rows, or the last ``rows`` of them.
+
+        It is moved to a larger storage if hardly any rows are left for the next. Runs at every step, for each part of
+        every layer: it makes no more than it has to.
+        """
+        room = claim.room
+        if rows is not None and claim.end - rows > claim.start:
+            claim = room.claim(claim.end - rows, claim.end)
+            moved = iter(room.from_row(claim.start))
+            specs = self._layout.format.parts
+            parts = tuple(next(moved) if spec.has_rows else part for spec, part in zip(specs, parts, strict=True))
+        batch, heads, _, channels = self.shape
+        layout = self._layout if self._layout.grows else Layout(self._layout.format, grows=True)
+        made: QuantizedKV = torch.Tensor._make_wrapper_subclass(
+            QuantizedKV, (batch, heads, claim.end - claim.start, channels), dtype=self.dtype, device=self.device
+        )
+        made.__dict__.update(zip(self._names, parts, strict=True))
+        made._names, made._layout, made._claim = self._names, layout, claim
+        claim.tensor = weakref.ref(made)
+        return made if room.capacity - claim.end >= MIN_SPARE else made.with_spare()
+
+    def with_spare(self) -> "QuantizedKV":
+        """This tensor, which grows, moved to a larger storage if hardly any rows are left for the next."""
+        claim = self._claim
+        assert claim is not None
+        if claim.room.capacity - claim.end < MIN_SPARE:
+            tokens = claim.end - claim.start
+            self._move_to(Room.copy_of(list(self.whole.rows.values()), tokens, capacity_for(tokens)))
+        return self
 
     @property
     def grows(self) -> bool:
@@ -266,25 +296,6 @@ class QuantizedKV(Tensor):
     def whole(self) -> Stored:
         """Its buffers as a value, that of a longer tensor if it grows."""
         return Stored(self._layout.format, self.buffers, self._layout.axes)
-
-    @classmethod
-    def grown(cls, claim: Claim, value: Stored, *, rows: int | None = None) -> "QuantizedKV":
-        """What a reservation becomes: all its rows, or the last ``rows`` of them, and other parts as in ``value``.
-
-        It is moved to a larger storage if hardly any rows are left for the next.
-        """
-        if rows is not None and claim.end - rows > claim.start:
-            claim = claim.room.claim(claim.end - rows, claim.end)
-        return cls._on(claim, value).with_spare()
-
-    def with_spare(self) -> "QuantizedKV":
-        """This tensor, which grows, moved to a larger storage if hardly any rows are left for the next."""
-        claim = self._claim
-        assert claim is not None
-        if claim.room.capacity - claim.end < MIN_SPARE:
-            tokens = claim.end - claim.start
-            self._move_to(Room.copy_of(list(self.whole.rows.values()), tokens, capacity_for(tokens)))
-        return self
 
     def _move_to(self, room: Room) -> None:
         self._place(room.claim(0, self.shape[2]))
@@ -535,7 +546,8 @@ def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
     expected = (x.dtype, x.device, x.shape[:2], x.shape[3:])
     if any((new.dtype, new.device, new.shape[:2], new.shape[3:]) != expected for new in tensors[1:]):
         return None
-    claim, value = x.reserve(sum(new.shape[2] for new in tensors[1:]))
+    claim, parts = x.reserve(sum(new.shape[2] for new in tensors[1:]))
+    value = Stored(x.format, parts)
     start = x.shape[2]
     for new in tensors[1:]:
         value = append(_EAGER, value, _to_stored(new), start, new.shape[2])
