@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
+from icw_compile.compat.flex import let_flex_attention_take
 from icw_compile.compat.fx import tree_leaves, tree_map
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
 from icw_compile.formats.rules import RULES, append, decode, overwrite
@@ -103,6 +104,7 @@ class QuantizedKV(Tensor):
         claim: Claim | None = None,
     ) -> "QuantizedKV":
         """A tensor of these parts. Without ``size`` that of the first part; without ``stride`` its as well."""
+        let_flex_attention_take(QuantizedKV, QuantizedKV.dequantize)  # once, before Dynamo can meet one
         first = parts[0]
         offset = None
         if size is None:

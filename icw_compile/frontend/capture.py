@@ -207,8 +207,10 @@ def _fixed_inputs(graph: KVGraph) -> set[Node]:
 
 def source_name(placeholder: Node) -> str:
     """Where the caller keeps this input, such as ``past_key_values.layers[0].keys``; empty if unknown."""
+    # A module is L['self'] or, from torch 2.14 on, L['args'][0].
+    name = re.sub(r"^L\['args'\]\[0\](?=\._(?:modules|parameters|buffers))", "self", dynamo.source_name(placeholder))
     # L['kwargs']['past_key_values'].layers[0].keys -> past_key_values.layers[0].keys
-    name = re.sub(r"^L(?:\['(?:args|kwargs)'\])?\['?(\w+)'?\]", r"\1", dynamo.source_name(placeholder))
+    name = re.sub(r"^L(?:\['(?:args|kwargs)'\])?\['?(\w+)'?\]", r"\1", name)
     # self._modules['norm']._parameters['weight'] -> self.norm.weight
     return re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
 
@@ -245,5 +247,5 @@ def _fresh(examples: Sequence[Any]) -> list[Any]:
 def _readable_name(name: str) -> str:
     """``l_self_modules_model_modules_norm_parameters_weight_`` -> ``model_norm_weight``."""
     name = re.sub(r"^l_|_$", "", name)
-    name = re.sub(r"^(self|args|kwargs)_", "", name)
+    name = re.sub(r"^(self|args_0(?=_modules|_parameters|_buffers)|args|kwargs)_", "", name)
     return re.sub(r"(^|_)(modules|parameters|buffers)_", r"\1", name) or "input"

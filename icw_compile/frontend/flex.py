@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
-from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat.dynamo import example_value
-from icw_compile.compat.flex import FLEX_ATTENTION, let_flex_attention_take
 
-__all__ = ["FLEX_ATTENTION", "is_elementwise", "spell_out"]
+__all__ = ["is_elementwise", "spell_out"]
 
 
 def is_elementwise(module: GraphModule) -> bool:
@@ -75,7 +73,3 @@ def spell_out(
     # A row without any position gives zeros.
     output = torch.where(mask.any(-1, keepdim=True), torch.matmul(weights, value), 0.0)
     return output, torch.logsumexp(scores, dim=-1) if log_sum else None, None
-
-
-# Dynamo meets such a tensor where it traces a frame, which is before any backend is called: the first capture is late.
-let_flex_attention_take(QuantizedKV, QuantizedKV.dequantize)

@@ -161,10 +161,16 @@ def grouped_attention(
     batch, query_heads, length, _ = query.shape
     heads, tokens = key.shape[1:3]
     groups = query_heads // heads
-    scores = torch.matmul(query.reshape(batch, heads, groups * length, -1), key.transpose(-1, -2)).float()
+    scores = _product(query.reshape(batch, heads, groups * length, -1), key.transpose(-1, -2)).float()
     scores = _masked(scores.reshape(batch, heads, groups, length, tokens), attn_mask, is_causal, scale, softcap)
     weights = _softmax(scores, sinks)[0].to(value.dtype).reshape(batch, heads, groups * length, tokens)
-    return torch.matmul(weights, value).reshape(batch, query_heads, length, -1)
+    return _product(weights, value).reshape(batch, query_heads, length, -1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a[B, H, M, K] @ b[B, H, K, N]``. ``matmul`` of fake tensors fixes symbolic sizes in torch 2.11."""
+    batch, heads = a.shape[:2]
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, (batch, heads))
 
 
 def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, softcap: float | None) -> Tensor:
@@ -241,10 +247,10 @@ def merge_rows(
         mask = attn_mask.expand(*attn_mask.shape[:3], tokens).index_select(-1, at)
         mask = mask & taken if mask.dtype == torch.bool else mask.masked_fill(~taken, -torch.inf)
     grouped = query.float().reshape(batch, heads, -1, query.shape[-1])
-    scores = torch.matmul(grouped, key.float().transpose(-1, -2))
+    scores = _product(grouped, key.float().transpose(-1, -2))
     scores = _masked(scores.reshape(batch, heads, -1, length, rows), mask, False, scale, softcap)
     weights, exact_lse = _softmax(scores, None)
-    exact = torch.matmul(weights.reshape(batch, heads, -1, rows), value.float())
+    exact = _product(weights.reshape(batch, heads, -1, rows), value.float())
     exact = exact.reshape(batch, query_heads, length, -1)
     exact_lse = exact_lse.reshape(batch, query_heads, length)
     # Each part weighs as much as its sum, and neither if there is nothing in both.
