@@ -854,17 +854,17 @@ def mask_for(
 
 
 @st.composite
-def caches(draw: Any, batch: int, heads: int, head_dim: int, seed: int) -> CacheInput:
-    length = draw(st.integers(1, 6))
+def caches(
+    draw: Any, batch: int, heads: int, head_dim: int, seed: int, length: int, kept: tuple[int, int]
+) -> CacheInput:
+    if draw(st.integers(0, 3)) == 3:
+        length = draw(st.integers(1, 6))
     x = values((batch, heads, length, head_dim), seed)
     equalize = "equalized" not in WITHOUT and draw(st.integers(0, 3)) == 0
     if equalize and head_dim >= 8:
         for channel in draw(st.lists(st.integers(0, head_dim - 1), max_size=2, unique=True)):
             x[..., channel] = (x[..., channel].abs() + 1.0) * draw(st.sampled_from([8.0, 40.0]))
     appended = draw(st.integers(0, length - 1)) if "grown" not in WITHOUT else 0
-    kept = (0, 0)
-    if "kept" not in WITHOUT and draw(st.integers(0, 5)) == 0:
-        kept = draw(st.integers(0, 2)), draw(st.integers(0, 3))
     if any(kept):  # on the grid of its own format, so that a kept row reads as its int8 one
         cache = CacheInput(x, appended, equalize)
         return CacheInput(_fixed_point(cache), appended, equalize, *kept)
@@ -890,8 +890,11 @@ def programs(draw: Any, most: int = 7) -> Program:
     head_dim = d.one_of(8, 8, 16, 1)
     # Now and then of no cache at all; attention over what is put together would make one.
     floats = "float" not in WITHOUT and d.integer(0, 7) == 7
+    length, kept = d.integer(1, 6), (0, 0)
+    if "kept" not in WITHOUT and d.integer(0, 5) == 5:
+        kept = d.integer(0, 2), d.integer(0, 3)
     for name in ("a", "b")[: d.integer(1, 2)]:
-        cache = draw(caches(batch, heads, head_dim, ord(name)))
+        cache = draw(caches(batch, heads, head_dim, ord(name), length, kept))
         program.take(name, CacheInput(cache.values, stays_float=True) if floats else cache)
     pending: list[Callable[[], None]] = []
     for _ in range(d.integer(1, most)):
