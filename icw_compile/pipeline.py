@@ -1,8 +1,8 @@
 """From Dynamo's graph to the one that is compiled: the one pipeline, behind the backend and behind `explain`."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -117,7 +117,7 @@ def _family(graph: KVGraph) -> tuple[str, int | None]:
 
 def _modules(node: Node) -> list[tuple[str, str]]:
     """The modules that a node came from, outermost first: where each is, and what its class is called."""
-    stack: dict[str, Callable[..., object]] = node.meta.get("nn_module_stack") or {}
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
     return [
         (path, cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}") for path, cls in stack.values()
     ]

@@ -66,13 +66,15 @@ def _lower(graph: KVGraph, attention: FusedAttention) -> tuple[str, str]:
 def _attention_call(graph: KVGraph, attention: FusedAttention) -> AttentionCall:
     """The attention as a kernel would see it."""
     query, _, _, mask, is_causal, scale, softcap, *sinks = attention.node.args
-    rows = []
-    for value in (attention.key, attention.value):
+
+    def rows(value: Storage) -> StoredRows:
         base = _base(value.stored)
-        rows.append(StoredRows(base.format.name, {n: graph.tensor(part) for n, part in base.named.items()}))
+        return StoredRows(base.format.name, {name: graph.tensor(part) for name, part in base.named.items()})
+
     return AttentionCall(
         graph.tensor(query),
-        *rows,
+        rows(attention.key),
+        rows(attention.value),
         None if mask is None else graph.tensor(mask),
         is_causal,
         scale,
@@ -117,7 +119,7 @@ def _kept_positions(graph: KVGraph, key: Stored, value: Stored) -> Node:
     """The rows of which the keys, or the values, are kept besides: -1 for none. Each may have rows of its own."""
     positions = [stored["position"] for stored in (key, value) if stored.kept]
     if len(positions) == 1:
-        return positions[0]  # type: ignore[no-any-return]
+        return positions[0]
     united: Node = graph.call(_ops.unite_positions.default, *positions)
     return united
 

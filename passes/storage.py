@@ -32,6 +32,7 @@ of what is written.
 import operator
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ from icw_compile.passes.graph import (
     Skipped,
     Storage,
     aliases,
+    arguments,
     is_mutation,
     layer_of,
     written_by,
@@ -346,8 +348,9 @@ def _take_input(
     rows = 0 if appends is None else appends.rows
     graph.inputs[node.name] = Input(names, extra, rows if isinstance(rows, int) else rows.name, written)
     if appends is not None:
-        _append(graph, appends, stored, length, names)
-        _stand_for(graph, appends.cat, appends.result, uses, before=appends.cat, cache="dynamic", name=name)
+        graph.grown[appends.output] = Grown(node.name, appends.keep)
+        grown = _append(graph, appends, stored, length)
+        _stand_for(graph, appends.cat, grown, uses, before=appends.cat, cache="dynamic", name=name)
         graph.sites[-1].writes.append("append")
     with graph.before(first):
         shown = stored.with_parts(
@@ -361,6 +364,7 @@ def _take_input(
         graph.graph.erase_node(node)
 
 
+@dataclass(frozen=True)
 class _Append:
     """``cat([previous, new], -2)`` that can write ``new`` behind the rows of ``previous``, where there is room.
 
@@ -370,16 +374,13 @@ class _Append:
         rows: how many rows it has: a number, or the placeholder that carries it.
         output: the position among the outputs of what is returned of it: all of it, or its last rows.
         keep: the number of these, ``None`` for all.
-        result: once it is written, what ``cat`` is.
     """
 
-    def __init__(self, cat: Node, new: Node, rows: int | Node, output: int, keep: int | None) -> None:
-        self.cat = cat
-        self.new = new
-        self.rows = rows
-        self.output = output
-        self.keep = keep
-        self.result: Stored = None  # type: ignore[assignment]
+    cat: Node
+    new: Node
+    rows: int | Node
+    output: int
+    keep: int | None
 
     @classmethod
     def find(cls, graph: KVGraph, node: Node, stored: Stored) -> "_Append | None":
@@ -420,29 +421,25 @@ def _is_tail(node: Node, cat: Node) -> Any:
     while node is not cat:
         if node.target is not aten.slice.Tensor:
             return False
-        x, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-        whole = start in (None, 0) and end in (None, _END)
-        if step != 1 or end not in (None, _END) or not (whole or dim in (2, -2)):
+        a = arguments(node)
+        to_the_end = a["step"] == 1 and a["end"] in (None, _END)
+        if not to_the_end or not (a["start"] in (None, 0) or a["dim"] in (2, -2)):
             return False
-        node = x
+        node = a["self"]
     if statically_known_true(size == total):
         return None
     return size if isinstance(size, int) else False
 
 
-def _append(graph: KVGraph, found: _Append, stored: Stored, length: Any, names: tuple[str, ...]) -> None:
-    """Write the new rows behind those that are there, and say what becomes of the input."""
-    cat, specs = found.cat, stored.format.parts
+def _append(graph: KVGraph, found: _Append, stored: Stored, length: Any) -> Stored:
+    """Write the new rows behind those that are there; what ``cat`` is then."""
+    cat = found.cat
     with graph.before(cat):
         written = append(graph, stored, found.new, length, found.rows)
         total = cat.meta["val"].shape[2]
         end = total if isinstance(total, int) else graph.call(operator.add, length, found.rows)
-        found.result = written.with_parts(
-            **{name: graph.call(aten.narrow.default, part, 2, 0, end) for name, part in stored.rows.items()}
-        )
-    source = next(name for name, each in graph.inputs.items() if each.parts == names)
-    assert specs
-    graph.grown[found.output] = Grown(source, found.keep)
+        shown = {name: graph.call(aten.narrow.default, part, 2, 0, end) for name, part in stored.rows.items()}
+    return written.with_parts(**shown)
 
 
 def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:

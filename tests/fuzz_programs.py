@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ __all__ = ["WITHOUT", "CacheInput", "Program", "channel_shift", "programs", "rou
 #: What to leave out, by name, so that one fault known already does not hide the next: any form of a line that is
 #: chosen with `Draw.form` below, caches that are ``kept``, ``equalized`` or ``grown``, ``between`` for lines between
 #: the two products of an attention, ``integer_bias``, ``merged_bias``, ``dynamic``, ``cut`` for
-#: views that reach into rows, ``returned`` for views of caches as results.
+#: views that reach into rows, ``returned`` for views of caches as results, ``float``
+#: for functions of no cache.
 WITHOUT = frozenset(filter(None, os.environ.get("ICW_FUZZ_WITHOUT", "").split(",")))
 
 
@@ -126,6 +127,8 @@ class CacheInput:
     equalize: bool = False
     sinks: int = 0
     recent: int = 0
+    #: No cache at all: a float tensor of that shape, with which nothing may be done that is not done without us.
+    stays_float: bool = False
 
     @property
     def shift(self) -> Tensor:
@@ -133,11 +136,15 @@ class CacheInput:
         return channel_shift(first) if self.equalize else torch.zeros_like(self.values[:, :, :1])
 
     def rounded(self) -> Tensor:
+        if self.stays_float:
+            return self.values.clone()
         return round_rows(self.values, self.shift.expand_as(self.values))
 
-    def make(self) -> QuantizedKV:
+    def make(self) -> Tensor:
+        if self.stays_float:
+            return self.values.clone()
         length = self.values.shape[2] - self.appended
-        made = QuantizedKV.quantize(
+        made: Tensor = QuantizedKV.quantize(
             self.values[:, :, :length], equalize=self.equalize, sink_tokens=self.sinks, recent_tokens=self.recent
         )
         for row in range(self.appended):
@@ -146,6 +153,8 @@ class CacheInput:
 
     def __str__(self) -> str:
         of = f"{tuple(self.values.shape)}"
+        if self.stays_float:
+            return f"float32 {of}"
         more = [f"{self.appended} rows appended"] * bool(self.appended) + ["equalized"] * self.equalize
         kept = [f"keeps {self.sinks} + {self.recent} rows"] * bool(self.sinks or self.recent)
         return f"QuantizedKV {of} {', '.join(more + kept)}".rstrip()
@@ -159,6 +168,7 @@ class Store:
     shift: Tensor
     is_input: bool
     keeps: bool = False
+    stays_float: bool = False
 
     def shares(self, other: Tensor) -> bool:
         return self.values.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
@@ -184,6 +194,10 @@ class Program:
     dynamic: bool = False
     count: int = 0
 
+    @property
+    def has_caches(self) -> bool:
+        return not any(cache.stays_float for cache in self.caches.values())
+
     # Building. What is done is noted, so that it can be done again without some of it.
 
     def new(self, prefix: str = "v") -> str:
@@ -198,7 +212,7 @@ class Program:
         self.caches[name] = cache
         self.shadows[name] = cache.shift.expand_as(values).clone()
         keeps = bool(cache.sinks or cache.recent)
-        self.stores.append(Store(self.env[name], self.shadows[name], True, keeps))
+        self.stores.append(Store(self.env[name], self.shadows[name], True, keeps, cache.stays_float))
 
     def give(self, value: Tensor, prefix: str = "x") -> str:
         """A float input of the function."""
@@ -222,10 +236,12 @@ class Program:
     def in_other_formats(self) -> "Program | None":
         """The same function for caches of other formats: one compiled function must tell them apart."""
         others = {
-            name: CacheInput(cache.values, 0, not cache.equalize and "equalized" not in WITHOUT)
+            name: replace(
+                cache, appended=0, equalize=not cache.equalize and "equalized" not in WITHOUT, sinks=0, recent=0
+            )
             for name, cache in self.caches.items()
         }
-        return self.without(set(), others)
+        return self.without(set(), others) if self.has_caches else None
 
     def without(self, left_out: set[int], caches: dict[str, CacheInput] | None = None) -> "Program | None":
         """The program without some of its steps, or with other caches, if that is one."""
@@ -279,7 +295,7 @@ class Program:
             self.cut.add(name)
         if not is_view:
             keeps = any(store.keeps and store.shares(self.env[of]) for store in self.stores)
-            self.stores.append(Store(value, shadow, False, keeps))
+            self.stores.append(Store(value, shadow, False, keeps, not self.has_caches))
 
     def _cat(self, name: str, tensors: tuple[str, ...], dim: int, named: int) -> None:
         """``name = cat(tensors, named)`` of whole rows, where some are of caches: new ones are rounded."""
@@ -297,7 +313,7 @@ class Program:
         self.lines.append(f"{name} = torch.cat([{', '.join(tensors)}], {named})")
         shares = [store for store in self.stores if any(store.shares(value) for value in values)]
         keeps = any(store.keeps for store in shares)
-        store = Store(grown, self.shadows[name], not keeps, keeps)
+        store = Store(grown, self.shadows[name], not keeps, keeps, not self.has_caches)
         # A cache that is appended to rounds what is new; whether others do is not said.
         appended = dim == 2 and shadows[0] is not None
         if any(shadow is not None and shadow.any() for shadow in shadows) and not appended:
@@ -324,7 +340,7 @@ class Program:
                     self._round(store)
 
     def _round(self, store: Store) -> None:
-        if not store.values.numel():
+        if not store.values.numel() or store.stays_float:
             return
         exact = store.values.clone()
         rounded = round_rows(exact, store.shift)
@@ -712,10 +728,11 @@ def step_read(d: Draw) -> None:
         return
     value = program.env[x]
     size = value.shape[-1] if value.dim() else 1
-    forms = [f"{x} * 1.0", f"{x}.sum(-1)", f"{x}.abs().mean()", f"{x} - {x}.mean(-1, keepdim=True)", f"{x}.double()"]
+    forms = [f"{x} * 1.0", f"{x}.sum(-1)", f"{x}.double()"]
     if value.dim() >= 2 and value.numel():
         weight = d.source([size, 3])
-        forms += [f"{x} @ {weight}", f"torch.relu({x})", f"{x}.mT @ {x}", f"read_only({x})", f"{x}.amax(-1)"]
+        forms += [f"{x}.abs().mean()", f"{x} - {x}.mean(-1, keepdim=True)", f"{x} @ {weight}", f"{x} @ {weight}"]
+        forms += [f"torch.relu({x})", f"{x}.mT @ {x}", f"read_only({x})", f"{x}.amax(-1)"]
         forms += [f"torch.nn.functional.pad({x}, (0, 0, 1, 0))", f"torch.stack([{x}, {x}]).sum(0)"]
     if "custom" in WITHOUT:
         forms = [form for form in forms if "read_only" not in form]
@@ -837,17 +854,17 @@ def mask_for(
 
 
 @st.composite
-def caches(draw: Any, batch: int, heads: int, head_dim: int, seed: int) -> CacheInput:
-    length = draw(st.integers(1, 6))
+def caches(
+    draw: Any, batch: int, heads: int, head_dim: int, seed: int, length: int, kept: tuple[int, int]
+) -> CacheInput:
+    if draw(st.integers(0, 3)) == 3:
+        length = draw(st.integers(1, 6))
     x = values((batch, heads, length, head_dim), seed)
     equalize = "equalized" not in WITHOUT and draw(st.integers(0, 3)) == 0
     if equalize and head_dim >= 8:
         for channel in draw(st.lists(st.integers(0, head_dim - 1), max_size=2, unique=True)):
             x[..., channel] = (x[..., channel].abs() + 1.0) * draw(st.sampled_from([8.0, 40.0]))
     appended = draw(st.integers(0, length - 1)) if "grown" not in WITHOUT else 0
-    kept = (0, 0)
-    if "kept" not in WITHOUT and draw(st.integers(0, 5)) == 0:
-        kept = draw(st.integers(0, 2)), draw(st.integers(0, 3))
     if any(kept):  # on the grid of its own format, so that a kept row reads as its int8 one
         cache = CacheInput(x, appended, equalize)
         return CacheInput(_fixed_point(cache), appended, equalize, *kept)
@@ -871,14 +888,22 @@ def programs(draw: Any, most: int = 7) -> Program:
     d = Draw(draw, program)
     batch, heads = d.one_of(1, 1, 2, 3), d.one_of(1, 2)
     head_dim = d.one_of(8, 8, 16, 1)
+    # Now and then of no cache at all; attention over what is put together would make one.
+    floats = "float" not in WITHOUT and d.integer(0, 7) == 7
+    length, kept = d.integer(1, 6), (0, 0)
+    if "kept" not in WITHOUT and d.integer(0, 5) == 5:
+        kept = d.integer(0, 2), d.integer(0, 3)
     for name in ("a", "b")[: d.integer(1, 2)]:
-        program.take(name, draw(caches(batch, heads, head_dim, ord(name))))
+        cache = draw(caches(batch, heads, head_dim, ord(name), length, kept))
+        program.take(name, CacheInput(cache.values, stays_float=True) if floats else cache)
     pending: list[Callable[[], None]] = []
     for _ in range(d.integer(1, most)):
         kind = d.form("write", "write", "write", "move", "move", "read", "attention", "attention", "cat", "rest")
-        if kind == "rest":
+        if kind == "rest" and not floats:
             if pending:
                 pending.pop(d.integer(0, len(pending) - 1))()
+        elif floats and kind in ("attention", "rest"):
+            d.one_of(step_read, step_cat)(d)
         elif kind == "attention":
             step_attention(d, pending)
         else:
@@ -889,7 +914,7 @@ def programs(draw: Any, most: int = 7) -> Program:
         is_view = any(store.is_input and store.shares(program.env[name]) for store in program.stores)
         if name in program.caches or ("returned" in WITHOUT and is_view):
             continue
-        if d.integer(0, 2) == 0:
+        if d.integer(0, 0 if floats else 2) == 0:
             program.do("output", name)
     if not program.outputs:
         program.do("read", "last", f"{d.one_of(*program.caches)} * 1.0")

@@ -976,3 +976,43 @@ def test_kept_rows_of_a_symbolic_batch(attention: str, kept: dict[str, int]) -> 
     actual = run(step, DynamicCache(config=model.config), ids, (1, 1, 1))
     keep = {name.removeprefix("icw."): count for name, count in kept.items()}
     assert relative_distance(actual, run(model, dynamic_reference_cache(model, **keep), ids, (1, 1, 1))) <= 2e-3
+
+
+def repeated(x: Tensor) -> Tensor:
+    return x[:, :, None].expand(BATCH, HEADS, 2, -1, HEAD_DIM).reshape(BATCH, 2 * HEADS, -1, HEAD_DIM)
+
+
+def written_after_repeat_kv(q: Tensor, keys: Tensor, values: Tensor, new: Tensor) -> Tensor:
+    """`repeat_kv` has copied, and the merge of batch and heads after the write is a view of the copy."""
+    k, v = repeated(keys), repeated(values)
+    values.index_copy_(2, torch.tensor([3]), new)
+    q, k, v = (x.reshape(BATCH * 2 * HEADS, -1, HEAD_DIM) for x in (repeated(q), k, v))
+    return torch.bmm(softmax(torch.bmm(q, k.transpose(1, 2)), dim=-1), v)
+
+
+def written_after_interleave(q: Tensor, keys: Tensor, values: Tensor, new: Tensor) -> Tensor:
+    v = values.repeat_interleave(2, dim=1)
+    values.index_copy_(2, torch.tensor([3]), new)
+    return sdpa(repeated(q), repeated(keys), v)
+
+
+def repeated_apart(q: Tensor, keys: Tensor, values: Tensor, new: Tensor) -> Tensor:
+    """The values in a form that is not seen as `repeat_kv`."""
+    return sdpa(repeated(q), repeated(keys), values.repeat_interleave(2, dim=1).clone())
+
+
+@WAYS
+@pytest.mark.parametrize("function", [written_after_repeat_kv, written_after_interleave, repeated_apart])
+def test_write_between_repeat_kv_and_the_products(function: Callable[..., Any], way: Callable[..., Any]) -> None:
+    check(way, function, query(), states(), states(seed=1), 5 * states(1, seed=2), caches=(1, 2))
+
+
+@WAYS
+@pytest.mark.parametrize("index", [[1, 0], [6, 7, 0], [0, 2, 4], [7, 3], [5, 6, 7]])
+def test_rows_written_in_any_order_to_a_cache_that_keeps_some(index: list[int], way: Callable[..., Any]) -> None:
+    def function(cache: Tensor, new: Tensor) -> Tensor:
+        cache.index_copy_(2, torch.tensor(index), new)
+        return cache * 1.0
+
+    make = kept(sink_tokens=2, recent_tokens=2)
+    check_made(way, function, make, states(len(index), seed=1), close=CLOSE)

@@ -433,18 +433,17 @@ class QuantizedKV(Tensor):
             return _on_values(func, args, kwargs)
         if func._schema.is_mutable:
             return return_and_correct_aliasing(func, args, kwargs, x)
-        is_view = claim is not None and func._schema.arguments[0].alias_info is not None
+        viewed = claim if func._schema.arguments[0].alias_info is not None else None
         if isinstance(results, tuple):
-            made = [cls.of(each, claim.of_view(None) if is_view else None) for each in results]
-            return return_and_correct_aliasing(func, args, kwargs, made)
-        if is_view:
-            rows = _rows_of_slice(func, args)
-            if rows is not None and not claim.is_view:
-                made = cls._on(claim.of_view(rows), results)
-            else:
-                made = cls.of(results, claim.of_view(None))
-        else:
+            several = [cls.of(each, None if viewed is None else viewed.of_view(None)) for each in results]
+            return return_and_correct_aliasing(func, args, kwargs, several)
+        rows = None if viewed is None or viewed.is_view else _rows_of_slice(func, args)
+        if viewed is None:
             made = cls.of(results)
+        elif rows is not None:
+            made = cls._on(viewed.of_view(rows), results)
+        else:
+            made = cls.of(results, viewed.of_view(None))
         return return_and_correct_aliasing(func, args, kwargs, made)
 
     def _batchwise(self, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedKV":
@@ -515,12 +514,16 @@ def _plain(value: Any) -> Any:
     return value.values_now if isinstance(value, DecodedView) else value
 
 
+def _element(several: Callable[[], Any], index: int) -> Any:
+    return several()[index]
+
+
 def _read_only(func: Any, result: Any, again: Callable[[], Any]) -> Any:
     """``result``, guarded against writes where ``func`` returns views of what it was given."""
     if not any(each.alias_info is not None for each in func._schema.returns):
         return result
     if isinstance(result, (list, tuple)):
-        return [DecodedView(each, lambda i=i: again()[i]) for i, each in enumerate(result)]
+        return [DecodedView(each, functools.partial(_element, again, i)) for i, each in enumerate(result)]
     return DecodedView(result, again) if type(result) is Tensor else result
 
 
@@ -671,7 +674,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func(*now_args, **now_kwargs)
 
         return _read_only(func, result, again)
-    written = []
+    written: list[Any] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = plain_args[i] if i < len(plain_args) else plain_kwargs.get(argument.name)

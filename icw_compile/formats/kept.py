@@ -1,7 +1,8 @@
 """Rows that are kept in the model's dtype besides: the first ones, and those written last.
 
 ``keep_rows(exact[..., K, D], position[K], values[..., T, D], index[T], sinks) -> (exact, position)``
-    The rows that are kept after ``values`` are written to the rows ``index`` (ascending, with no gap): the first
+    The rows that are kept after ``values`` are written to the rows ``index``, none if they are in another order than
+    ascending, or with gaps: the first
     ``sinks`` of ``K`` are the rows 0, 1, ..., the others the last ones written, oldest first. ``position`` says which
     row each one is, -1 that it is none. What was kept of rows from ``index[0]`` on is gone.
 ``place_rows(rows[..., T, D], exact[..., K, D], position[K]) -> [..., T, D]``
@@ -12,7 +13,7 @@
     Where these rows of ``S`` are after a slice of the tokens, or a roll.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,17 +35,20 @@ def keep_rows(exact: Tensor, position: Tensor, values: Tensor, index: Tensor, si
     tokens, kept = values.shape[-2], exact.shape[-2] - sinks
     if tokens == 0:
         return exact.clone(), position.clone()
-    position = torch.where(position < index[0], position, -1)
+    # Rows in another order, or with gaps: none is known to be the last, and the rows that are stored stand for all.
+    in_order = (index - index[0] == torch.arange(tokens, device=index.device)).all()
+    position = torch.where((position < index[0]) & in_order, position, -1)
     # The gaps first: they are the next to go.
     order = (position[sinks:] >= 0).to(torch.uint8).argsort(stable=True)
     old = exact.narrow(-2, sinks, kept).index_select(-2, order)
     recent = torch.cat([old, values.to(exact.dtype)], dim=-2).narrow(-2, tokens, kept)
-    recent_at = torch.cat([position[sinks:][order], torch.where(index < sinks, -1, index)]).narrow(0, tokens, kept)
+    written_at = torch.where((index < sinks) | ~in_order, -1, index)
+    recent_at = torch.cat([position[sinks:][order], written_at]).narrow(0, tokens, kept)
     if sinks == 0:
         return recent, recent_at
     row = torch.arange(sinks, device=exact.device)
     source = row - index[0]
-    written = (source >= 0) & (source < tokens)
+    written = (source >= 0) & (source < tokens) & in_order
     first = values.index_select(-2, source.clamp(0, tokens - 1)).to(exact.dtype)
     first = torch.where(written.unsqueeze(-1), first, exact.narrow(-2, 0, sinks))
     return (
@@ -115,7 +119,7 @@ class KeepsRows(Wrapper):
     def move_tokens(self, run: Evaluator, x: Stored, target: Any, args: Sequence[Any]) -> dict[str, Any]:
         tokens = run.size(x.parts[0], x.token_dim + len(x.axes))
         if target is aten.slice.Tensor:
-            start, end, step = (*args[1:], *(0, None, 1)[len(args) - 1 :])
+            _, start, end, step = args
             if step == 1:
                 end = None if end == _END else end
                 at = run.call(_ops.slice_position.default, x["position"], tokens, start, end)
@@ -146,7 +150,7 @@ class KeepsRows(Wrapper):
             raise ValueError(f"position must be int64 [{kept}], not {position.dtype} {list(position.shape)}")
 
 
-for _schema, _function in (
+_OPERATIONS: tuple[tuple[str, Callable[..., Tensor | tuple[Tensor, Tensor]]], ...] = (
     (
         "keep_rows(Tensor exact, Tensor position, Tensor values, Tensor index, int sinks) "
         "-> (Tensor exact, Tensor position)",
@@ -156,6 +160,8 @@ for _schema, _function in (
     ("place_kept(Tensor rows, Tensor exact, Tensor position, Tensor at) -> Tensor", place_kept),
     ("slice_position(Tensor position, SymInt tokens, SymInt? start, SymInt? end) -> Tensor", slice_position),
     ("roll_position(Tensor position, SymInt tokens, SymInt by) -> Tensor", roll_position),
-):
-    torch.library.define(f"icw_int8kv::{_schema.partition('(')[0]}", _schema[_schema.index("(") :])
-    torch.library.impl(f"icw_int8kv::{_schema.partition('(')[0]}", "CompositeImplicitAutograd", _function)
+)
+for _schema, _function in _OPERATIONS:
+    _name, _, _arguments = _schema.partition("(")
+    torch.library.define(f"icw_int8kv::{_name}", f"({_arguments}")
+    torch.library.impl(f"icw_int8kv::{_name}", "CompositeImplicitAutograd", _function)

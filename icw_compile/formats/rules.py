@@ -147,11 +147,16 @@ def _split(target: Any) -> Rule:
             spec.name: run.call(target, part, sizes, dim) if spec.has(axis) else None
             for spec, part in zip(x.format.parts, x.parts, strict=True)
         }
-        count = len(next(iter(pieces.values())))
-        return tuple(
-            _each(run, x, lambda spec, part, i=i: part if pieces[spec.name] is None else pieces[spec.name][i])
-            for i in range(count)
-        )
+
+        def piece(i: int) -> Stored:
+            def act(spec: Part, part: Any) -> Any:
+                of_part = pieces[spec.name]
+                return part if of_part is None else of_part[i]
+
+            return _each(run, x, act)
+
+        first: Any = pieces[x.format.parts[0].name]
+        return tuple(piece(i) for i in range(len(first)))
 
     return rule
 

@@ -95,7 +95,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         elif old in inputs_at and type(dynamo.caller_value(old)) is torch.Tensor:
             adoptable.add(new)
     module.recompile()
-    returned = dynamo_graph.graph.output_node().args[0]
+    returned: Any = dynamo_graph.graph.output_node().args[0]
     returned_to = {i: outputs_at[node] for i, node in enumerate(returned) if node in outputs_at}
     return KVGraph(module, fake_mode, stored, frozenset(growing), endpoints, returned_to, frozenset(adoptable))
 

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from icw_compile.compat.transformers import sdpa_attention
 from icw_compile.formats.int8 import scale_dtype_for
-from icw_compile.kernels import find_kernel
+from icw_compile.kernels import AttentionCall, StoredRows, find_kernel
 from icw_compile.lab.bench.measure import OtherLoad, Spread, ratio, seconds, take_turns
 
 __all__ = ["CASES", "OPERATOR_CONTENDERS", "Case", "OperatorResult", "run_case"]
@@ -150,7 +150,8 @@ def run_case(
 def _our_attention(query: Tensor, *quantized: Tensor) -> tuple[str, Callable[..., Tensor]]:
     """What the ``lower`` pass would choose, by name."""
     kernel = find_kernel(query.device.type)
-    reason = kernel if isinstance(kernel, str) else kernel.supports(query, quantized[0], quantized[2])
+    call = AttentionCall(query, StoredRows.int8(*quantized[:2]), StoredRows.int8(*quantized[2:4]))
+    reason = kernel if isinstance(kernel, str) else kernel.declines(call)
     if not isinstance(kernel, str) and reason is None:
         return kernel.name, kernel.operator
     return f"inductor decode ({reason})", torch.compile(torch.ops.icw_int8kv.attention_decode.default)
