@@ -48,7 +48,12 @@ def fuse_reads(graph: KVGraph) -> int:
         repeated = [graph.decoded[operand] for operand in operands]
         unrepeated = [_unrepeated(graph, each) for each in repeated]
         key, value = unrepeated
-        if key is None or value is None or any(map(partial(_written_since, node), operands, repeated, (key, value))):
+        if (
+            key is None
+            or value is None
+            or not _same_heads(graph, key, value)
+            or any(map(partial(_written_since, node), operands, repeated, (key, value)))
+        ):
             continue
         with graph.before(node):
             fused, replacement = _fuse(graph, found, key, value, heads=_heads(graph, repeated[0]))
@@ -59,6 +64,12 @@ def fuse_reads(graph: KVGraph) -> int:
         node.replace_all_uses_with(replacement)
         graph.attentions.append(FusedAttention(fused, key, value))
     return len(graph.attentions) - found_before
+
+
+def _same_heads(graph: KVGraph, key: Storage, value: Storage) -> bool:
+    """Whether both are stored with as many heads: one may have been repeated in a way that is not recognised."""
+    heads = (graph.tensor(each.stored.parts[0]).shape[1] for each in (key, value))
+    return statically_known_true(next(heads) == next(heads))
 
 
 def _heads(graph: KVGraph, value: Storage) -> int:
@@ -136,7 +147,10 @@ def _written_since(reader: Node, decoded: Node, repeated: Storage, unrepeated: S
     """Whether what is decoded is written after it was read, or copied for each head, and before ``reader``."""
     parts = unrepeated.stored.parts
     roots = {root_of(part) for part in parts}
-    node = min([decoded, *(part for part in repeated.stored.parts if part not in parts)])
+    node = decoded
+    for part, copy in zip(parts, repeated.stored.parts, strict=True):
+        while copy is not part:
+            node, copy = min(node, copy), copy.args[0]
     while node is not reader:
         if is_mutation(node) and any(root_of(each) in roots for each in written_by(node)):
             return True

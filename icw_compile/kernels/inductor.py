@@ -256,7 +256,8 @@ def merge_rows(
     # Each part weighs as much as its sum, and neither if there is nothing in both.
     empty = (exact_lse == -torch.inf) & (lse == -torch.inf)
     share = torch.where(empty, 0.0, torch.sigmoid(exact_lse - lse)).unsqueeze(-1)
-    return torch.lerp(output.float(), exact, share).to(output.dtype)
+    apart = output.float()
+    return (apart + share * (exact - apart)).to(output.dtype)
 
 
 def _register() -> None:
