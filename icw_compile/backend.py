@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 import torch._inductor.config
 from torch.fx import GraphModule, Node
 
+from icw_compile import watch
 from icw_compile.cache.binding import bind
-from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
 from icw_compile.formats import ops
 from icw_compile.frontend.capture import (
     NotCapturedError,
@@ -62,6 +61,7 @@ def icw_int8kv(
         UnquantizedCacheError: a cache stays float, with ``icw.strict``.
     """
     ours, inductor_options = split_options(options, mode)
+    watch.compiling(ours)
     started = time.perf_counter()
     try:
         graph = capture(dynamo_graph)
@@ -88,14 +88,14 @@ def icw_int8kv(
     report.passes = {result.name: result.matches for result in results}
     report.sites, report.skipped, report.asked_float = graph.sites, graph.skipped, graph.asked_float
     report.capture_seconds, report.passes_seconds = captured - started, rewritten - captured - report.kernel_seconds
-    _complain(report.skipped, ours)
+    watch.complain(report.skipped, ours)
     if graph.sites:
         _check_inference(dynamo_graph, dropout)
         forward_dynamo_metadata(dynamo_graph, graph)
         if _asks_for_cuda_graphs(ours, inductor_options) and (reason := _why_no_cuda_graphs(graph)):
             report.no_cuda_graphs = reason
             inductor_options = {**inductor_options, _CUDA_GRAPHS: False}
-        compiled = bind(graph, _compile(graph.module, example_inputs(graph), ours, inductor_options))
+        compiled = watch.counted(bind(graph, _compile(graph.module, example_inputs(graph), ours, inductor_options)))
     else:
         compiled = _compile(dynamo_graph, inputs, ours, inductor_options)
     report.compile_seconds = time.perf_counter() - rewritten
@@ -152,29 +152,12 @@ def _compile_unchanged(
     report = GraphReport(next_name(), nodes=len(dynamo_graph.graph.nodes))
     if works_on_a_cache():
         report.skipped = [Skipped("", "what this graph writes to the cache", reason)]
-        _complain(report.skipped, options)
+        watch.complain(report.skipped, options)
     started = time.perf_counter()
     compiled = _compile(dynamo_graph, inputs, options, inductor_options)
     report.compile_seconds = time.perf_counter() - started
     record(report)
-    return compiled
-
-
-def _complain(all_skipped: Sequence[Skipped], options: Options) -> None:
-    """Say which caches are not int8, or not read as int8: once for each graph."""
-    if not all_skipped:
-        return
-    reasons: dict[str, list[str]] = {}
-    for skipped in all_skipped:
-        reasons.setdefault(skipped.reason, []).append(f"{skipped.layer} {skipped.what}".strip())
-    lines = [
-        f"{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}: {reason}"
-        for reason, places in reasons.items()
-    ]
-    message = "icw_int8kv: a key/value cache is not read as int8.\n  " + "\n  ".join(lines)
-    if options.strict:
-        raise UnquantizedCacheError(message)
-    warnings.warn(message, UnquantizedCacheWarning, stacklevel=2)
+    return watch.counted(compiled) if report.skipped else compiled
 
 
 def _check_inference(dynamo_graph: GraphModule, dropout: Node | None) -> None:

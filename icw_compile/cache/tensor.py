@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
+from icw_compile.cache.uncompiled import note_read
 from icw_compile.formats.ops import channel_shift, dequantize_per_head, keep_rows, quantize_per_head, scale_dtype_for
 from icw_compile.formats.rows import NOTHING, PARTS, ROWS, RULES, Keep, Quantized, keep_written, quantize_like
 
@@ -383,6 +384,7 @@ def _to_parts(value: Any) -> Any:
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``func`` on dequantized values; where it writes into an operand, quantize that operand's new values."""
+    note_read(func, args)
     values: dict[int, tuple[QuantizedKV, Tensor]] = {}
 
     def dequantized(value: Any) -> Any:

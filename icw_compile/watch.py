@@ -1,0 +1,524 @@
+"""What Dynamo leaves out, said by us: a look at the caller's cache after each call that may have left some of it float.
+
+The backend is called with graphs; for what Dynamo does not compile it is not called. That a layer was left out shows
+afterwards in the cache: its keys and values are float. So each call of something that was compiled with this backend is
+watched from its second on (from its first compiled graph in the first), and where it compiled a graph, or ran none of
+ours, the caches that it took or returned are looked at. A call that only ran what was compiled costs two comparisons.
+
+Dynamo also counts the variants of all modules of a class against one limit; `compiling` makes it count by module.
+"""
+
+import functools
+import re
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.cache.uncompiled import forget_reads, quiet
+from icw_compile.compat import watch as compat
+from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
+from icw_compile.options import Options
+from icw_compile.passes import Skipped
+
+__all__ = [
+    "ModelLayers",
+    "check_skipped_layers",
+    "compiling",
+    "complain",
+    "counted",
+    "forget",
+    "layers_of_model",
+    "model_name",
+    "why_graph_ends",
+]
+
+_LIMIT = "recompile limit"
+#: Beginning of the log of a call: no number of graphs that ran is known.
+_UNKNOWN = -1
+
+
+class ModelLayers(NamedTuple):
+    """The attention layers of a whole model, whatever part of it a graph holds.
+
+    Attributes:
+        number: how many there are.
+        sliding: the indices of those with a sliding window; ``None`` if the configuration does not say.
+    """
+
+    number: int
+    sliding: frozenset[int] | None
+
+
+@dataclass
+class _Call:
+    """One running call.
+
+    Attributes:
+        seen: the frames that Dynamo had seen before it.
+        runs: the graphs of ours that had run before it in this thread.
+        breaks: graph breaks that ended its graphs.
+    """
+
+    seen: int
+    runs: int
+    breaks: list[compat.GraphBreak] = field(default_factory=list)
+
+
+@dataclass
+class _Watched:
+    """What is known of one ``torch.compile(..., backend="icw_int8kv")``.
+
+    Attributes:
+        options: of its last graph.
+        modules: function -> compile id of a variant -> the local variable that holds a module, and that module.
+        told: the layers that are known to be float, the cause said.
+        told_limit: whether it was said that Dynamo has given up.
+        explained: the layers of which a pass has said why they are not int8; ``None`` stands for unknown ones.
+        said: what the passes have said.
+    """
+
+    options: Options
+    modules: dict[CodeType, dict[Any, tuple[str, "weakref.ref[nn.Module]"]]] = field(default_factory=dict)
+    told: set[int] = field(default_factory=set)
+    told_limit: bool = False
+    explained: set[int | None] = field(default_factory=set)
+    said: set[Skipped] = field(default_factory=set)
+
+
+class _Thread(threading.local):
+    runs = 0
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[_Watched, _Call]] = []
+
+
+_thread = _Thread()
+_lock = threading.RLock()
+_watched: "weakref.WeakKeyDictionary[Any, _Watched]" = weakref.WeakKeyDictionary()
+#: Messages about modules that were compiled one by one: once for all of them.
+_said_of_parts: set[tuple[str, str]] = set()
+_failures_before: dict[str, int] = {}
+
+
+# -- called by the backend
+
+
+def compiling(options: Options) -> None:
+    """To be called first by the backend, for each graph: watch what was compiled, and count its variants by module."""
+    call = compat.compiled_call()
+    if call is None:
+        return
+    with _lock:
+        watched, running = _watch(call, options)
+        if (ends := compat.graph_break()) is not None and ends not in running.breaks:
+            running.breaks.append(ends)
+        frame = compat.current_frame()
+        if frame is not None:
+            modules = watched.modules.setdefault(frame.code, {})
+            _count(call.context, frame.code)
+            if frame.local is not None:
+                name, module = frame.local
+                modules[frame.compile_id] = (name, weakref.ref(module))
+
+
+def counted(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``compiled``, which notes that it ran."""
+
+    @functools.wraps(compiled, updated=())
+    def run(*args: Any) -> Any:
+        _thread.runs += 1
+        return compiled(*args)
+
+    return run
+
+
+def complain(all_skipped: Sequence[Skipped], options: Options) -> None:
+    """Say which caches are not int8, or not read as int8: once, and not where it was said with its cause before.
+
+    Raises:
+        UnquantizedCacheError: there are some, with ``icw.strict``.
+    """
+    call = compat.compiled_call()
+    running = _thread.calls[-1] if _thread.calls else None
+    if running is not None and not options.strict:
+        watched, _ = running
+        layers = {skipped: layer_index(f"{skipped.layer} {skipped.what}") for skipped in all_skipped}
+        watched.explained.update(layers.values())
+        all_skipped = [s for s in all_skipped if layers[s] not in watched.told and s not in watched.said]
+        watched.said.update(all_skipped)
+    if not all_skipped:
+        return
+    reasons: dict[str, list[str]] = {}
+    for skipped in all_skipped:
+        reasons.setdefault(skipped.reason, []).append(f"{skipped.layer} {skipped.what}".strip())
+    if call is not None and not options.strict and _is_part(call.module):
+        reasons = {reason: places for reason, places in reasons.items() if _first_of_parts(call.module, reason)}
+        if not reasons:
+            return
+    lines = [
+        f"{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}: {reason}"
+        for reason, places in reasons.items()
+    ]
+    _say("icw_int8kv: a key/value cache is not read as int8.\n  " + "\n  ".join(lines), options.strict)
+
+
+def check_skipped_layers(options: Options, unreadable: Sequence[str] = ()) -> None:
+    """Say that ``icw.skip_layers`` names what the model does not have, or cannot be followed.
+
+    Args:
+        options: of this graph.
+        unreadable: storage of this graph of which the layer is not known.
+
+    Raises:
+        ValueError: the same, with ``icw.strict``.
+    """
+    wanted = options.skipped_layers
+    if not wanted:
+        return
+    problems = []
+    layers = layers_of_model()
+    if layers is not None:
+        for layer in sorted(n for n in wanted if isinstance(n, int) and n >= layers.number):
+            problems.append(
+                f"{layer} is no layer of the model: it has {layers.number}, the last one is {layers.number - 1}"
+            )
+        if "sliding" in wanted and layers.sliding is not None and not layers.sliding:
+            problems.append("'sliding' takes no layer: the model has no sliding windows")
+    if unreadable:
+        problems.append(f"it is not known which layer `{unreadable[0]}` belongs to, and it becomes int8")
+    call = compat.compiled_call()
+    key = "" if call is None else type(call.module).__name__
+    with _lock:
+        problems = [p for p in problems if options.strict or (key, p) not in _said_of_parts]
+        _said_of_parts.update((key, p) for p in problems)
+    if not problems:
+        return
+    message = "icw_int8kv: icw.skip_layers: " + "; ".join(problems) + "."
+    if options.strict:
+        raise ValueError(message)
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def layers_of_model() -> ModelLayers | None:
+    """The layers of the whole model that is being compiled, or that the compiled part belongs to; ``None`` if unknown.
+
+    To be called while the backend is. A graph holds a part of the model where the graph breaks or where layers are
+    compiled one by one; which layer is the last one then shows in the configuration alone, or in the cache.
+    """
+    call = compat.compiled_call()
+    if call is None:
+        return None
+    for config in _configs(call.module):
+        count = getattr(config, "num_hidden_layers", None)
+        if isinstance(count, int):
+            kinds = getattr(config, "layer_types", None)
+            if kinds is None:
+                return ModelLayers(count, frozenset() if getattr(config, "sliding_window", None) is None else None)
+            return ModelLayers(count, frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention"))
+    for cache in _caches((call.args, call.kwargs)):
+        if cache.layers:
+            return ModelLayers(len(cache.layers), None)
+    return None
+
+
+def model_name() -> str:
+    """The class of the module that is being compiled; of the function, if it is none; empty if unknown."""
+    call = compat.compiled_call()
+    if call is None:
+        return ""
+    return getattr(call.function, "__qualname__", "") if call.module is None else type(call.module).__name__
+
+
+def why_graph_ends() -> str:
+    """The graph break that ends the graph for which the backend is called, and where it is; empty if there is none."""
+    ends = compat.graph_break()
+    return "" if ends is None else _at(ends)
+
+
+def layer_index(name: str) -> int | None:
+    """``past_key_values.layers[3].keys``, ``model.layers.3.self_attn``: 3."""
+    found = re.search(r"\b(?:layers|h|blocks|block)\W(\d+)", name)
+    return None if found is None else int(found[1])
+
+
+def forget() -> None:
+    """Say everything anew that was said before."""
+    with _lock:
+        for watched in _watched.values():
+            watched.told.clear()
+            watched.said.clear()
+            watched.explained.clear()
+            watched.told_limit = False
+        _said_of_parts.clear()
+        _failures_before.clear()
+        _failures_before.update(compat.failures())
+    forget_reads()
+
+
+# -- called by Dynamo
+
+
+def _watch(call: compat.CompiledCall, options: Options) -> tuple[_Watched, _Call]:
+    """Watch what is called there, from this call on."""
+    watched = _watched.get(call.context)
+    if watched is None:
+        watched = _watched[call.context] = _Watched(options)
+        call.context.enter_exit_hooks.append(functools.partial(_enter, weakref.ref(call.context)))
+        running = _Call(_UNKNOWN, _UNKNOWN)
+        _thread.calls.append((watched, running))
+        call.cleanups.append(functools.partial(_leave, watched, running))
+        return watched, running
+    watched.options = options
+    found = next((running for other, running in reversed(_thread.calls) if other is watched), None)
+    return watched, found or _Call(_UNKNOWN, _UNKNOWN)
+
+
+def _enter(context: "weakref.ref[Any]") -> Callable[[], None]:
+    watched = _watched.get(context())
+    if watched is None:
+        return _nothing
+    running = _Call(compat.frames_seen(), _thread.runs)
+    _thread.calls.append((watched, running))
+    was_quiet, quiet.now = quiet.now, quiet.now or watched.told_limit or bool(watched.told)
+    return functools.partial(_leave, watched, running, was_quiet)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _leave(watched: _Watched, running: _Call, was_quiet: bool = False) -> None:
+    quiet.now = was_quiet
+    while _thread.calls and _thread.calls.pop()[1] is not running:
+        pass  # of a call that ended without our being told
+    compiled_some, ran = compat.frames_seen() != running.seen, _thread.runs != running.runs
+    if ran and not compiled_some:
+        return
+    call = compat.compiled_call()
+    if call is not None and call.returned:
+        with _lock:
+            _look(watched, running, call, ran)
+
+
+# -- after a call
+
+
+def _look(watched: _Watched, running: _Call, call: compat.CompiledCall, ran: bool) -> None:
+    """Look at the caches of a call that compiled something, or ran nothing of ours; say what is float in them."""
+    new = _new_failures()
+    for code in watched.modules:
+        _count(call.context, code)
+    caches = list(_caches((call.args, call.kwargs, call.result)))
+    if not caches:
+        return
+    limit = any(_LIMIT in text for text in new)
+    stance = compat.stance()
+    if not ran and stance.endswith("eager_then_compile"):
+        return  # the next call is compiled, and takes a float cache over
+    mine = _layer_indices(call.module)
+    left_float = {i for cache in caches for i in _float_layers(cache) if not mine or i in mine}
+    left_float -= _asked_float(watched.options, call)
+    left_float = set() if None in watched.explained else left_float - watched.told - watched.explained
+    if not left_float and (not limit or watched.told_limit):
+        return
+    if not ran and not running.breaks and stance == "default" and not limit:
+        # Somebody else used up the limit that functions share: ours is not reached.
+        for code in watched.modules:
+            compat.reopen(code)
+    cause, remedy = _why(running, new, ran, limit, stance)
+    if not watched.options.strict:
+        watched.told |= left_float
+        watched.told_limit |= limit
+    if _is_part(call.module) and not watched.options.strict and not _first_of_parts(call.module, cause):
+        return
+    whose = "" if call.module is None else f" of {type(call.module).__name__}"
+    if left_float:
+        several = "s" if len(left_float) > 1 else ""
+        names = ", ".join(map(str, sorted(left_float)))
+        what = f"the cache{whose} stays float in layer{several} {names}"
+    else:
+        what = f"the int8 cache{whose} is read in code that is not compiled, as a dequantized copy"
+    _say(f"icw_int8kv: {what}.\n  Cause: {cause}.\n  Remedy: {remedy}.", watched.options.strict)
+
+
+def _new_failures() -> list[str]:
+    """What Dynamo failed at since this was called last."""
+    failures = compat.failures()
+    if any(failures.get(text, 0) < count for text, count in _failures_before.items()):
+        _failures_before.clear()  # Dynamo was reset
+    new = [text for text, count in failures.items() if count > _failures_before.get(text, 0)]
+    _failures_before.clear()
+    _failures_before.update(failures)
+    return new
+
+
+def _why(running: _Call, new: Sequence[str], ran: bool, limit: bool, stance: str) -> tuple[str, str]:
+    """The cause, and the remedy."""
+    if limit:
+        return (
+            f"torch.compile has given up: {_first_limit(new)}; what comes after it runs uncompiled",
+            "raise torch._dynamo.config.recompile_limit (or accumulated_recompile_limit), or give torch.compile "
+            "`isolate_recompiles=True`; where prompts of many lengths use it up, leave out `dynamic=False`. "
+            "TORCH_LOGS=recompiles says what each variant was made for",
+        )
+    if not ran and stance != "default":
+        return (
+            f'torch.compiler.set_stance("{stance}") keeps the model from being compiled',
+            "make the cache outside of that stance, or with icw_compile.static_cache(...)",
+        )
+    if not ran and not new:
+        return (
+            "Dynamo did not try to compile it: it has given up on this function before, which modules of one class "
+            "share, or was told to skip it",
+            "call again, which compiles it; raise torch._dynamo.config.recompile_limit, or give torch.compile "
+            "`isolate_recompiles=True`",
+        )
+    if running.breaks:
+        return (
+            "a graph break between where the cache is written and where attention reads it: "
+            + "; ".join(dict.fromkeys(map(_at, running.breaks[-3:]))),
+            "take what breaks the graph out of the attention function and its hooks, or move it before or after the "
+            "model. TORCH_LOGS=graph_breaks shows each",
+        )
+    reasons = compat.short_reasons(new)
+    return (
+        "that part of the model is not compiled: "
+        + ("; ".join(reasons[:3]) if reasons else "no compiled graph was seen to write and read it"),
+        "leave these layers without hooks or functions that torch.compile skips (accelerate's `device_map` with "
+        "offloaded layers adds such hooks); TORCH_LOGS=graph_breaks shows each",
+    )
+
+
+def _first_limit(new: Sequence[str]) -> str:
+    text = next(text for text in new if _LIMIT in text)
+    found = re.search(r"exceeding the (\w+) cache size limit \(currently set to (\d+)\)", text)
+    return "a recompile limit was reached" if found is None else f"torch._dynamo.config.{found[1]} is {found[2]}"
+
+
+def _at(ends: compat.GraphBreak) -> str:
+    where = " <- ".join(reversed(ends.where[-2:]))
+    return f"{ends.reason}{f' [{where}]' if where else ''}"
+
+
+def _say(message: str, strict: bool) -> None:
+    if strict:
+        raise UnquantizedCacheError(message)
+    warnings.warn(message, UnquantizedCacheWarning, stacklevel=3)
+
+
+def _count(context: Any, code: CodeType) -> None:
+    """Let Dynamo count the variants of ``code`` by module, and those of others not at all."""
+    known: dict[Any, tuple[str, weakref.ref[nn.Module]]] = {}
+    for watched in _watched.values():
+        known |= watched.modules.get(code, {})
+    others = compat.count_by_module(code, known)
+    if others:
+        compat.add_to_limit(context, others)
+
+
+def _caches(values: Any) -> Iterator[Cache]:
+    """The transformers caches among arguments or results."""
+    seen: set[int] = set()
+    pending = [values]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, EncoderDecoderCache):
+            pending += [value.self_attention_cache, value.cross_attention_cache]
+        elif isinstance(value, Cache):
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield value
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, (list, tuple)) and len(value) < 100:
+            pending += value
+
+
+def _float_layers(cache: Cache) -> Iterator[int]:
+    for i, layer in enumerate(cache.layers):
+        if hasattr(layer, "_quantized_keys"):
+            continue  # transformers' own quantized layers
+        held = (getattr(layer, name, None) for name in ("keys", "values"))
+        if any(_is_float_cache(tensor) for tensor in held):
+            yield i
+
+
+def _is_float_cache(tensor: Any) -> bool:
+    if not isinstance(tensor, Tensor) or isinstance(tensor, QuantizedKV):
+        return False
+    return tensor.dim() == 4 and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def _asked_float(options: Options, call: compat.CompiledCall) -> set[int]:
+    """The layers that ``icw.skip_layers`` leaves float."""
+    wanted = options.skipped_layers
+    found = {n for n in wanted if isinstance(n, int)}
+    if "first" in wanted:
+        found.add(0)
+    layers = layers_of_model()
+    if layers is not None and "last" in wanted:
+        found.add(layers.number - 1)
+    if "sliding" in wanted:
+        for cache in _caches((call.args, call.kwargs, call.result)):
+            found |= {i for i, layer in enumerate(cache.layers) if getattr(layer, "is_sliding", False)}
+    return found
+
+
+def _layer_indices(module: nn.Module | None) -> set[int]:
+    """The layers of the cache that ``module`` writes; empty if it does not say."""
+    if module is None:
+        return set()
+    indices = (getattr(part, "layer_idx", None) for part in module.modules())
+    return {index for index in indices if isinstance(index, int)}
+
+
+def _is_part(module: nn.Module | None) -> bool:
+    """Whether ``module`` is one layer of a model, which others beside it are compiled like."""
+    return len(_layer_indices(module)) == 1 and not hasattr(module, "generate")
+
+
+def _first_of_parts(module: nn.Module | None, cause: str) -> bool:
+    key = (type(module).__name__, re.sub(r"\d+", "", cause))
+    with _lock:
+        if key in _said_of_parts:
+            return False
+        _said_of_parts.add(key)
+    return True
+
+
+def _configs(module: nn.Module | None) -> Iterator[Any]:
+    """The configurations of the decoder that ``module`` is or belongs to."""
+    if module is None:
+        return
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if config is not None:
+            text = getattr(config, "get_text_config", None)
+            yield config if text is None else text(decoder=True)
+
+
+def _on_limit(code: CodeType | None) -> None:
+    """Dynamo gives up on a function: watch the call, if it is one of ours that the backend has not seen yet."""
+    call = compat.compiled_call()
+    if call is None or code is None:
+        return
+    backend = call.backend
+    if getattr(getattr(backend, "compiler_fn", None), "__module__", "") != "icw_compile.backend":
+        return
+    options = getattr(backend, "kwargs", {}).get("options") or {}
+    with _lock:
+        watched, _ = _watch(call, Options(strict=options.get("icw.strict") is True))
+        watched.modules.setdefault(code, {})
+        _count(call.context, code)
+
+
+compat.on_recompile_limit(_on_limit)
+_failures_before.update(compat.failures())
