@@ -68,7 +68,7 @@ def icw_int8kv(
     except NotCapturedError as error:
         reason = f"{error}, and is compiled as it is"
         return _compile_unchanged(dynamo_graph, inputs, reason, ours, inductor_options)
-    report = GraphReport(next_name(), nodes=len(graph.graph.nodes))
+    report = GraphReport(next_name(), model=watch.model_name(), nodes=len(graph.graph.nodes))
 
     def timed_find_kernel(device_type: str) -> Kernel | str:
         asked = time.perf_counter()
@@ -78,7 +78,7 @@ def icw_int8kv(
             report.kernel_seconds += time.perf_counter() - asked
 
     graph.find_kernel = timed_find_kernel
-    graph.equalized, graph.keep, graph.skip_layers = ours.equalized, ours.keep, ours.skipped_layers
+    graph.equalized, graph.keep, graph.skip_layers = ours.equalized, ours.keep, watch.layers_to_skip(ours)
     report.family, report.expected_sites = _family(graph)
     dropout = next(filter(_drops_out, graph.graph.nodes), None)
     captured = time.perf_counter()
@@ -89,6 +89,7 @@ def icw_int8kv(
     report.sites, report.skipped, report.asked_float = graph.sites, graph.skipped, graph.asked_float
     report.capture_seconds, report.passes_seconds = captured - started, rewritten - captured - report.kernel_seconds
     watch.complain(report.skipped, ours)
+    watch.check_skipped_layers(ours, graph.sites)
     if graph.sites:
         _check_inference(dynamo_graph, dropout)
         forward_dynamo_metadata(dynamo_graph, graph)
@@ -149,7 +150,7 @@ def _cache_tag() -> str:
 def _compile_unchanged(
     dynamo_graph: GraphModule, inputs: Sequence[Any], reason: str, options: Options, inductor_options: dict[str, Any]
 ) -> Callable[..., Any]:
-    report = GraphReport(next_name(), nodes=len(dynamo_graph.graph.nodes))
+    report = GraphReport(next_name(), model=watch.model_name(), nodes=len(dynamo_graph.graph.nodes))
     if works_on_a_cache():
         report.skipped = [Skipped("", "what this graph writes to the cache", reason)]
         watch.complain(report.skipped, options)
@@ -157,7 +158,7 @@ def _compile_unchanged(
     compiled = _compile(dynamo_graph, inputs, options, inductor_options)
     report.compile_seconds = time.perf_counter() - started
     record(report)
-    return watch.counted(compiled) if report.skipped else compiled
+    return compiled
 
 
 def _check_inference(dynamo_graph: GraphModule, dropout: Node | None) -> None:

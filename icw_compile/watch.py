@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.cache.uncompiled import forget_reads, quiet
+from icw_compile.cache.uncompiled import forget_reads, thread
 from icw_compile.compat import watch as compat
 from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
-from icw_compile.options import Options
-from icw_compile.passes import Skipped
+from icw_compile.options import Options, split_options
+from icw_compile.passes import Site, Skipped
+from icw_compile.report import on_reset
 
 __all__ = [
     "ModelLayers",
@@ -36,11 +37,14 @@ __all__ = [
     "counted",
     "forget",
     "layers_of_model",
+    "layers_to_skip",
     "model_name",
     "why_graph_ends",
 ]
 
 _LIMIT = "recompile limit"
+#: Kinds of causes.
+_GAVE_UP, _NOT_COMPILED = "gave up", "not compiled"
 #: Beginning of the log of a call: no number of graphs that ran is known.
 _UNKNOWN = -1
 
@@ -79,28 +83,26 @@ class _Watched:
     Attributes:
         options: of its last graph.
         modules: function -> compile id of a variant -> the local variable that holds a module, and that module.
-        told: the layers that are known to be float, the cause said.
-        told_limit: whether it was said that Dynamo has given up.
+        told: kind of cause -> the layers that are known to be float because of it, which was said.
         explained: the layers of which a pass has said why they are not int8; ``None`` stands for unknown ones.
         said: what the passes have said.
     """
 
     options: Options
     modules: dict[CodeType, dict[Any, tuple[str, "weakref.ref[nn.Module]"]]] = field(default_factory=dict)
-    told: set[int] = field(default_factory=set)
-    told_limit: bool = False
+    told: dict[str, set[int]] = field(default_factory=dict)
     explained: set[int | None] = field(default_factory=set)
     said: set[Skipped] = field(default_factory=set)
 
 
-class _Thread(threading.local):
-    runs = 0
+class _Calls(threading.local):
+    """The running calls in this thread, the innermost last."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[_Watched, _Call]] = []
+        self.running: list[tuple[_Watched, _Call]] = []
 
 
-_thread = _Thread()
+_calls = _Calls()
 _lock = threading.RLock()
 _watched: "weakref.WeakKeyDictionary[Any, _Watched]" = weakref.WeakKeyDictionary()
 #: Messages about modules that were compiled one by one: once for all of them.
@@ -134,7 +136,7 @@ def counted(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(compiled, updated=())
     def run(*args: Any) -> Any:
-        _thread.runs += 1
+        thread.runs += 1
         return compiled(*args)
 
     return run
@@ -147,12 +149,13 @@ def complain(all_skipped: Sequence[Skipped], options: Options) -> None:
         UnquantizedCacheError: there are some, with ``icw.strict``.
     """
     call = compat.compiled_call()
-    running = _thread.calls[-1] if _thread.calls else None
+    running = _calls.running[-1] if _calls.running else None
     if running is not None and not options.strict:
         watched, _ = running
         layers = {skipped: layer_index(f"{skipped.layer} {skipped.what}") for skipped in all_skipped}
         watched.explained.update(layers.values())
-        all_skipped = [s for s in all_skipped if layers[s] not in watched.told and s not in watched.said]
+        told = set().union(*watched.told.values())
+        all_skipped = [s for s in all_skipped if layers[s] not in told and s not in watched.said]
         watched.said.update(all_skipped)
     if not all_skipped:
         return
@@ -170,38 +173,54 @@ def complain(all_skipped: Sequence[Skipped], options: Options) -> None:
     _say("icw_int8kv: a key/value cache is not read as int8.\n  " + "\n  ".join(lines), options.strict)
 
 
-def check_skipped_layers(options: Options, unreadable: Sequence[str] = ()) -> None:
-    """Say that ``icw.skip_layers`` names what the model does not have, or cannot be followed.
+def layers_to_skip(options: Options) -> frozenset[int | str]:
+    """What ``icw.skip_layers`` lists, ``"first"`` and ``"last"`` as the indices of these layers of the whole model.
+
+    Says once which of them the model does not have.
+
+    Raises:
+        ValueError: there are some, with ``icw.strict``.
+    """
+    wanted, layers = options.skipped_layers, layers_of_model()
+    if not wanted or layers is None:
+        return wanted
+    problems = [
+        f"the model has no layer {layer}: its last one is {layers.number - 1}"
+        for layer in sorted(each for each in wanted if isinstance(each, int) and each >= layers.number)
+    ]
+    if "sliding" in wanted and layers.sliding is not None and not layers.sliding:
+        problems.append("'sliding' is no layer of the model: it has no sliding windows")
+    _object(problems, options)
+    named = {"first": 0, "last": layers.number - 1}
+    return frozenset(named.get(each, each) if isinstance(each, str) else each for each in wanted)
+
+
+def check_skipped_layers(options: Options, sites: Sequence[Site]) -> None:
+    """Say that ``icw.skip_layers`` could not be followed, since it is not known which layer a storage belongs to.
 
     Args:
         options: of this graph.
-        unreadable: storage of this graph of which the layer is not known.
+        sites: the storage in it that becomes int8.
 
     Raises:
         ValueError: the same, with ``icw.strict``.
     """
-    wanted = options.skipped_layers
-    if not wanted:
+    if not options.skipped_layers:
         return
-    problems = []
-    layers = layers_of_model()
-    if layers is not None:
-        for layer in sorted(n for n in wanted if isinstance(n, int) and n >= layers.number):
-            problems.append(
-                f"{layer} is no layer of the model: it has {layers.number}, the last one is {layers.number - 1}"
-            )
-        if "sliding" in wanted and layers.sliding is not None and not layers.sliding:
-            problems.append("'sliding' takes no layer: the model has no sliding windows")
-    if unreadable:
-        problems.append(f"it is not known which layer `{unreadable[0]}` belongs to, and it becomes int8")
-    call = compat.compiled_call()
-    key = "" if call is None else type(call.module).__name__
+    unknown = [site.name for site in sites if layer_index(site.name) is None and layer_index(site.layer) is None]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        _object([f"it is not known which layer `{unknown[0]}`{more} belongs to; it becomes int8"], options)
+
+
+def _object(problems: Sequence[str], options: Options) -> None:
+    name = model_name()
     with _lock:
-        problems = [p for p in problems if options.strict or (key, p) not in _said_of_parts]
-        _said_of_parts.update((key, p) for p in problems)
-    if not problems:
+        new = [problem for problem in problems if options.strict or (name, problem) not in _said_of_parts]
+        _said_of_parts.update((name, problem) for problem in problems)
+    if not new:
         return
-    message = "icw_int8kv: icw.skip_layers: " + "; ".join(problems) + "."
+    message = f"icw_int8kv: option 'icw.skip_layers': {'; '.join(new)}."
     if options.strict:
         raise ValueError(message)
     warnings.warn(message, UserWarning, stacklevel=3)
@@ -256,7 +275,6 @@ def forget() -> None:
             watched.told.clear()
             watched.said.clear()
             watched.explained.clear()
-            watched.told_limit = False
         _said_of_parts.clear()
         _failures_before.clear()
         _failures_before.update(compat.failures())
@@ -273,11 +291,11 @@ def _watch(call: compat.CompiledCall, options: Options) -> tuple[_Watched, _Call
         watched = _watched[call.context] = _Watched(options)
         call.context.enter_exit_hooks.append(functools.partial(_enter, weakref.ref(call.context)))
         running = _Call(_UNKNOWN, _UNKNOWN)
-        _thread.calls.append((watched, running))
+        _calls.running.append((watched, running))
         call.cleanups.append(functools.partial(_leave, watched, running))
         return watched, running
     watched.options = options
-    found = next((running for other, running in reversed(_thread.calls) if other is watched), None)
+    found = next((running for other, running in reversed(_calls.running) if other is watched), None)
     return watched, found or _Call(_UNKNOWN, _UNKNOWN)
 
 
@@ -285,9 +303,9 @@ def _enter(context: "weakref.ref[Any]") -> Callable[[], None]:
     watched = _watched.get(context())
     if watched is None:
         return _nothing
-    running = _Call(compat.frames_seen(), _thread.runs)
-    _thread.calls.append((watched, running))
-    was_quiet, quiet.now = quiet.now, quiet.now or watched.told_limit or bool(watched.told)
+    running = _Call(compat.frames_seen(), thread.runs)
+    _calls.running.append((watched, running))
+    was_quiet, thread.is_quiet = thread.is_quiet, thread.is_quiet or bool(watched.told)
     return functools.partial(_leave, watched, running, was_quiet)
 
 
@@ -296,10 +314,10 @@ def _nothing() -> None:
 
 
 def _leave(watched: _Watched, running: _Call, was_quiet: bool = False) -> None:
-    quiet.now = was_quiet
-    while _thread.calls and _thread.calls.pop()[1] is not running:
+    thread.is_quiet = was_quiet
+    while _calls.running and _calls.running.pop()[1] is not running:
         pass  # of a call that ended without our being told
-    compiled_some, ran = compat.frames_seen() != running.seen, _thread.runs != running.runs
+    compiled_some, ran = compat.frames_seen() != running.seen, thread.runs != running.runs
     if ran and not compiled_some:
         return
     call = compat.compiled_call()
@@ -323,20 +341,20 @@ def _look(watched: _Watched, running: _Call, call: compat.CompiledCall, ran: boo
     stance = compat.stance()
     if not ran and stance.endswith("eager_then_compile"):
         return  # the next call is compiled, and takes a float cache over
+    kind, cause, remedy = _why(running, new, ran, limit, stance)
     mine = _layer_indices(call.module)
     left_float = {i for cache in caches for i in _float_layers(cache) if not mine or i in mine}
-    left_float -= _asked_float(watched.options, call)
-    left_float = set() if None in watched.explained else left_float - watched.told - watched.explained
-    if not left_float and (not limit or watched.told_limit):
+    left_float -= _asked_float(watched.options, call) | watched.told.get(kind, set())
+    if not limit and stance == "default":
+        # Whatever was said of a layer explains why it is float still; graphs without a cache do not note that they ran.
+        left_float = set() if None in watched.explained else left_float - watched.explained
+        left_float.difference_update(*watched.told.values())
+    if limit or (left_float and kind == _GAVE_UP):
+        _reopen(watched)
+    if not left_float and (not limit or kind in watched.told):
         return
-    if not ran and not running.breaks and stance == "default" and not limit:
-        # Somebody else used up the limit that functions share: ours is not reached.
-        for code in watched.modules:
-            compat.reopen(code)
-    cause, remedy = _why(running, new, ran, limit, stance)
     if not watched.options.strict:
-        watched.told |= left_float
-        watched.told_limit |= limit
+        watched.told.setdefault(kind, set()).update(left_float)
     if _is_part(call.module) and not watched.options.strict and not _first_of_parts(call.module, cause):
         return
     whose = "" if call.module is None else f" of {type(call.module).__name__}"
@@ -360,10 +378,11 @@ def _new_failures() -> list[str]:
     return new
 
 
-def _why(running: _Call, new: Sequence[str], ran: bool, limit: bool, stance: str) -> tuple[str, str]:
-    """The cause, and the remedy."""
+def _why(running: _Call, new: Sequence[str], ran: bool, limit: bool, stance: str) -> tuple[str, str, str]:
+    """The kind of cause, the cause, and the remedy."""
     if limit:
         return (
+            _GAVE_UP,
             f"torch.compile has given up: {_first_limit(new)}; what comes after it runs uncompiled",
             "raise torch._dynamo.config.recompile_limit (or accumulated_recompile_limit), or give torch.compile "
             "`isolate_recompiles=True`; where prompts of many lengths use it up, leave out `dynamic=False`. "
@@ -371,11 +390,13 @@ def _why(running: _Call, new: Sequence[str], ran: bool, limit: bool, stance: str
         )
     if not ran and stance != "default":
         return (
+            stance,
             f'torch.compiler.set_stance("{stance}") keeps the model from being compiled',
             "make the cache outside of that stance, or with icw_compile.static_cache(...)",
         )
     if not ran and not new:
         return (
+            _GAVE_UP,
             "Dynamo did not try to compile it: it has given up on this function before, which modules of one class "
             "share, or was told to skip it",
             "call again, which compiles it; raise torch._dynamo.config.recompile_limit, or give torch.compile "
@@ -383,15 +404,17 @@ def _why(running: _Call, new: Sequence[str], ran: bool, limit: bool, stance: str
         )
     if running.breaks:
         return (
+            _NOT_COMPILED,
             "a graph break between where the cache is written and where attention reads it: "
             + "; ".join(dict.fromkeys(map(_at, running.breaks[-3:]))),
             "take what breaks the graph out of the attention function and its hooks, or move it before or after the "
             "model. TORCH_LOGS=graph_breaks shows each",
         )
-    reasons = compat.short_reasons(new)
+    reasons = compat.short_reasons(sorted(new, key=lambda text: "torch.compiler.disable" not in text))
     return (
+        _NOT_COMPILED,
         "that part of the model is not compiled: "
-        + ("; ".join(reasons[:3]) if reasons else "no compiled graph was seen to write and read it"),
+        + ("; ".join(reasons[:2]) if reasons else "no compiled graph was seen to write and read it"),
         "leave these layers without hooks or functions that torch.compile skips (accelerate's `device_map` with "
         "offloaded layers adds such hooks); TORCH_LOGS=graph_breaks shows each",
     )
@@ -422,6 +445,13 @@ def _count(context: Any, code: CodeType) -> None:
     others = compat.count_by_module(code, known)
     if others:
         compat.add_to_limit(context, others)
+
+
+def _reopen(watched: _Watched) -> None:
+    """Let Dynamo go on where others have used up the limit of a function that they share with what is watched."""
+    for code, modules in watched.modules.items():
+        if compat.is_below_limit(code, modules):
+            compat.reopen(code)
 
 
 def _caches(values: Any) -> Iterator[Cache]:
@@ -513,12 +543,14 @@ def _on_limit(code: CodeType | None) -> None:
     backend = call.backend
     if getattr(getattr(backend, "compiler_fn", None), "__module__", "") != "icw_compile.backend":
         return
-    options = getattr(backend, "kwargs", {}).get("options") or {}
+    options, _ = split_options(backend.kwargs.get("options"), backend.kwargs.get("mode"))
     with _lock:
-        watched, _ = _watch(call, Options(strict=options.get("icw.strict") is True))
+        watched, _ = _watch(call, options)
         watched.modules.setdefault(code, {})
         _count(call.context, code)
 
 
+on_reset(forget)
 compat.on_recompile_limit(_on_limit)
+compat.reopen_all()
 _failures_before.update(compat.failures())

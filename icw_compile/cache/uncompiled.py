@@ -1,15 +1,15 @@
 """Attention in uncompiled code over an int8 cache: it dequantizes the whole cache at every step, and says so once.
 
 An uncompiled prompt is no such case (`icw_compile.static_cache` is meant for it), nor is a value that is looked at,
-saved, sliced or reordered. What counts is a query of one token that meets keys or values, at the same line of the same
-module, step after step.
+saved, sliced or reordered. What counts is a query of few tokens that meets keys or values, at the same line for the
+same module, step after step with no compiled graph in between.
 """
 
 import sys
 import threading
 import warnings
 import weakref
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from icw_compile.errors import UnquantizedCacheWarning
 
-__all__ = ["forget_reads", "note_read", "quiet"]
+__all__ = ["forget_reads", "note_read", "thread"]
 
 aten = torch.ops.aten
 
@@ -38,19 +38,32 @@ _READS = frozenset(
 )
 #: Steps after which it is no accident.
 _STEPS = 3
+#: More tokens than that at once are a prompt. A step has one, or some more with assisted decoding; torch's kernels
+#: take the heads of a group, at one token, for as many tokens of one head.
+_FEW = 16
 
-_Place = tuple[CodeType, int]
+
+class _Thread(threading.local):
+    """What is known in this thread.
+
+    Attributes:
+        runs: how many graphs of ours have run.
+        is_quiet: whether the cause has been said already for what runs now.
+    """
+
+    runs = 0
+    is_quiet = False
+
+
+thread = _Thread()
+
+#: Where attention is computed: a function and a line in it; how often in a row, and `_Thread.runs` then.
+_Reads = dict[tuple[CodeType, int], tuple[int, int]]
 _lock = threading.Lock()
-_by_module: "weakref.WeakKeyDictionary[nn.Module, dict[_Place, int]]" = weakref.WeakKeyDictionary()
-_elsewhere: dict[_Place, int] = {}
-
-
-class _Quiet(threading.local):
-    #: Whether the cause has been said already for what runs now in this thread.
-    now = False
-
-
-quiet = _Quiet()
+_by_module: "weakref.WeakKeyDictionary[nn.Module, _Reads]" = weakref.WeakKeyDictionary()
+_elsewhere: _Reads = {}
+#: Classes of modules for which it was said.
+_said: set[type] = set()
 
 
 def note_read(func: Any, args: tuple[Any, ...]) -> None:
@@ -60,18 +73,25 @@ def note_read(func: Any, args: tuple[Any, ...]) -> None:
         func: the operation.
         args: its arguments, the second one perhaps a `QuantizedKV`.
     """
-    if func not in _READS or quiet.now or len(args) < 2:
+    if func not in _READS or thread.is_quiet or len(args) < 2:
         return
     query, stored = args[:2]
-    qdata = getattr(stored, "qdata", None)
-    if type(query) is not Tensor or type(qdata) is not Tensor or query.dim() < 3 or query.shape[-2] != 1:
+    if type(query) is not Tensor or type(getattr(stored, "qdata", None)) is not Tensor or query.dim() < 3:
         return
-    place, module = _caller()
+    frame, module = _caller()
+    whole = frame.f_locals.get("query", query)
+    if (whole if isinstance(whole, Tensor) and whole.dim() == 4 else query).shape[-2] > _FEW:
+        return
+    place = frame.f_code, frame.f_lineno
     with _lock:
-        steps = _elsewhere if module is None else _by_module.setdefault(module, {})
-        steps[place] = count = steps.get(place, 0) + 1
-        if count != _STEPS or _said_for(type(module)):
+        reads = _elsewhere if module is None else _by_module.setdefault(module, {})
+        in_a_row, runs = reads.get(place, (0, thread.runs))
+        in_a_row = in_a_row + 1 if runs == thread.runs else 1
+        reads[place] = in_a_row, thread.runs
+        if in_a_row != _STEPS or type(module) in _said:
             return
+        if module is not None:
+            _said.add(type(module))  # not once for each layer
     code, line = place
     where = "" if module is None else f" of {type(module).__name__}"
     warnings.warn(
@@ -84,26 +104,14 @@ def note_read(func: Any, args: tuple[Any, ...]) -> None:
     )
 
 
-_said: set[type] = set()
-
-
-def _said_for(kind: type) -> bool:
-    """Whether it was said for another module of this class: not once for each layer."""
-    if kind in _said:
-        return True
-    if kind is not type(None):
-        _said.add(kind)
-    return False
-
-
-def _caller() -> tuple[_Place, nn.Module | None]:
-    """The line that computes attention, outside of torch and of this package, and the module that it does it for."""
+def _caller() -> tuple[FrameType, nn.Module | None]:
+    """The function that computes attention, outside of torch and of this package, and the module it does it for."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "icw_compile"):
         frame = frame.f_back
     owners = (frame.f_locals.get(name) for name in ("self", "module"))
     module = next((owner for owner in owners if isinstance(owner, nn.Module)), None)
-    return (frame.f_code, frame.f_lineno), module
+    return frame, module
 
 
 def forget_reads() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -30,8 +31,10 @@ __all__ = [
     "failures",
     "frames_seen",
     "graph_break",
+    "is_below_limit",
     "on_recompile_limit",
     "reopen",
+    "reopen_all",
     "short_reasons",
     "stance",
 ]
@@ -130,7 +133,7 @@ def _short(reason: str) -> str:
     """Dynamo's explanation, without its hints and links: its first two lines."""
     lines = [line.strip() for line in reason.split("\n")]
     explanation = next((line for line in lines if line.startswith("Explanation:")), "")
-    return explanation.removeprefix("Explanation:").strip() or lines[0]
+    return (explanation.removeprefix("Explanation:").strip() or lines[0]).rstrip(".")
 
 
 def entries(code: CodeType) -> list[Any]:
@@ -176,6 +179,28 @@ def reopen(code: CodeType) -> None:
     from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
     set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT))
+
+
+def reopen_all() -> None:
+    """Let Dynamo compile again every function on which it has given up for want of variants.
+
+    Another backend's modules may have used up those of a function that ours share with them. Where that was rightly
+    so, Dynamo gives up anew at the next variant, and says it.
+    """
+    from torch._dynamo.convert_frame import input_codes
+
+    for code in filter(None, (reference() for reference in tuple(input_codes.seen))):
+        if len(entries(code)) >= config.recompile_limit:
+            reopen(code)
+
+
+def is_below_limit(code: CodeType, modules: dict[Any, tuple[str, "weakref.ref[nn.Module]"]]) -> bool:
+    """Whether each of these modules may have more variants of ``code``, and there are not too many of them in all."""
+    found = entries(code)
+    counts = Counter(modules[entry.compile_id][1] for entry in found if entry.compile_id in modules)
+    if len(found) >= config.accumulated_recompile_limit:
+        return False
+    return max(counts.values(), default=0) < config.recompile_limit
 
 
 def frames_seen() -> int:
