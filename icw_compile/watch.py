@@ -84,6 +84,7 @@ class _Watched:
         options: of its last graph.
         modules: function -> compile id of a variant -> the local variable that holds a module, and that module.
         told: kind of cause -> the layers that are known to be float because of it, which was said.
+        why: the kind of cause, the cause and the remedy that were found first for layers that are not compiled.
         explained: the layers of which a pass has said why they are not int8; ``None`` stands for unknown ones.
         said: what the passes have said.
     """
@@ -91,6 +92,7 @@ class _Watched:
     options: Options
     modules: dict[CodeType, dict[Any, tuple[str, "weakref.ref[nn.Module]"]]] = field(default_factory=dict)
     told: dict[str, set[int]] = field(default_factory=dict)
+    why: tuple[str, str, str] | None = None
     explained: set[int | None] = field(default_factory=set)
     said: set[Skipped] = field(default_factory=set)
 
@@ -273,6 +275,7 @@ def forget() -> None:
     with _lock:
         for watched in _watched.values():
             watched.told.clear()
+            watched.why = None
             watched.said.clear()
             watched.explained.clear()
         _said_of_parts.clear()
@@ -341,18 +344,23 @@ def _look(watched: _Watched, running: _Call, call: compat.CompiledCall, ran: boo
     stance = compat.stance()
     if not ran and stance.endswith("eager_then_compile"):
         return  # the next call is compiled, and takes a float cache over
-    kind, cause, remedy = _why(running, new, ran, limit, stance)
+    why = _why(running, new, ran, limit, stance)
+    if why[0] == _GAVE_UP and not limit and watched.why is not None:
+        why = watched.why  # graphs without a cache do not note that they ran
+    kind, cause, remedy = why
     mine = _layer_indices(call.module)
     left_float = {i for cache in caches for i in _float_layers(cache) if not mine or i in mine}
     left_float -= _asked_float(watched.options, call) | watched.told.get(kind, set())
     if not limit and stance == "default":
-        # Whatever was said of a layer explains why it is float still; graphs without a cache do not note that they ran.
+        # Whatever was said of a layer explains why it is float still.
         left_float = set() if None in watched.explained else left_float - watched.explained
         left_float.difference_update(*watched.told.values())
     if limit or (left_float and kind == _GAVE_UP):
         _reopen(watched)
     if not left_float and (not limit or kind in watched.told):
         return
+    if kind == _NOT_COMPILED:
+        watched.why = watched.why or why
     if not watched.options.strict:
         watched.told.setdefault(kind, set()).update(left_float)
     if _is_part(call.module) and not watched.options.strict and not _first_of_parts(call.module, cause):
