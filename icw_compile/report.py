@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from icw_compile.cache.growth import Growth, growth, reset_growth
+from icw_compile.cache.uncompiled import forget_reads
 from icw_compile.passes import Site, Skipped
 
 __all__ = ["GraphReport", "Report", "report", "reset_report"]
@@ -184,7 +185,7 @@ def _label(sites: Sequence[Site]) -> str:
 _lock = threading.Lock()
 _graphs: list[GraphReport] = []
 _numbers = itertools.count()
-_resets: list[Callable[[], None]] = [reset_growth]
+_resets: list[Callable[[], None]] = [reset_growth, forget_reads]
 
 
 def record(graph: GraphReport) -> None:

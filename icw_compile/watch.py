@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.cache.uncompiled import forget_reads, thread
+from icw_compile.cache.uncompiled import thread
 from icw_compile.compat import watch as compat
 from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
 from icw_compile.options import Options, split_options
@@ -281,7 +281,6 @@ def forget() -> None:
         _said_of_parts.clear()
         _failures_before.clear()
         _failures_before.update(compat.failures())
-    forget_reads()
 
 
 # -- called by Dynamo

@@ -36,8 +36,8 @@ _READS = frozenset(
     )
     if hasattr(aten, name)
 )
-#: Steps after which it is no accident.
-_STEPS = 3
+#: Steps after which it is a generation, and not a look at some logits.
+_STEPS = 8
 #: More tokens than that at once are a prompt. A step has one, or some more with assisted decoding; torch's kernels
 #: take the heads of a group, at one token, for as many tokens of one head.
 _FEW = 16
