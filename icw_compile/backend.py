@@ -24,6 +24,7 @@ from icw_compile.frontend.capture import (
 )
 from icw_compile.frontend.families import family_of
 from icw_compile.kernels import find_kernel
+from icw_compile.layers import check_skipped_layers, layers_to_skip, model_name
 from icw_compile.options import Options, split_options
 from icw_compile.passes import PASSES, Kernel, KVGraph, Skipped, run_passes
 from icw_compile.passes.graph import arguments, layer_of
@@ -68,7 +69,7 @@ def icw_int8kv(
     except NotCapturedError as error:
         reason = f"{error}, and is compiled as it is"
         return _compile_unchanged(dynamo_graph, inputs, reason, ours, inductor_options)
-    report = GraphReport(next_name(), model=watch.model_name(), nodes=len(graph.graph.nodes))
+    report = GraphReport(next_name(), model=model_name(), nodes=len(graph.graph.nodes))
 
     def timed_find_kernel(device_type: str) -> Kernel | str:
         asked = time.perf_counter()
@@ -78,7 +79,7 @@ def icw_int8kv(
             report.kernel_seconds += time.perf_counter() - asked
 
     graph.find_kernel = timed_find_kernel
-    graph.equalized, graph.keep, graph.skip_layers = ours.equalized, ours.keep, watch.layers_to_skip(ours)
+    graph.equalized, graph.keep, graph.skip_layers = ours.equalized, ours.keep, layers_to_skip(ours)
     report.family, report.expected_sites = _family(graph)
     dropout = next(filter(_drops_out, graph.graph.nodes), None)
     captured = time.perf_counter()
@@ -89,7 +90,7 @@ def icw_int8kv(
     report.sites, report.skipped, report.asked_float = graph.sites, graph.skipped, graph.asked_float
     report.capture_seconds, report.passes_seconds = captured - started, rewritten - captured - report.kernel_seconds
     watch.complain(report.skipped, ours)
-    watch.check_skipped_layers(ours, graph.sites)
+    check_skipped_layers(ours, graph.sites)
     if graph.sites:
         _check_inference(dynamo_graph, dropout)
         forward_dynamo_metadata(dynamo_graph, graph)
@@ -150,7 +151,7 @@ def _cache_tag() -> str:
 def _compile_unchanged(
     dynamo_graph: GraphModule, inputs: Sequence[Any], reason: str, options: Options, inductor_options: dict[str, Any]
 ) -> Callable[..., Any]:
-    report = GraphReport(next_name(), model=watch.model_name(), nodes=len(dynamo_graph.graph.nodes))
+    report = GraphReport(next_name(), model=model_name(), nodes=len(dynamo_graph.graph.nodes))
     if works_on_a_cache():
         report.skipped = [Skipped("", "what this graph writes to the cache", reason)]
         watch.complain(report.skipped, options)
