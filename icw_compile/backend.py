@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from icw_compile import formats, kernels
+from icw_compile import formats, kernels, watch
 from icw_compile.cache.binding import bind
 from icw_compile.compat.dynamo import example_value
 from icw_compile.compat.inductor import CUDA_GRAPHS, cache_key_tag, inductor, uses_cuda_graphs
-from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
 from icw_compile.frontend.capture import (
     NotCapturedError,
     example_inputs,
@@ -24,6 +22,7 @@ from icw_compile.frontend.capture import (
     source_name,
     works_on_a_cache,
 )
+from icw_compile.layers import check_skipped_layers, layers_to_skip, model_name
 from icw_compile.options import Options, split_options
 from icw_compile.passes import KVGraph, Skipped
 from icw_compile.passes.graph import layer_of
@@ -57,23 +56,26 @@ def icw_int8kv(
         UnquantizedCacheError: a cache stays float, with ``icw.strict``.
     """
     ours, inductor_options = split_options(options, mode)
+    watch.compiling(ours)
     if not may_have_a_cache(dynamo_graph):
         return _compile_unchanged(dynamo_graph, inputs, "", ours, inductor_options)
     try:
-        rewritten = rewrite(dynamo_graph, ours)
+        rewritten = rewrite(dynamo_graph, ours, skip_layers=layers_to_skip(ours), why_it_ends=watch.why_graph_ends())
     except NotCapturedError as error:
         reason = f"{error}, and is compiled as it is"
         return _compile_unchanged(dynamo_graph, inputs, reason, ours, inductor_options)
     graph = rewritten.graph
     report = GraphReport.of(next_name(), rewritten)
-    _complain(report.skipped, ours)
+    report.model = model_name()
+    watch.complain(report.skipped, ours)
+    check_skipped_layers(ours, graph.sites)
     started = time.perf_counter()
     if graph.sites:
         _check_inference(dynamo_graph, rewritten.dropout)
         if _asks_for_cuda_graphs(ours, inductor_options) and (reason := _why_no_cuda_graphs(graph)):
             report.no_cuda_graphs = reason
             inductor_options = {**inductor_options, CUDA_GRAPHS: False}
-        compiled = bind(graph, _compile(graph.module, example_inputs(graph), ours, inductor_options))
+        compiled = watch.counted(bind(graph, _compile(graph.module, example_inputs(graph), ours, inductor_options)))
     else:
         compiled = _compile(dynamo_graph, inputs, ours, inductor_options)
     report.compile_seconds = time.perf_counter() - started
@@ -122,32 +124,15 @@ def _cache_tag() -> str:
 def _compile_unchanged(
     dynamo_graph: GraphModule, inputs: Sequence[Any], reason: str, options: Options, inductor_options: dict[str, Any]
 ) -> Callable[..., Any]:
-    report = GraphReport(next_name(), nodes=len(dynamo_graph.graph.nodes))
+    report = GraphReport(next_name(), model=model_name(), nodes=len(dynamo_graph.graph.nodes))
     if works_on_a_cache():
         report.skipped = [Skipped("", "what this graph writes to the cache", reason)]
-        _complain(report.skipped, options)
+        watch.complain(report.skipped, options)
     started = time.perf_counter()
     compiled = _compile(dynamo_graph, inputs, options, inductor_options)
     report.compile_seconds = time.perf_counter() - started
     record(report)
     return compiled
-
-
-def _complain(all_skipped: Sequence[Skipped], options: Options) -> None:
-    """Say which caches are not int8, or not read as int8: once for each graph."""
-    if not all_skipped:
-        return
-    reasons: dict[str, list[str]] = {}
-    for skipped in all_skipped:
-        reasons.setdefault(skipped.reason, []).append(f"{skipped.layer} {skipped.what}".strip())
-    lines = [
-        f"{places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''}: {reason}"
-        for reason, places in reasons.items()
-    ]
-    message = "icw_int8kv: a key/value cache is not read as int8.\n  " + "\n  ".join(lines)
-    if options.strict:
-        raise UnquantizedCacheError(message)
-    warnings.warn(message, UnquantizedCacheWarning, stacklevel=2)
 
 
 def _check_inference(dynamo_graph: GraphModule, dropout: Node | None) -> None:

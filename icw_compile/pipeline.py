@@ -44,12 +44,21 @@ class Rewritten:
     kernel_seconds: float
 
 
-def rewrite(dynamo_graph: GraphModule, options: Options, *, keep_text: bool = False) -> Rewritten:
+def rewrite(
+    dynamo_graph: GraphModule,
+    options: Options,
+    *,
+    skip_layers: frozenset[int | str] | None = None,
+    why_it_ends: str = "",
+    keep_text: bool = False,
+) -> Rewritten:
     """Capture a graph and run the passes.
 
     Args:
         dynamo_graph: what Dynamo hands to a backend; it is left as it is.
         options: as the user gave them.
+        skip_layers: the layers that stay float, where more is known of the model than in ``options``.
+        why_it_ends: why the graph ends before the frame does, in words.
         keep_text: keep the readable text of the graph at every step.
 
     Raises:
@@ -73,7 +82,8 @@ def rewrite(dynamo_graph: GraphModule, options: Options, *, keep_text: bool = Fa
             asking += time.perf_counter() - asked
 
     graph.find_kernel = timed_find_kernel
-    graph.format_for, graph.skip_layers = options.format_for, options.skipped_layers
+    graph.format_for, graph.why_it_ends = options.format_for, why_it_ends
+    graph.skip_layers = options.skipped_layers if skip_layers is None else skip_layers
     ready = time.perf_counter()
     passes = run_passes(graph, PASSES, keep_text=keep_text)
     done = time.perf_counter()

@@ -1,6 +1,8 @@
 """What was compiled, and what became of each key/value cache in it."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from icw_compile.cache.growth import Growth, growth, reset_growth
+from icw_compile.cache.uncompiled import forget_reads
 from icw_compile.kernels import AS_ASKED
 from icw_compile.passes import Site, Skipped
 from icw_compile.pipeline import Rewritten
@@ -21,6 +24,7 @@ class GraphReport:
 
     Attributes:
         name: ``graph 0``, ``graph 1``, ... in the order of compilation.
+        model: the class of the module that was compiled, if it was one.
         family: the model type whose code the graph came from, if it is one of `icw_compile.frontend.families`.
         expected_sites: the key/value storages that a graph with this many layers of that family has.
         sites: each key or value storage that lives as int8, and how it is written and read.
@@ -40,6 +44,7 @@ class GraphReport:
     skipped: list[Skipped] = field(default_factory=list)
     asked_float: list[Skipped] = field(default_factory=list)
     no_cuda_graphs: str = ""
+    model: str = ""
     passes: dict[str, int] = field(default_factory=dict)
     nodes: int = 0
     capture_seconds: float = 0.0
@@ -53,11 +58,11 @@ class GraphReport:
         graph = rewritten.graph
         return cls(
             name,
-            rewritten.family,
-            rewritten.expected_sites,
-            graph.sites,
-            graph.skipped,
-            graph.asked_float,
+            family=rewritten.family,
+            expected_sites=rewritten.expected_sites,
+            sites=graph.sites,
+            skipped=graph.skipped,
+            asked_float=graph.asked_float,
             passes={result.name: result.matches for result in rewritten.passes},
             nodes=rewritten.nodes,
             capture_seconds=rewritten.capture_seconds,
@@ -78,6 +83,7 @@ class GraphReport:
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "model": self.model,
             "family": self.family,
             "expected_sites": self.expected_sites,
             "sites": [site.to_dict() for site in self.sites],
@@ -149,7 +155,11 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not self.graphs:
             yield 'no graph was compiled with backend="icw_int8kv"'
-        yield from self.graphs
+        several = len({graph.model for graph in self.graphs}) > 1
+        for graph in self.graphs:
+            if several:
+                yield f"[bold]{graph.model or 'a function'}[/]"
+            yield graph
         if self.growth.moves:
             yield (
                 f"growing caches: {self.growth.moves:,} moves to larger storage, {self.growth.bytes_copied:,} bytes "
@@ -192,15 +202,20 @@ def _label(sites: Sequence[Site]) -> str:
     return f"{roles} of {layers[0]}" if len(layers) == 1 else f"{roles} of {len(layers)} layers, {layers[0]} ..."
 
 
+_lock = threading.Lock()
 _graphs: list[GraphReport] = []
+_numbers = itertools.count()
+_resets: list[Callable[[], None]] = [reset_growth, forget_reads]
 
 
 def record(graph: GraphReport) -> None:
-    _graphs.append(graph)
+    with _lock:
+        _graphs.append(graph)
 
 
 def next_name() -> str:
-    return f"graph {len(_graphs)}"
+    """The name of a new graph; no other has it, in whatever threads models are compiled."""
+    return f"graph {next(_numbers)}"
 
 
 def report() -> Report:
@@ -209,10 +224,20 @@ def report() -> Report:
     Returns:
         a `Report`: print it for a table; ``to_dict()`` gives plain data.
     """
-    return Report(_graphs, growth())
+    with _lock:
+        return Report(_graphs, growth())
+
+
+def on_reset(call: Callable[[], None]) -> None:
+    """Call ``call`` at each `reset_report`."""
+    _resets.append(call)
 
 
 def reset_report() -> None:
-    """Forget the graphs compiled so far, and what growing caches have cost."""
-    _graphs.clear()
-    reset_growth()
+    """Forget the graphs compiled so far, what growing caches have cost, and what was said once already."""
+    global _numbers
+    with _lock:
+        _graphs.clear()
+        _numbers = itertools.count()
+    for call in _resets:
+        call()

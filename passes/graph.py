@@ -188,6 +188,7 @@ class KVGraph:
         format_for: ``(dtype, role)`` -> the format of storage that this graph makes. Storage that there is already
             stays as its maker wanted it.
         skip_layers: the layers whose cache stays float: indices, ``"first"``, ``"last"``, ``"sliding"``.
+        why_it_ends: why the graph ends before the frame does, in words; empty if it does not.
         find_kernel: device type -> the attention kernel there, or why there is none (empty: none is wanted). Set it to
             offer kernels to the ``lower`` pass.
         sites: the key/value storages found, in graph order.
@@ -224,6 +225,7 @@ class KVGraph:
         self.adoptable = adoptable
         self.format_for: Callable[[torch.dtype, Role | None], Format] = lambda dtype, role: make_format(dtype)
         self.skip_layers: frozenset[int | str] = frozenset()
+        self.why_it_ends = ""
         self.find_kernel: Callable[[str], AttentionKernel | str] = _no_kernel
         self.sites: list[Site] = []
         self.skipped: list[Skipped] = []

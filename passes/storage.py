@@ -72,6 +72,7 @@ _SAME_VALUES = (
     aten._to_copy.default,
     operator.getitem,
 )
+_UNREAD = "no attention was found that reads it, as a latent cache is not read as keys and values; it stays float"
 #: What an attention that `match_attention` does not know is made of.
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
@@ -97,8 +98,8 @@ def find_storage(graph: KVGraph) -> int:
             _take_grown(graph, node, uses)
         taken.add(node)
     graph.stored = {}
-    unread = uses.unquantized(taken | skipped)
-    graph.skipped += [*unread, *_left_float(graph, taken | skipped, {each.layer for each in unread})]
+    graph.skipped += uses.unquantized(taken | skipped)
+    graph.skipped += _left_float(graph, taken | skipped, uses)
     return len(taken)
 
 
@@ -176,9 +177,9 @@ def _layer_index(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _left_float(graph: KVGraph, taken: set[Node], said: set[str]) -> list[Skipped]:
+def _left_float(graph: KVGraph, taken: set[Node], uses: "_AttentionUses") -> list[Skipped]:
     """The float keys and values of a cache layer that are inputs, and that no attention was seen to read."""
-    reason = "no attention was found that reads it, as a latent cache is not read as keys and values; it stays float"
+    reason = graph.why_it_ends or _UNREAD
     used = {source for node in taken for source in node.all_input_nodes}
     parts = {name for each in graph.inputs.values() for name in each.parts}
     left = []
@@ -186,7 +187,7 @@ def _left_float(graph: KVGraph, taken: set[Node], said: set[str]) -> list[Skippe
         value = node.meta.get("val")
         if node in used | taken or node.name in parts or not isinstance(value, torch.Tensor):
             continue
-        if value.dim() == 4 and value.is_floating_point() and not said:
+        if value.dim() == 4 and value.is_floating_point() and uses.of(node) is None:
             left.append(Skipped("", end.name, reason))
     return left
 

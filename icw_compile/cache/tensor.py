@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
+from icw_compile.cache.uncompiled import note_read
 from icw_compile.compat.flex import let_flex_attention_take
 from icw_compile.compat.fx import tree_leaves, tree_map
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
@@ -653,6 +654,7 @@ def as_float(value: Any) -> Any:
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``func`` on dequantized values; where it writes into an operand, quantize that operand's new values."""
+    note_read(func, args)
     values: dict[int, tuple[QuantizedKV, Tensor]] = {}
 
     def dequantized(value: Any) -> Any:
