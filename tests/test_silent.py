@@ -200,7 +200,6 @@ def test_a_layer_that_is_not_compiled() -> None:
 # -- options
 
 
-@pytest.mark.xfail(reason="passes/storage.py reads the layer from names, which a part of a model does not have")
 @pytest.mark.parametrize("name", ["first", "last"])
 def test_first_and_last_are_of_the_model(name: str) -> None:
     model = tiny_model(num_hidden_layers=3)
@@ -209,7 +208,6 @@ def test_first_and_last_are_of_the_model(name: str) -> None:
     assert kinds(generate(model)) == {"first": "fii", "last": "iif"}[name]
 
 
-@pytest.mark.xfail(reason="passes/storage.py reads the layer from names, which a part of a model does not have")
 def test_last_where_the_graph_breaks_in_every_layer() -> None:
     model = tiny_model(num_hidden_layers=3)
 

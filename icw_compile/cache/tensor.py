@@ -56,7 +56,7 @@ class QuantizedKV(Tensor):
     no other tensor can notice (`icw_compile.cache.growth`).
 
     Args:
-        qdata: int8, ``[batch, kv_heads, tokens, head_dim]``, in ``[-127, 127]``.
+        qdata: int8, ``[batch, kv_heads, tokens, head_dim]`` (`icw_compile.formats.int8`).
         scale: ``[batch, kv_heads, tokens, 1]``; bfloat16 for 16-bit values, float32 for float32 ones.
         dtype: the float dtype that the tensor presents: float32, bfloat16 or float16.
         shift: ``[batch, kv_heads, 1, head_dim]``, exponents of the powers of two, 0 to 7; left out, there are none.

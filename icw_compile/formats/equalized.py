@@ -95,7 +95,7 @@ class Equalized(Wrapper):
 
     def settle(self, run: Evaluator, into: Stored, source: Any) -> Stored:
         into = super().settle(run, into, source)
-        if into.is_view or into.axes[-2:] != "TD":
+        if into.is_view or into.axes[-2:] != "TD" or not run.takes_effect:
             return into
         if isinstance(source, Stored):
             if source.format != into.format or run.same(source["shift"], into["shift"]):

@@ -17,6 +17,8 @@ from icw_compile.compat.transformers import DynamicLayer, StaticLayer, StaticSli
 __all__ = ["channel_shift", "dynamic_reference_cache", "quantize_dequantize", "reference_cache", "store_quantized"]
 
 _NAMES = ("keys", "values")
+#: The largest number of 8 bits of which the range is symmetric.
+_LEVELS = 2.0**7 - 1.0
 
 
 def channel_shift(x: Tensor) -> Tensor:
@@ -38,8 +40,8 @@ def quantize_dequantize(x: Tensor, shift: Tensor | None = None) -> Tensor:
     factor = 1.0 if shift is None else 2.0**shift
     rows = x.float() / factor
     scale_dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
-    scale = (rows.abs().max(dim=-1, keepdim=True).values / 127.0).to(scale_dtype).float()
-    steps = torch.round(rows / torch.where(scale > 0, scale, torch.ones_like(scale))).clamp(-127.0, 127.0)
+    scale = (rows.abs().max(dim=-1, keepdim=True).values / _LEVELS).to(scale_dtype).float()
+    steps = torch.round(rows / torch.where(scale > 0, scale, torch.ones_like(scale))).clamp(-_LEVELS, _LEVELS)
     return (steps * scale * factor).to(x.dtype)
 
 
