@@ -40,6 +40,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from icw_compile.formats import Format, Stored
+from icw_compile.formats.evaluate import SHAPES
 from icw_compile.formats.rules import RULES, append, encode_like
 from icw_compile.passes.attention import Attention, match_attention
 from icw_compile.passes.graph import (
@@ -277,31 +278,9 @@ def _adopt_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     value = node.meta["val"]
     layout = _format_for(graph, node, uses)
     with graph.fake_mode:
-        fakes = layout.empty(_FAKES, value.shape, value.device)
+        fakes = layout.empty(SHAPES, value.shape, value.device)
     graph.stored[node] = fakes
     _take_input(graph, node, uses, note=", quantized here", adopted=layout)
-
-
-class _Fakes:
-    """The `icw_compile.formats.Evaluator` of fake tensors."""
-
-    view = aten.reshape.default
-    takes_effect = False
-
-    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    def tensor(self, operand: torch.Tensor) -> torch.Tensor:
-        return operand
-
-    def size(self, operand: torch.Tensor, dim: int) -> Any:
-        return operand.shape[dim]
-
-    def same(self, a: Any, b: Any) -> bool:
-        return a is b
-
-
-_FAKES = _Fakes()
 
 
 def _format_for(graph: KVGraph, node: Node, uses: _AttentionUses) -> Format:

@@ -26,7 +26,7 @@ from transformers import DynamicCache, StaticCache
 import icw_compile
 from icw_compile import QuantizedKV
 from icw_compile.cache import growth
-from icw_compile.cache.tensor import _EAGER as eager
+from icw_compile.formats import evaluate
 from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize, reference_cache
 from icw_compile.lab.tiny import tiny_causal_lm
 
@@ -461,7 +461,7 @@ def test_float16_query_on_a_shifted_channel(attention: str, length: int) -> None
     with torch.no_grad():
         actual = through_the_backend(sdpa, **{"icw.attention": attention})(q, *stored)
     # A row may be read as float16 or as it is stored: at 2.0 the first is off by 2**-11, which is 0.15 in a score.
-    exact = [x.format.decode(eager, x.value, torch.float32) for x in stored]
+    exact = [x.format.decode(evaluate.EAGER, x.value, torch.float32) for x in stored]
     rounded = [x.dequantize().float() for x in stored]
     distances = [relative_distance(actual, sdpa(q.float(), *rows)) for rows in (exact, rounded)]
     assert min(distances) <= 2e-2

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from icw_compile.cache.decoded import read_only
 from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
 from icw_compile.cache.uncompiled import note_read
 from icw_compile.compat.flex import let_flex_attention_take
 from icw_compile.compat.fx import tree_leaves, tree_map
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
+from icw_compile.formats.evaluate import EAGER, SHAPES
 from icw_compile.formats.rules import RULES, append, decode, overwrite
 
 __all__ = ["QuantizedKV"]
@@ -109,7 +111,7 @@ class QuantizedKV(Tensor):
         first = parts[0]
         offset = None
         if size is None:
-            channels = layout.format.channels(_EAGER, Stored(layout.format, tuple(parts), layout.axes))
+            channels = layout.format.channels(EAGER, Stored(layout.format, tuple(parts), layout.axes))
             size = (*first.shape[:-1], channels)
             packed = channels // max(first.shape[-1], 1)
             stride = [step * packed for step in first.stride()[:-1]] + [1] if packed > 1 else first.stride()
@@ -141,7 +143,7 @@ class QuantizedKV(Tensor):
         rows = iter(claim.room.from_row(claim.start))
         parts = [next(rows) if spec.has_rows else part for spec, part in zip(value.format.parts, value.parts)]
         head = claim.room.parts[0].shape
-        channels = value.format.channels(_EAGER, value)
+        channels = value.format.channels(EAGER, value)
         size = (head[0], head[1], claim.end - claim.start, channels)
         return cls._make(parts, Layout(value.format, grows=True), size, None, claim)
 
@@ -178,13 +180,13 @@ class QuantizedKV(Tensor):
     def encode(cls, x: Tensor, layout: Format) -> "QuantizedKV":
         """The float tensor ``x[..., tokens, head_dim]`` in another format; rows of zeros at the end are not written."""
         value = cls.empty(x.shape, layout, x.device).value
-        value = layout.settle(_EAGER, value, x)
-        value = value.with_parts(**layout.encode(_EAGER, x, value))
+        value = layout.settle(EAGER, value, x)
+        value = value.with_parts(**layout.encode(EAGER, x, value))
         if value.kept and x.shape[-2]:
             written = (x != 0).movedim(-2, 0).flatten(1).any(dim=1)
             if filled := int((written * torch.arange(1, len(written) + 1, device=x.device)).amax()):
                 index = torch.arange(filled, device=x.device)
-                value = value.with_parts(**layout.keep(_EAGER, value, x[..., :filled, :], index))
+                value = value.with_parts(**layout.keep(EAGER, value, x[..., :filled, :], index))
         return cls.of(value)
 
     @classmethod
@@ -209,7 +211,7 @@ class QuantizedKV(Tensor):
     @classmethod
     def empty(cls, size: Sequence[int], layout: Format, device: torch.device) -> "QuantizedKV":
         """A tensor of shape ``size`` into which nothing was written: it reads as zeros."""
-        value = layout.empty(_EAGER, tuple(size), device)
+        value = layout.empty(EAGER, tuple(size), device)
         return cls.of(value if len(size) == 4 else replace(value, axes="." * (len(size) - 2) + "TD"))
 
     @property
@@ -350,7 +352,7 @@ class QuantizedKV(Tensor):
 
     def dequantize(self) -> Tensor:
         """The values as an ordinary float tensor, of this tensor's dtype."""
-        values: Tensor = decode(_EAGER, self.value)
+        values: Tensor = decode(EAGER, self.value)
         return values
 
     def tolist(self) -> Any:
@@ -416,9 +418,9 @@ class QuantizedKV(Tensor):
             return _on_values(func, args, kwargs)
         x = args[0]
         claim = x._claim if isinstance(x, QuantizedKV) else None
-        run = _EAGER if isinstance(x, QuantizedKV) and _is_real(x) else _SHAPES
+        run = EAGER if isinstance(x, QuantizedKV) and _is_real(x) else SHAPES
         if not isinstance(x, QuantizedKV):  # a list of them, or a float tensor that one is written to
-            run = _EAGER if all(_is_real(each) for each in _all_of(args)) else _SHAPES
+            run = EAGER if all(_is_real(each) for each in _all_of(args)) else SHAPES
         if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:]):
             return x._batchwise(rule, args, kwargs)
         if func._schema.is_mutable:
@@ -449,83 +451,9 @@ class QuantizedKV(Tensor):
 
     def _batchwise(self, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedKV":
         """An operation on whole sequences, done to the spare rows as well: the result keeps room to grow."""
-        moved = rule(_EAGER, self.whole, *args[1:], **kwargs)
+        moved = rule(EAGER, self.whole, *args[1:], **kwargs)
         room = Room(list(moved.rows.values()))
         return self._on(room.claim(0, self.shape[2]), moved)
-
-
-class DecodedView(Tensor):
-    """What a `QuantizedKV` gives in place of a view that it cannot give: its values, to be read only.
-
-    It shows what is written to the cache later, as a view does. A write into it is refused: it would be lost.
-
-    Args:
-        values: what it shows now.
-        again: makes ``values`` anew.
-    """
-
-    _again: Callable[[], Tensor]
-
-    @staticmethod
-    def __new__(cls, values: Tensor, again: Callable[[], Tensor]) -> "DecodedView":
-        self: DecodedView = torch.Tensor._make_wrapper_subclass(
-            cls,
-            values.shape,
-            strides=values.stride(),
-            storage_offset=values.storage_offset(),
-            dtype=values.dtype,
-            device=values.device,
-        )
-        self._again = again
-        return self
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @property
-    def values_now(self) -> Tensor:
-        """What it shows, as an ordinary tensor."""
-        return self._again()
-
-    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return f"DecodedView({self.values_now!r})"
-
-    def tolist(self) -> Any:
-        return self.values_now.tolist()
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args):
-            if isinstance(value, DecodedView) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise NotImplementedError(
-                    f"icw_int8kv: `{func}` writes into part of a row of a quantized cache, or into a view of it that "
-                    "has to be a copy: the write would be lost. Write whole rows of head_dim, into the cache itself."
-                )
-
-        def again() -> Any:
-            plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
-            return func(*plain_args, **plain_kwargs)
-
-        return _read_only(func, again(), again)
-
-
-def _plain(value: Any) -> Any:
-    return value.values_now if isinstance(value, DecodedView) else value
-
-
-def _element(several: Callable[[], Any], index: int) -> Any:
-    return several()[index]
-
-
-def _read_only(func: Any, result: Any, again: Callable[[], Any]) -> Any:
-    """``result``, guarded against writes where ``func`` returns views of what it was given."""
-    if not any(each.alias_info is not None for each in func._schema.returns):
-        return result
-    if isinstance(result, (list, tuple)):
-        return [DecodedView(each, functools.partial(_element, again, i)) for i, each in enumerate(result)]
-    return DecodedView(result, again) if type(result) is Tensor else result
 
 
 def _rebuild(layout: Format, parts: tuple[Tensor, ...], axes: str) -> QuantizedKV:
@@ -534,7 +462,7 @@ def _rebuild(layout: Format, parts: tuple[Tensor, ...], axes: str) -> QuantizedK
         raise ValueError("this file holds no QuantizedKV")
     if len(parts) != len(layout.parts) or len(axes) != parts[0].dim() or axes[-1] != "D" or axes.count("T") != 1:
         raise ValueError("the parts of a saved QuantizedKV do not belong together")
-    channels = layout.channels(_EAGER, Stored(layout, parts, axes))
+    channels = layout.channels(EAGER, Stored(layout, parts, axes))
     layout.checked(parts, (*parts[0].shape[:-1], channels))
     return QuantizedKV.of(Stored(layout, parts, axes))
 
@@ -556,7 +484,7 @@ def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
     value = Stored(x.format, parts)
     start = x.shape[2]
     for new in tensors[1:]:
-        value = append(_EAGER, value, _to_stored(new), start, new.shape[2])
+        value = append(EAGER, value, _to_stored(new), start, new.shape[2])
         start += new.shape[2]
     return QuantizedKV._on(claim, value)
 
@@ -604,39 +532,6 @@ def _rows_of_slice(func: Any, args: tuple[Any, ...]) -> range | None:
     return rows if len(rows) else None
 
 
-class _Eager:
-    """The `icw_compile.formats.Evaluator` that runs each operation."""
-
-    view = aten.view.default
-    takes_effect = True
-
-    def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    def tensor(self, operand: Tensor) -> Tensor:
-        return operand
-
-    def size(self, operand: Tensor, dim: int) -> int:
-        return operand.shape[dim]
-
-    def same(self, a: Tensor, b: Tensor) -> bool:
-        if a is b:
-            return True
-        # The values of a fake tensor, or of one that is being traced, are not to be looked at.
-        return type(a) is Tensor and type(b) is Tensor and torch.equal(a, b)
-
-
-class _Shapes(_Eager):
-    """The same for fake tensors, as a compiler traces them: a view is of any layout, and a write is not carried out."""
-
-    view = aten.reshape.default
-    takes_effect = False
-
-
-_EAGER = _Eager()
-_SHAPES = _Shapes()
-
-
 def _to_stored(value: Any) -> Any:
     if isinstance(value, QuantizedKV):
         return value.value
@@ -675,7 +570,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             now_args, now_kwargs = tree_map(as_float, (args, kwargs))
             return func(*now_args, **now_kwargs)
 
-        return _read_only(func, result, again)
+        return read_only(func, result, again)
     written: list[Any] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -685,7 +580,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(w is value for w in written):
             _refuse_views_of_growing(original)
             original.separate()
-            overwrite(_EAGER, original.value, value)
+            overwrite(EAGER, original.value, value)
             if result is value:
                 result = original
             elif isinstance(result, (list, tuple)):
@@ -705,7 +600,7 @@ def _to_copy(
     value = x.value
     if dtype is not None and dtype != x.dtype:
         try:
-            value = value.format.cast(_EAGER, value, dtype)
+            value = value.format.cast(EAGER, value, dtype)
         except TypeError:
             values = x.dequantize()
             return aten._to_copy.default(values, dtype=dtype, device=device, non_blocking=non_blocking, **kwargs)

@@ -466,8 +466,7 @@ def _copy_(run: Evaluator, x: Any, source: Any, non_blocking: bool = False) -> S
         return written
     if isinstance(source, Stored) and source.format == x.format:
         return _set(run, written, source.kept)
-    whole = run.call(aten.arange.default, _tokens(run, x), device=run.tensor(x.parts[0]).device)
-    return _keep_at(run, written, source, whole)
+    return _keep_all(run, written, source)
 
 
 def _keep_at(run: Evaluator, x: Stored, source: Any, index: Any) -> Stored:
@@ -509,7 +508,15 @@ def _write(run: Evaluator, target: Any, x: Stored, where: Sequence[Any], source:
 def overwrite(run: Evaluator, x: Stored, values: Any) -> Stored:
     """Encode all of ``values`` again into the storage of ``x``: after an operation that no rule carries out."""
     _refuse_views_that_keep(run, x)
-    return x.format.forget(run, _write(run, aten.copy_.default, x, (), values))
+    return _keep_all(run, _write(run, aten.copy_.default, x, (), values), values)
+
+
+def _keep_all(run: Evaluator, x: Stored, source: Any) -> Stored:
+    """``x`` after ``source`` was written to all of its rows."""
+    if not x.kept:
+        return x
+    whole = run.call(aten.arange.default, _tokens(run, x), device=run.tensor(x.parts[0]).device)
+    return _keep_at(run, x, source, whole)
 
 
 def _refuse_views_that_keep(run: Evaluator, x: Stored) -> None:

@@ -1,0 +1,46 @@
+"""The evaluators of tensors: eager ones, and the fakes that stand for them while a compiler traces."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["EAGER", "SHAPES"]
+
+aten = torch.ops.aten
+
+
+class _Eager:
+    """The `icw_compile.formats.Evaluator` that runs each operation."""
+
+    view = aten.view.default
+    takes_effect = True
+
+    def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    def tensor(self, operand: Tensor) -> Tensor:
+        return operand
+
+    def size(self, operand: Tensor, dim: int) -> int:
+        return operand.shape[dim]
+
+    def same(self, a: Tensor, b: Tensor) -> bool:
+        if a is b:
+            return True
+        # The values of a fake tensor, or of one that is being traced, are not to be looked at.
+        return type(a) is Tensor and type(b) is Tensor and torch.equal(a, b)
+
+
+class _Shapes(_Eager):
+    """The same for fake tensors, as a compiler traces them: a view is of any layout, and a write is not carried out."""
+
+    view = aten.reshape.default
+    takes_effect = False
+
+
+#: Runs each operation.
+EAGER = _Eager()
+#: Works out shapes.
+SHAPES = _Shapes()
