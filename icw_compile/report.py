@@ -32,6 +32,7 @@ class GraphReport:
         asked_float: the storage that the options leave float.
         no_cuda_graphs: why this graph does not run as a CUDA graph where the options ask for that; empty otherwise.
         passes: matches of each pass.
+        pass_seconds: the time that each took.
         nodes: nodes of the captured graph.
         capture_seconds, passes_seconds, compile_seconds: the time that capture, the passes and Inductor took.
         kernel_seconds: the time to load the attention kernel, and to build it where a machine does not have it yet.
@@ -46,6 +47,7 @@ class GraphReport:
     no_cuda_graphs: str = ""
     model: str = ""
     passes: dict[str, int] = field(default_factory=dict)
+    pass_seconds: dict[str, float] = field(default_factory=dict)
     nodes: int = 0
     capture_seconds: float = 0.0
     passes_seconds: float = 0.0
@@ -64,6 +66,7 @@ class GraphReport:
             skipped=graph.skipped,
             asked_float=graph.asked_float,
             passes={result.name: result.matches for result in rewritten.passes},
+            pass_seconds={result.name: result.seconds for result in rewritten.passes},
             nodes=rewritten.nodes,
             capture_seconds=rewritten.capture_seconds,
             passes_seconds=rewritten.passes_seconds,
@@ -91,6 +94,7 @@ class GraphReport:
             "asked_float": [skipped.to_dict() for skipped in self.asked_float],
             "no_cuda_graphs": self.no_cuda_graphs,
             "passes": dict(self.passes),
+            "pass_seconds": dict(self.pass_seconds),
             "nodes": self.nodes,
             "float_bytes_per_token": self.float_bytes_per_token,
             "bytes_per_token": self.bytes_per_token,

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from icw_compile.compat.fx import statically_known_true
 from icw_compile.passes.graph import arguments
 
 __all__ = ["Attention", "Bias", "match_attention", "strip_casts", "strip_merge", "strip_repeat_kv"]

@@ -1,8 +1,10 @@
 """What every pass needs, done once: count its matches, clean up after it, show the graph before and after."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from icw_compile.compat.fx import eliminate_dead_code
 from icw_compile.passes.graph import KVGraph
 
 __all__ = ["Pass", "PassResult", "run_passes"]
@@ -18,10 +20,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass did: its matches, and the graph's text before and after if it was asked for."""
+    """What one pass did: its matches, its time, and the graph's text before and after if it was asked for."""
 
     name: str
     matches: int
+    seconds: float = 0.0
     before: str | None = None
     after: str | None = None
 
@@ -35,11 +38,13 @@ def run_passes(graph: KVGraph, passes: Sequence[Pass], *, keep_text: bool = Fals
     results = []
     for each in passes:
         before = graph.readable() if keep_text else None
+        started = time.perf_counter()
         matches = each.apply(graph)
         if matches:
             # Attention counts as random for its dropout; a replaced one is dead all the same.
-            graph.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=False))
+            eliminate_dead_code(graph.graph, keep_random=False)
             graph.graph.lint()
             graph.module.recompile()
-        results.append(PassResult(each.name, matches, before, graph.readable() if keep_text else None))
+        seconds = time.perf_counter() - started
+        results.append(PassResult(each.name, matches, seconds, before, graph.readable() if keep_text else None))
     return results

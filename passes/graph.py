@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_map
 
+from icw_compile.compat.fx import is_operator, statically_known_true, tree_map
 from icw_compile.formats import Format, Stored, make_format
 from icw_compile.kernels.interface import AttentionKernel
 
@@ -330,7 +329,7 @@ class KVGraph:
 
 
 def _short_name(target: Any) -> str | None:
-    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else None
+    return target._schema.name.split("::")[1] if is_operator(target) else None
 
 
 def _layout(value: Any) -> Any:
@@ -357,9 +356,7 @@ def _written(node: Node | None) -> Node | None:
 
 def is_mutation(node: Node) -> bool:
     """Whether the node writes into one of its operands."""
-    return (
-        node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-    )
+    return node.op == "call_function" and is_operator(node.target) and node.target._schema.is_mutable
 
 
 def _operands(node: Node) -> Iterator[tuple[Any, Node]]:
@@ -384,7 +381,7 @@ def viewed_by(node: Node) -> list[Node]:
     """The operands that what the node returns may be a view of, or be, as its schema says."""
     if node.target is operator.getitem:
         return [node.args[0]] if isinstance(node.args[0], Node) else []
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not is_operator(node.target):
         return []
     returned = [_sets(each.alias_info) for each in node.target._schema.returns if each.alias_info is not None]
     may_be_any = set() in returned  # a list of views, whose names the schema does not give

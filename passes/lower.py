@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats import Stored
 from icw_compile.formats.rules import RULES, decode
 from icw_compile.kernels.inductor import attention_decode_declines

@@ -18,8 +18,8 @@ from functools import partial
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from icw_compile.compat.fx import statically_known_true
 from icw_compile.passes.attention import (
     Attention,
     match_attention,

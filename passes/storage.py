@@ -37,8 +37,8 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats import Format, Stored
 from icw_compile.formats.evaluate import SHAPES
 from icw_compile.formats.rules import RULES, append, encode_like

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats.base import Evaluator, Part, Stored, Wrapper
 from icw_compile.formats.int8 import to_finite
 

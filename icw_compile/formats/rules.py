@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats.base import Evaluator, Part, Stored
 
 __all__ = ["RULES", "append", "decode", "encode_like"]
