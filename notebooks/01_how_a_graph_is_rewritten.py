@@ -94,8 +94,8 @@ print(first_cache(graph.captured))
 # ## `storage`: what is the cache?
 #
 # Each placeholder that is a `QuantizedKV` becomes its parts: int8 rows, one scale for each head and token, and the
-# shift of each channel, by which outlier channels are divided. A `dequantize_per_head` stands for the float tensor that
-# was there. In a prefill that creates the cache, the same pass
+# shift of each channel, by which outlier channels are divided. `dequantize_per_head` and `multiply_channels` stand for
+# the float tensor that was there. In a prefill that creates the cache, the same pass
 # turns `zeros` of bfloat16 into zeros of int8 and of scales.
 
 # %%
@@ -104,7 +104,7 @@ print(first_cache(graph.passes[0].after))
 # %% [markdown]
 # ## `propagate`: every write and every move of rows
 #
-# The new key is quantized, one row for each head, and the same `index_copy_` is done to both parts. What only moves
+# The new key is divided and quantized, one row for each head, and the same `index_copy_` is done to both parts. What only moves
 # rows, here the expansion of heads, moves the rows of both parts. An operation that has no rule would get the
 # dequantized value right where it needs it: correct, slow, and named in the report.
 
@@ -112,11 +112,10 @@ print(first_cache(graph.passes[0].after))
 print(first_cache(graph.passes[1].after))
 
 # %% [markdown]
-# ## `reads`: attention on int8
+# ## `reads`: one attention
 #
-# The attention, its dequantized operands and the expansion in front of them become one `icw_int8kv.attention`, which
-# shares a head among its group of query heads. `scale_channels` multiplies the query by what the keys were divided by,
-# and the output by what the values were.
+# The attention and the expansion in front of its operands become one `icw_int8kv.attention`, which shares a head among
+# its group of query heads. Its operands are still the dequantized keys and values.
 
 # %%
 print(first_cache(graph.passes[2].after))
@@ -124,9 +123,10 @@ print(first_cache(graph.passes[2].after))
 # %% [markdown]
 # ## `lower`: how to compute it
 #
-# On a CPU with a C++ compiler, a few query tokens go to a kernel of ours, `icw_int8kv_cpu.attention`. Elsewhere it
-# would be `attention_decode`, whose two reductions Inductor fuses with the int8 loads. Neither has a float copy of the
-# cache. A prompt is lowered to `attention_prefill`.
+# On a CPU with a C++ compiler, a few query tokens go to a kernel of ours, `icw_int8kv_cpu.attention`, on the int8 parts.
+# `multiply_channels` multiplies the query by what the keys were divided by, and the output by what the values were.
+# Elsewhere it would be `attention_decode`, whose two reductions Inductor fuses with the int8 loads. Neither has a float
+# copy of the cache. The attention of a prompt stays as it is: one layer is dequantized for torch's own kernels.
 
 # %%
 print(first_cache(graph.passes[3].after))
