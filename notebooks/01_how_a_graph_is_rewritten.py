@@ -104,9 +104,9 @@ print(first_cache(graph.passes[0].after))
 # %% [markdown]
 # ## `propagate`: every write and every move of rows
 #
-# The new key is divided and quantized, one row for each head, and the same `index_copy_` is done to both parts. What only moves
-# rows, here the expansion of heads, moves the rows of both parts. An operation that has no rule would get the
-# dequantized value right where it needs it: correct, slow, and named in the report.
+# The new key is divided and quantized, one row for each head, and the same `index_copy_` is done to both parts. What
+# only moves rows, here the expansion of heads, moves the rows of both parts. An operation that has no rule would get
+# the dequantized value right where it needs it: correct, slow, and named in the report.
 
 # %%
 print(first_cache(graph.passes[1].after))
@@ -123,8 +123,8 @@ print(first_cache(graph.passes[2].after))
 # %% [markdown]
 # ## `lower`: how to compute it
 #
-# On a CPU with a C++ compiler, a few query tokens go to a kernel of ours, `icw_int8kv_cpu.attention`, on the int8 parts.
-# `multiply_channels` multiplies the query by what the keys were divided by, and the output by what the values were.
+# On a CPU with a C++ compiler, a few query tokens go to a kernel of ours, `icw_int8kv_cpu.attention`, on the int8
+# parts. `multiply_channels` multiplies the query by what the keys were divided by, and the output by what the values were.
 # Elsewhere it would be `attention_decode`, whose two reductions Inductor fuses with the int8 loads. Neither has a float
 # copy of the cache. The attention of a prompt stays as it is: one layer is dequantized for torch's own kernels.
 

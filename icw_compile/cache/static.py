@@ -75,7 +75,7 @@ def _initialize(layer: StaticLayer, states: Sequence[Tensor], layout: Format) ->
     for name, like in zip(("keys", "values"), states, strict=True):
         setattr(layer, name, QuantizedKV.empty(getattr(layer, name).shape, layout, like.device))
     for name, value in vars(layer).items():
-        if isinstance(value, Tensor) and value.is_meta:  # counters, which begin at 0
+        if type(value) is Tensor and value.is_meta:  # counters, which begin at 0
             setattr(layer, name, torch.zeros_like(value, device=states[0].device))
 
 
