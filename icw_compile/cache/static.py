@@ -69,14 +69,16 @@ def static_cache(
 
 def _initialize(layer: StaticLayer, states: Sequence[Tensor], layout: Format) -> None:
     """Let transformers set up the layer, with `QuantizedKV` in place of the float tensors that it makes."""
-    with torch.device("meta"):
-        initialize(layer, *(torch.empty_like(each, device="meta") for each in states))
-    layer.device = states[0].device
+    device = states[0].device
+    counters = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
+    initialize(layer, *(torch.empty_like(each, device="meta") for each in states))  # no float storage is made
+    layer.device = device
     for name, like in zip(("keys", "values"), states, strict=True):
         setattr(layer, name, QuantizedKV.empty(getattr(layer, name).shape, layout, like.device))
-    for name, value in vars(layer).items():
-        if type(value) is Tensor and value.is_meta:  # counters, which begin at 0
-            setattr(layer, name, torch.zeros_like(value, device=states[0].device))
+    for name, value in counters.items():
+        value = value.to(device)
+        torch._dynamo.mark_static_address(value)
+        setattr(layer, name, value)
 
 
 def cache_bytes(cache: Cache) -> int:
