@@ -125,8 +125,8 @@ print(first_cache(graph.passes[2].after))
 #
 # On a CPU with a C++ compiler, a few query tokens go to a kernel of ours, `icw_int8kv_cpu.attention`, on the int8
 # parts. `multiply_channels` multiplies the query by what the keys were divided by, and the output by what the values
-# were. Elsewhere it would be `attention_decode`, whose two reductions Inductor fuses with the int8 loads. Neither has a float
-# copy of the cache. The attention of a prompt stays as it is: one layer is dequantized for torch's own kernels.
+# were. Elsewhere it would be `attention_decode`, whose two reductions Inductor fuses with the int8 loads. Neither has a
+# float copy of the cache. The attention of a prompt stays as it is: one layer is dequantized for torch's own kernels.
 
 # %%
 print(first_cache(graph.passes[3].after))
