@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import icw_compile
 from icw_compile import QuantizedKV, UnquantizedCacheWarning
-from icw_compile.formats.ops import channel_shift, dequantize_per_head, quantize_per_head
+from icw_compile.formats.equalized import channel_shift, divide_channels, multiply_channels
+from icw_compile.formats.int8 import dequantize_per_head, quantize_per_head
 from icw_compile.lab import reference
 from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize, reference_cache
 
@@ -38,7 +39,7 @@ def test_shift_is_of_outlier_channels_alone(length: int) -> None:
     if length >= 64:
         assert ((shift[..., 3] == 4) | (shift[..., 3] == 5)).all() and (shift[..., 9] >= 5).all()
         assert (shift[..., others] == 0).all()
-    assert torch.equal(shift, reference.channel_shift(states(length)).to(torch.int8))
+    assert torch.equal(shift, reference.channel_shift(states(length)).to(torch.uint8))
 
 
 def test_shift_of_what_says_nothing() -> None:
@@ -237,8 +238,10 @@ def test_growing_and_appending_another() -> None:
     x, other = quantized(), quantized(3, outliers={20: 60.0})
     grown = torch.cat([x, states(2)], dim=2)
     assert torch.equal(grown[:, :, :8].dequantize(), x.dequantize()) and torch.equal(grown.shift, x.shift)
-    rows = quantize_per_head(states(2), torch.float32, x.shift)
-    assert torch.equal(grown[:, :, 8:].dequantize(), dequantize_per_head(*rows, torch.float32, x.shift))
+    rows = quantize_per_head(divide_channels(states(2), x.shift), torch.float32)
+    assert torch.equal(
+        grown[:, :, 8:].dequantize(), multiply_channels(dequantize_per_head(*rows, torch.float32), x.shift)
+    )
     both = torch.cat([grown, other], dim=2)  # with the shift of the first
     assert torch.equal(both[:, :, :10].dequantize(), grown.dequantize())
     assert relative_distance(both[:, :, 10:].dequantize(), other.dequantize()) < 0.3

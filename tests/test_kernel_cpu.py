@@ -370,14 +370,6 @@ def test_declines_symbolic_sizes():
         assert "does not broadcast" in cpu.declines(call([one, *rows, *rows], other))
 
 
-def test_supports():
-    tensors = make(1, 4, 2, 1, 100, 64, 64, torch.bfloat16)
-    assert cpu.supports(tensors[0], tensors[1], tensors[3]) is None
-    assert cpu.supports(tensors[0].expand(-1, -1, 17, -1), tensors[1], tensors[3]) == ""
-    assert "dtype" in cpu.supports(tensors[0].double(), tensors[1], tensors[3])
-    assert "is on meta" in cpu.supports(tensors[0].to("meta"), tensors[1], tensors[3])
-
-
 WITHOUT_MEMORY = """
 import resource, torch
 from icw_compile.kernels import cpu

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,8 @@ from torch._dynamo.utils import counters
 
 import icw_compile
 from icw_compile.errors import KernelUnavailableError
-from icw_compile.kernels import KERNELS, AttentionCall, StoredRows, find_kernel, gpu, kernel_for
+from icw_compile.kernels import AttentionCall, StoredRows, find_kernel, gpu
 from icw_compile.lab.reference import reference_cache
-from icw_compile.passes import Kernel
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -274,8 +274,8 @@ def test_splits():
 def test_whole_model(dtype, monkeypatch):
     """Prefill and decode through the backend; on the CPU the pass has to be told that the kernel is for it."""
     if DEVICE == "cpu":
-        anything = Kernel("triton kernel", gpu.attention, gpu.attention_lse, lambda *_: None)
-        monkeypatch.setattr("icw_compile.backend.find_kernel", lambda device_type, choice: anything)
+        anything = replace(gpu.KERNEL, declines=lambda call: None)
+        monkeypatch.setattr("icw_compile.pipeline.find_kernel", lambda device_type, choice: anything)
     model = tiny_model("gemma2", attention="eager", dtype=dtype).to(DEVICE)
     step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options={"icw.compiler": "eager"})
     ids, chunks = tokens(13).to(DEVICE), (10, 1, 2)
@@ -286,9 +286,9 @@ def test_whole_model(dtype, monkeypatch):
 
 
 def test_choosing_the_kernel():
-    assert find_kernel("cuda") == Kernel("triton kernel", gpu.attention, gpu.attention_lse, gpu.supports)
+    assert find_kernel("cuda") is gpu.KERNEL
     assert find_kernel("cuda", "triton") == find_kernel("cuda")
-    assert find_kernel("cuda", "inductor") == ""
+    assert find_kernel("cuda", "inductor") == "as asked"
     assert "no kernel for xpu" in find_kernel("xpu")
     for device, choice in (("cpu", "triton"), ("xpu", "triton"), ("cuda", "cpu")):
         with pytest.raises(KernelUnavailableError, match=f"the model is on {device}"):
@@ -301,31 +301,6 @@ def test_without_triton(monkeypatch):
     for call in (lambda: find_kernel("cuda", "triton"), lambda: kernel(make(1, 1, 1, 1, 8, 64, 64, torch.float32))):
         with pytest.raises(KernelUnavailableError, match="Triton, which is not installed"):
             call()
-
-
-def test_supports(monkeypatch):
-    """On fake CUDA tensors, with symbolic lengths."""
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
-    gpu._why_not_on.cache_clear()
-    shape_env = ShapeEnv()
-    with FakeTensorMode(shape_env=shape_env):
-        length = shape_env.create_unbacked_symint()
-        query, double = (torch.empty(1, 4, length, 64, dtype=d, device="cuda") for d in (torch.bfloat16, torch.float64))
-        rows, wide = (torch.empty(1, 2, length, size, dtype=torch.int8, device="cuda") for size in (64, 320))
-        across = torch.empty_strided((1, 2, 8, 64), (1024, 512, 1, 8), dtype=torch.int8, device="cuda")
-        assert gpu.supports(query, rows, rows) is None
-        assert "320 channels" in gpu.supports(query, wide, rows)
-        assert "not contiguous" in gpu.supports(query, rows, across)
-        assert "dtype" in gpu.supports(double, rows, rows)
-        assert "not on a CUDA device" in gpu.supports(torch.empty(1, 4, 1, 64), rows, rows)
-        gpu._why_not_on.cache_clear()
-        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
-        assert "needs compute capability 8.0, and a GPU has 7.5" in gpu.supports(query, rows, rows)
-    gpu._why_not_on.cache_clear()
 
 
 def test_declines(monkeypatch):
@@ -375,13 +350,6 @@ def test_declines(monkeypatch):
     gpu._why_not_on.cache_clear()
 
 
-def test_kernel_for():
-    assert kernel_for("cuda") is gpu.KERNEL and gpu.KERNEL in KERNELS
-    assert kernel_for("cuda", "inductor") == 'options={"icw.attention": "inductor"}'
-    assert kernel_for("xpu") == "there is no kernel for xpu"
-    assert gpu.KERNEL.operator is gpu.attention and gpu.KERNEL.with_lse is gpu.attention_lse
-
-
 #: What is compiled: (dtype, heads, kv heads, query tokens, cached tokens, D, Dv, mask, causal, softcap, sinks, splits).
 QUICK = [
     ("bfloat16", 32, 8, 1, 4096, 128, 128, None, False, None, False, 8),
@@ -402,7 +370,7 @@ COMPILE = """
 import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from icw_compile.formats.ops import scale_dtype_for
+from icw_compile.formats.int8 import scale_dtype_for
 
 backend, arch, cases = json.loads(sys.argv[1])
 torch.version.hip = "some" if backend == "hip" else None

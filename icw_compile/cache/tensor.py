@@ -580,7 +580,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(w is value for w in written):
             _refuse_views_of_growing(original)
             original.separate()
-            overwrite(EAGER, original.value, value)
+            overwrite(EAGER if _is_real(original) else SHAPES, original.value, value)
             if result is value:
                 result = original
             elif isinstance(result, (list, tuple)):
