@@ -33,7 +33,7 @@ def states(length: int = 64, *, outliers: dict[int, float] = OUTLIERS, batch: in
 @pytest.mark.parametrize("length", [2, 5, 64, 512])
 def test_shift_is_of_outlier_channels_alone(length: int) -> None:
     shift = channel_shift(states(length))
-    assert shift.dtype == torch.int8 and shift.shape == (2, 2, 1, 32)
+    assert shift.dtype == torch.uint8 and shift.shape == (2, 2, 1, 32)
     others = [channel for channel in range(32) if channel not in OUTLIERS]
     assert (shift[..., others] == 0).float().mean() > 0.97
     if length >= 64:

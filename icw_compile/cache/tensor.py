@@ -24,6 +24,10 @@ __all__ = ["QuantizedKV"]
 aten = torch.ops.aten
 
 
+#: Parts that a tensor may have: ``None`` where it has none.
+_OPTIONAL = ("shift", "exact", "position")
+
+
 class Layout(NamedTuple):
     """What a `QuantizedKV` is besides its parts; Dynamo guards on it.
 
@@ -237,6 +241,8 @@ class QuantizedKV(Tensor):
     def __getattr__(self, name: str) -> Any:
         if f"_{name}" in self.__dict__.get("_names", ()):
             return self.value[name]
+        if name in _OPTIONAL:
+            return None
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def reserve(self, rows: int, *, capacity: int | None = None) -> tuple[Claim, tuple[Tensor, ...]]:
