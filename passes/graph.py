@@ -1,7 +1,7 @@
 """The graph that passes work on, and what they know about it: its key/value storage, its signature, its sites."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -9,7 +9,15 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule, Node
 
-from icw_compile.compat.fx import is_operator, statically_known_true, tree_map
+from icw_compile.compat.fx import (
+    is_operator,
+    schema_of,
+    statically_known_true,
+    tree_map,
+    values_of,
+    viewed_values,
+    written_values,
+)
 from icw_compile.formats import Format, Stored, make_format
 from icw_compile.kernels.interface import AttentionKernel
 
@@ -268,9 +276,9 @@ class KVGraph:
         if not isinstance(value, (tuple, list)):
             return node
         elements = []
-        returns = target._schema.returns
+        names = schema_of(target).returns
         for i, element in enumerate(value):
-            name = returns[i].name if len(returns) == len(value) else None
+            name = names[i] if len(names) == len(value) else None
             item = self._call_function(operator.getitem, (node, i), {}, name)
             item.meta = {**node.meta, "val": element}
             elements.append(item)
@@ -329,7 +337,7 @@ class KVGraph:
 
 
 def _short_name(target: Any) -> str | None:
-    return target._schema.name.split("::")[1] if is_operator(target) else None
+    return schema_of(target).name if is_operator(target) else None
 
 
 def _layout(value: Any) -> Any:
@@ -356,45 +364,23 @@ def _written(node: Node | None) -> Node | None:
 
 def is_mutation(node: Node) -> bool:
     """Whether the node writes into one of its operands."""
-    return node.op == "call_function" and is_operator(node.target) and node.target._schema.is_mutable
-
-
-def _operands(node: Node) -> Iterator[tuple[Any, Node]]:
-    """Each node that an operator is called with, in lists as well, and the argument of its schema that it is."""
-    for i, argument in enumerate(node.target._schema.arguments):
-        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-        for each in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(each, Node):
-                yield argument, each
+    return is_operator(node.target) and schema_of(node.target).is_mutable
 
 
 def written_by(node: Node) -> list[Node]:
     """The operands that the node writes into, as its schema says: any of its arguments, in lists as well."""
-    if not is_mutation(node):
-        return []
-    return [
-        each for argument, each in _operands(node) if argument.alias_info is not None and argument.alias_info.is_write
-    ]
+    return _nodes(written_values(node.target, node.args, node.kwargs)) if is_mutation(node) else []
 
 
 def viewed_by(node: Node) -> list[Node]:
     """The operands that what the node returns may be a view of, or be, as its schema says."""
     if node.target is operator.getitem:
-        return [node.args[0]] if isinstance(node.args[0], Node) else []
-    if not is_operator(node.target):
-        return []
-    returned = [_sets(each.alias_info) for each in node.target._schema.returns if each.alias_info is not None]
-    may_be_any = set() in returned  # a list of views, whose names the schema does not give
-    return [
-        each
-        for argument, each in _operands(node)
-        if argument.alias_info is not None
-        and (may_be_any or any(names & _sets(argument.alias_info) for names in returned))
-    ]
+        return _nodes(node.args[:1])
+    return _nodes(viewed_values(node.target, node.args, node.kwargs)) if is_operator(node.target) else []
 
 
-def _sets(alias_info: Any) -> set[str]:
-    return set(alias_info.before_set) | set(alias_info.after_set)
+def _nodes(values: Iterable[Any]) -> list[Node]:
+    return [each for each in values if isinstance(each, Node)]
 
 
 def aliases(storage: Node) -> Iterator[Node]:
@@ -418,11 +404,7 @@ def root_of(node: Node) -> Node:
 
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an ATen call by name, defaults filled in."""
-    schema = node.target._schema.arguments
-    values = {a.name: a.default_value for a in schema if a.has_default_value()}
-    values.update(zip((a.name for a in schema), node.args, strict=False))
-    values.update(node.kwargs)
-    return values
+    return values_of(node.target, node.args, node.kwargs)
 
 
 def layer_of(node: Node) -> str:

@@ -22,7 +22,8 @@ from torch.fx import Node
 
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats import Stored
-from icw_compile.formats.rules import RULES, decode
+from icw_compile.formats.base import decode
+from icw_compile.formats.rules import RULES
 from icw_compile.kernels.inductor import attention_decode_declines
 from icw_compile.kernels.interface import AttentionCall, StoredRows
 from icw_compile.passes.graph import FusedAttention, KVGraph, Skipped, Storage, layer_of

@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from icw_compile.compat.fx import schema_of
 from icw_compile.formats import Stored
-from icw_compile.formats.rules import RULES, overwrite
+from icw_compile.formats.rules import RULES
+from icw_compile.formats.writes import overwrite
 from icw_compile.passes.graph import (
     Grown,
     KVGraph,
@@ -197,6 +199,6 @@ def _return_parts(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> No
 
 
 def _note(forms: list[str], node: Node) -> None:
-    name = node.target._schema.name.removeprefix("aten::")
+    name = schema_of(node.target).name
     if name not in forms:
         forms.append(name)

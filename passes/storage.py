@@ -41,7 +41,8 @@ from torch.fx import Node
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats import Format, Stored
 from icw_compile.formats.evaluate import SHAPES
-from icw_compile.formats.rules import RULES, append, encode_like
+from icw_compile.formats.rules import RULES
+from icw_compile.formats.writes import append, encode_like
 from icw_compile.passes.attention import Attention, match_attention
 from icw_compile.passes.graph import (
     Grown,
@@ -424,8 +425,7 @@ def _append(graph: KVGraph, found: _Append, stored: Stored, length: Any) -> Stor
 
 def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     value = node.meta["val"]
-    sizes_at = node.target._schema.arguments[0].name == "self"  # new_zeros(self, size) against zeros(size)
-    size = list(node.args[int(sizes_at)])
+    size = list(arguments(node)["size"])
     with graph.before(node):
         stored = _format_for(graph, node, uses).empty(graph, size, value.device)
     _stand_for(graph, node, stored, uses, before=node, cache="static", note=", created here")

@@ -473,19 +473,19 @@ def test_trees():
 # Schemas
 
 WRITES_AND_VIEWS = {
-    aten.add.Tensor: ([], {}),
-    aten.index_copy_.default: (["self"], {"self": (0,)}),
-    aten.copy_.default: (["self"], {"self": (0,)}),
-    aten.slice.Tensor: ([], {"self": (0,)}),
-    aten.reshape.default: ([], {"self": (0,)}),
-    aten.to.dtype: ([], {"self": (0,)}),
-    aten.split.Tensor: ([], {"self": (0,)}),
-    aten.unbind.int: ([], {"self": (0,)}),
-    aten.chunk.default: ([], {"self": (0,)}),
-    aten.cat.out: (["out"], {"out": (0,)}),
-    aten.max.dim_max: (["max", "max_values"], {"max": (0,), "max_values": (1,)}),
-    aten._foreach_add_.Scalar: (["self"], {}),
-    torch.ops.icw_test_compat.put.default: (["cache", "others"], {}),
+    aten.add.Tensor: ([], []),
+    aten.index_copy_.default: (["self"], ["self"]),
+    aten.copy_.default: (["self"], ["self"]),
+    aten.slice.Tensor: ([], ["self"]),
+    aten.reshape.default: ([], ["self"]),
+    aten.to.dtype: ([], ["self"]),
+    aten.split.Tensor: ([], ["self"]),
+    aten.unbind.int: ([], ["self"]),
+    aten.chunk.default: ([], ["self"]),
+    aten.cat.out: (["out"], ["out"]),
+    aten.max.dim_max: (["max", "max_values"], ["max", "max_values"]),
+    aten._foreach_add_.Scalar: (["self"], []),
+    torch.ops.icw_test_compat.put.default: (["cache", "others"], []),
 }
 
 
@@ -494,9 +494,8 @@ def test_schema(operator):
     writes, views = WRITES_AND_VIEWS[operator]
     schema = fx.schema_of(operator)
     assert [a.name for a in schema.arguments if a.is_written] == writes
-    assert {a.name: a.viewed_by for a in schema.arguments if a.viewed_by} == views
-    assert schema.is_mutable == bool(writes)
-    assert [a.position for a in schema.arguments] == list(range(len(schema.arguments)))
+    assert [a.name for a in schema.arguments if a.is_viewed] == views
+    assert (schema.is_mutable, schema.gives_views) == (bool(writes), bool(views))
 
 
 def test_schema_agrees_with_what_operators_do():
@@ -514,11 +513,9 @@ def test_schema_agrees_with_what_operators_do():
         result = operator(*args)
         results = result if isinstance(result, (list, tuple)) else [result]
         shares = all(r.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for r in results)
-        assert shares == bool(fx.schema_of(operator).arguments[0].viewed_by), operator
+        assert shares == fx.schema_of(operator).arguments[0].is_viewed == fx.schema_of(operator).gives_views
     assert fx.schema_of(aten.max.dim_max).returns == ("values", "indices")
     assert fx.schema_of(aten.max.dim_max).name == "max"
-    keyword_only = {a.name for a in fx.schema_of(aten.cat.out).arguments if a.keyword_only}
-    assert keyword_only == {"out"}
 
 
 def test_values_of_a_call():
@@ -528,10 +525,12 @@ def test_values_of_a_call():
     put = torch.ops.icw_test_compat.put.default
     others = [torch.zeros(2), torch.zeros(2)]
     assert fx.values_of(put, (x, y, others), {})["rows"] == 1
-    written = list(fx.written_values(put, (x,), {"cache": y, "others": others}))
+    written = fx.written_values(put, (x,), {"cache": y, "others": others})
     assert [any(w is z for z in (y, *others)) for w in written] == [True] * 3
     assert only(fx.written_values(aten.cat.out, ([x, y],), {"out": others[0]})) is others[0]
-    assert list(fx.written_values(aten.add.Tensor, (x, y), {})) == []
+    assert fx.written_values(aten.add.Tensor, (x, y), {}) == []
+    assert only(fx.viewed_values(aten.split.Tensor, (x, 1), {})) is x
+    assert fx.viewed_values(aten.clone.default, (x,), {}) == []
 
 
 # Inductor

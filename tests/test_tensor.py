@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from icw_compile import QuantizedKV, UnquantizedCacheWarning, cache_bytes, static_cache
+from icw_compile.cache.tensor import as_float
 from icw_compile.lab.reference import quantize_dequantize, reference_cache
 
 SHAPE = (2, 3, 7, 8)
@@ -63,6 +65,64 @@ def test_moves_are_exact(name: str, dtype: torch.dtype) -> None:
     assert isinstance(moved, QuantizedKV)
     assert torch.equal(moved.dequantize(), MOVES[name](values))
     assert moved.dtype == dtype
+
+
+#: Moves that no other shape has.
+OF_THE_SHAPE = ("one head", "index", "boolean index", "index_select", "repeat_kv", "view")
+#: Moves after which rows that are kept besides are not, or not all.
+SCATTERED = ("step", "flip", "along the tokens", "cat")
+FORMATS = [{}, {"equalize": True}, {"sink_tokens": 2}, {"sink_tokens": 1, "recent_tokens": 2, "equalize": True}]
+
+
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, (1, 1, 7, 8), (2, 1, 7, 8)], ids=str)
+def test_moves_of_every_format(shape: tuple[int, ...], how: dict[str, Any], grows: bool) -> None:
+    """Values, and views where the float tensor would have views: they show what is written to it later."""
+    moves = {name: move for name, move in MOVES.items() if shape == SHAPE or name not in OF_THE_SHAPE} | {
+        "in front of the channels": lambda x: x.unsqueeze(3),
+        "first head": lambda x: x[:, :1].contiguous(),
+        "all": lambda x: x[0:].contiguous(),
+        "tail": lambda x: x[:, :, 3:].contiguous(),
+        "split": lambda x: x.split(4, 2)[1],
+        "along the tokens": lambda x: x.repeat_interleave(2, dim=2),
+        "cut": lambda x: x[..., 2:4],
+    }
+    for name, move in moves.items():
+        x = QuantizedKV.quantize(states(shape), **how)
+        if grows:
+            x = torch.cat([x[:, :, :4], states(shape)[:, :, 4:]], dim=2)
+        values = x.dequantize()
+        moved, expected = move(x), move(values)
+        if forgets := "sink_tokens" in how and name in SCATTERED:
+            assert relative_distance(moved, expected) < 0.02, name
+        else:
+            assert torch.equal(as_float(moved), expected), name
+        strides = zip(moved.shape, moved.stride(), expected.stride(), strict=True)
+        assert all(a == b for size, a, b in strides if size > 1), name
+        try:
+            x.zero_()
+        except NotImplementedError:  # of a view that has to be seen
+            assert "sink_tokens" in how, name
+            continue
+        values.zero_()
+        assert forgets or torch.equal(as_float(moved), expected), name
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda view: view.zero_(),
+        lambda view: torch.mul(torch.ones(2, 3, 7, 2), 3.0, out=view),
+        lambda view: torch._foreach_mul_([torch.ones(2), view], 2.0),
+        lambda view: view[0].add_(1.0),
+    ],
+)
+def test_a_write_that_would_be_lost_is_refused(write: Callable[[Tensor], Any]) -> None:
+    x, values = pair()
+    with pytest.raises(NotImplementedError, match="the write would be lost"):
+        write(x[..., 2:4])
+    assert torch.equal(x.dequantize(), values)
 
 
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {

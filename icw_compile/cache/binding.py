@@ -66,7 +66,7 @@ def _unwrap(
         reserved[position] = (tensor, claim, parts)
     else:
         if each.written:
-            tensor.separate()
+            tensor.before_write()
         parts = tensor.buffers
     passed[position] = parts[0]
     passed += parts[1:]

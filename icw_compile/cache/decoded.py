@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icw_compile.compat.fx import tree_map
+from icw_compile.compat.fx import schema_of, tree_map, written_values
 
 __all__ = ["DecodedView", "read_only"]
 
@@ -55,12 +55,11 @@ class DecodedView(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args):
-            if isinstance(value, DecodedView) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise NotImplementedError(
-                    f"icw_int8kv: `{func}` writes into part of a row of a quantized cache, or into a view of it that "
-                    "has to be a copy: the write would be lost. Write whole rows of head_dim, into the cache itself."
-                )
+        if any(isinstance(value, DecodedView) for value in written_values(func, args, kwargs)):
+            raise NotImplementedError(
+                f"icw_int8kv: `{func}` writes into part of a row of a quantized cache, or into a view of it that "
+                "has to be a copy: the write would be lost. Write whole rows of head_dim, into the cache itself."
+            )
 
         def again() -> Any:
             plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
@@ -79,7 +78,7 @@ def _element(several: Callable[[], Any], index: int) -> Any:
 
 def read_only(func: Any, result: Any, again: Callable[[], Any]) -> Any:
     """``result``, guarded against writes where ``func`` returns views of what it was given."""
-    if not any(each.alias_info is not None for each in func._schema.returns):
+    if not schema_of(func).gives_views:
         return result
     if isinstance(result, (list, tuple)):
         return [DecodedView(each, functools.partial(_element, again, i)) for i, each in enumerate(result)]

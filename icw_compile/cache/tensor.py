@@ -1,23 +1,22 @@
 """`QuantizedKV`: the tensor that a cache layer holds in place of its float keys or values."""
 
-import functools
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from icw_compile.cache.decoded import read_only
-from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
+from icw_compile.cache.growth import Room
+from icw_compile.cache.parts import Layout, TensorOfParts
 from icw_compile.cache.uncompiled import note_read
-from icw_compile.compat.flex import let_flex_attention_take
-from icw_compile.compat.fx import tree_leaves, tree_map
+from icw_compile.compat.fx import schema_of, tree_leaves, tree_map, written_values
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
 from icw_compile.formats.evaluate import EAGER, SHAPES
-from icw_compile.formats.rules import RULES, append, decode, overwrite
+from icw_compile.formats.rules import RULES
+from icw_compile.formats.writes import append, overwrite
 
 __all__ = ["QuantizedKV"]
 
@@ -28,20 +27,7 @@ aten = torch.ops.aten
 _OPTIONAL = ("shift", "exact", "position")
 
 
-class Layout(NamedTuple):
-    """What a `QuantizedKV` is besides its parts; Dynamo guards on it.
-
-    ``axes`` and ``is_view`` are as in `icw_compile.formats.Stored`. ``grows``: its parts go on behind its rows, to the
-    end of the storage that it may grow into.
-    """
-
-    format: Format
-    axes: str = AXES
-    is_view: bool = False
-    grows: bool = False
-
-
-class QuantizedKV(Tensor):
+class QuantizedKV(TensorOfParts):
     """Keys or values of one cache layer, stored as int8 with one scale per head and token.
 
     To everything else it is the float tensor that it stands for, of shape ``[batch, kv_heads, tokens, head_dim]``.
@@ -75,11 +61,6 @@ class QuantizedKV(Tensor):
         ValueError: the tensors do not belong together: shapes or dtypes are others.
     """
 
-    #: Parts as they are stored, by name; of a growing tensor with the spare rows behind its own.
-    _names: tuple[str, ...]
-    _layout: Layout
-    _claim: Claim | None
-
     @staticmethod
     def __new__(
         cls,
@@ -100,67 +81,6 @@ class QuantizedKV(Tensor):
         return cls.of(Stored(layout, parts, "." * (qdata.dim() - 2) + "TD" if qdata.dim() != 4 else AXES))
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def _make(
-        cls,
-        parts: Sequence[Tensor],
-        layout: Layout,
-        size: Sequence[Any] | None = None,
-        stride: Sequence[Any] | None = None,
-        claim: Claim | None = None,
-    ) -> "QuantizedKV":
-        """A tensor of these parts. Without ``size`` that of the first part; without ``stride`` its as well."""
-        let_flex_attention_take(QuantizedKV, QuantizedKV.dequantize)  # once, before Dynamo can meet one
-        first = parts[0]
-        offset = None
-        if size is None:
-            channels = layout.format.channels(EAGER, Stored(layout.format, tuple(parts), layout.axes))
-            size = (*first.shape[:-1], channels)
-            packed = channels // max(first.shape[-1], 1)
-            stride = [step * packed for step in first.stride()[:-1]] + [1] if packed > 1 else first.stride()
-            offset = first.storage_offset() * max(packed, 1)
-        self: QuantizedKV = torch.Tensor._make_wrapper_subclass(
-            cls, size, strides=stride, storage_offset=offset, dtype=layout.format.dtype, device=first.device
-        )
-        self._names = _names_of(layout.format)
-        for name, part in zip(self._names, parts, strict=True):
-            setattr(self, name, part)
-        self._layout = layout
-        self._claim = claim
-        if claim is not None:
-            claim.tensor = weakref.ref(self)
-        return self
-
-    @classmethod
-    def of(cls, value: Stored, claim: Claim | None = None, stride: Sequence[int] | None = None) -> "QuantizedKV":
-        """The tensor made of these parts; ``claim`` and ``stride`` are those of a view of a growing tensor."""
-        layout = Layout(value.format, value.axes, value.is_view)
-        made = cls._make(value.parts, layout, claim=claim)
-        if stride is None or made.stride() == tuple(stride):
-            return made
-        return cls._make(value.parts, layout, size=made.shape, stride=stride, claim=claim)
-
-    @classmethod
-    def _on(cls, claim: Claim, value: Stored) -> "QuantizedKV":
-        """The tensor that shows the rows of ``claim``, and the parts of ``value`` that are no rows."""
-        rows = iter(claim.room.from_row(claim.start))
-        parts = [next(rows) if spec.has_rows else part for spec, part in zip(value.format.parts, value.parts)]
-        head = claim.room.parts[0].shape
-        channels = value.format.channels(EAGER, value)
-        size = (head[0], head[1], claim.end - claim.start, channels)
-        return cls._make(parts, Layout(value.format, grows=True), size, None, claim)
-
-    @classmethod
-    def growing(cls, value: Stored) -> "QuantizedKV":
-        """A tensor that alone owns the storage of its contiguous parts ``[batch, kv_heads, tokens, ...]``."""
-        rows = list(value.rows.values())
-        tokens = rows[0].shape[2]
-        if all(part.is_contiguous() and part.untyped_storage().nbytes() == part.nbytes for part in rows):
-            room = Room(rows)
-        else:  # they are a slice of what was made, which nothing else shows
-            room = Room.copy_of(rows, tokens, capacity_for(tokens))
-        return cls._on(room.claim(0, tokens), value)
 
     @classmethod
     def quantize(
@@ -218,133 +138,12 @@ class QuantizedKV(Tensor):
         value = layout.empty(EAGER, tuple(size), device)
         return cls.of(value if len(size) == 4 else replace(value, axes="." * (len(size) - 2) + "TD"))
 
-    @property
-    def format(self) -> Format:
-        """How it is stored."""
-        return self._layout.format
-
-    @property
-    def buffers(self) -> tuple[Tensor, ...]:
-        """The parts with the spare rows behind its own, if it grows."""
-        return tuple(getattr(self, name) for name in self._names)
-
-    @property
-    def value(self) -> Stored:
-        """All that it is made of."""
-        layout = self._layout
-        stored = Stored(layout.format, self.buffers, layout.axes, layout.is_view)
-        if not layout.grows:
-            return stored
-        tokens = self.shape[2]
-        return stored.with_parts(**{name: part[:, :, :tokens] for name, part in stored.rows.items()})
-
     def __getattr__(self, name: str) -> Any:
         if f"_{name}" in self.__dict__.get("_names", ()):
             return self.value[name]
         if name in _OPTIONAL:
             return None
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def reserve(self, rows: int, *, capacity: int | None = None) -> tuple[Claim, tuple[Tensor, ...]]:
-        """Room for ``rows`` more behind this tensor's, for a tensor independent of it.
-
-        They are in spare storage where no other tensor has taken them. Otherwise the whole moves to a larger storage
-        (of ``capacity`` rows), and this tensor moves along, so that the old storage is freed, if it was the only one
-        there.
-
-        Returns:
-            the claim to this tensor's rows and the new ones, and the parts, those that have rows with all that follow.
-        """
-        claim = self._claim
-        if claim is not None and (extended := claim.room.extend(claim, rows)) is not None:
-            return extended, self.buffers
-        like, total = self.whole, self.shape[2] + rows
-        room = Room.copy_of(list(like.rows.values()), self.shape[2], capacity or capacity_for(total))
-        if claim is not None and not claim.is_view and not claim.others():
-            self._move_to(room)
-        else:  # only tensors of one room share what the tokens share
-            shared = {s.name: part for s, part in zip(like.format.parts, like.parts) if not s.has_rows}
-            like = like.with_parts(**{name: part.clone() for name, part in shared.items()})
-        return room.claim(0, total), like.with_parts(**dict(zip(like.rows, room.parts, strict=True))).parts
-
-    def grown(self, claim: Claim, parts: tuple[Tensor, ...], *, rows: int | None = None) -> "QuantizedKV":
-        """What a reservation of this tensor becomes: all its rows, or the last ``rows`` of them.
-
-        It is moved to a larger storage if hardly any rows are left for the next. Runs at every step, for each part of
-        every layer: it makes no more than it has to.
-        """
-        room = claim.room
-        if rows is not None and claim.end - rows > claim.start:
-            claim = room.claim(claim.end - rows, claim.end)
-            moved = iter(room.from_row(claim.start))
-            specs = self._layout.format.parts
-            parts = tuple(next(moved) if spec.has_rows else part for spec, part in zip(specs, parts, strict=True))
-        batch, heads, _, channels = self.shape
-        layout = self._layout if self._layout.grows else Layout(self._layout.format, grows=True)
-        made: QuantizedKV = torch.Tensor._make_wrapper_subclass(
-            QuantizedKV, (batch, heads, claim.end - claim.start, channels), dtype=self.dtype, device=self.device
-        )
-        made.__dict__.update(zip(self._names, parts, strict=True))
-        made._names, made._layout, made._claim = self._names, layout, claim
-        claim.tensor = weakref.ref(made)
-        return made if room.capacity - claim.end >= MIN_SPARE else made.with_spare()
-
-    def with_spare(self) -> "QuantizedKV":
-        """This tensor, which grows, moved to a larger storage if hardly any rows are left for the next."""
-        claim = self._claim
-        assert claim is not None
-        if claim.room.capacity - claim.end < MIN_SPARE:
-            tokens = claim.end - claim.start
-            self._move_to(Room.copy_of(list(self.whole.rows.values()), tokens, capacity_for(tokens)))
-        return self
-
-    @property
-    def grows(self) -> bool:
-        """Whether spare rows may follow its own in its buffers."""
-        return self._layout.grows
-
-    @property
-    def whole(self) -> Stored:
-        """Its buffers as a value, that of a longer tensor if it grows."""
-        return Stored(self._layout.format, self.buffers, self._layout.axes)
-
-    def _move_to(self, room: Room) -> None:
-        self._place(room.claim(0, self.shape[2]))
-
-    def _place(self, claim: Claim) -> None:
-        claim.tensor = weakref.ref(self)
-        self._claim = claim
-        names = (f"_{name}" for name in self.whole.rows)
-        for name, part in zip(names, claim.room.from_row(claim.start), strict=True):
-            setattr(self, name, part)
-
-    def separate(self) -> None:
-        """Make sure that a write into this tensor reaches it and its views alone, not what grew out of it."""
-        claim = self._claim
-        if claim is not None and any(other.owner is not claim.owner for other in claim.others()):
-            if claim.is_view:
-                raise NotImplementedError("icw_int8kv: a view of a cache is written whose storage another one shares.")
-            tokens = self.shape[2]
-            self._move_to(Room.copy_of(list(self.whole.rows.values()), tokens, self.buffers[0].shape[2]))
-            for spec, name in zip(self._layout.format.parts, self._names, strict=True):
-                if not spec.has_rows:
-                    setattr(self, name, getattr(self, name).clone())
-
-    def _compact(self) -> None:
-        """Leave the spare rows, with all views of this tensor: it is contiguous, as what it stands for is."""
-        claim = self._claim
-        assert claim is not None
-        family = [claim, *claim.others()]
-        first, last = min(each.start for each in family), max(each.end for each in family)
-        tensors = [each.tensor() for each in family]
-        if any(each.is_view for each in family) or None in tensors or (first, last) != (claim.start, claim.end):
-            raise NotImplementedError(
-                "icw_int8kv: `view` of a cache with spare rows, of which there are views: use `reshape`, which copies."
-            )
-        room = Room([part[:, :, first:last].clone() for part in claim.room.parts])
-        for each, tensor in zip(family, tensors, strict=True):
-            assert tensor is not None
-            tensor._place(room.claim(each.start - first, each.end - first, each.owner))
 
     def share_memory_(self) -> "QuantizedKV":
         """Move the stored parts to memory that other processes see."""
@@ -356,34 +155,9 @@ class QuantizedKV(Tensor):
         """Whether other processes see the stored parts."""
         return all(part.is_shared() for part in self.buffers)
 
-    def dequantize(self) -> Tensor:
-        """The values as an ordinary float tensor, of this tensor's dtype."""
-        values: Tensor = decode(EAGER, self.value)
-        return values
-
     def tolist(self) -> Any:
         """The values as nested lists of Python numbers."""
         return self.dequantize().tolist()
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        """The stored tensors: ``qdata``, ``scale`` and, if there are any, ``shift``, ``exact`` and ``position``."""
-        return self.value.parts
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the stored parts with their spare rows (``nbytes`` counts the float tensor that they stand for)."""
-        specs = zip(self._layout.format.parts, self.buffers, strict=True)
-        own = sum(part.nbytes for spec, part in specs if self._claim is None or not spec.has_rows)
-        return own if self._claim is None else own + self._claim.room.nbytes
-
-    @property
-    def spare_rows(self) -> int:
-        """Rows that lie free, or are taken by tensors that grew out of this one, behind its own."""
-        return 0 if self._claim is None else self._claim.room.capacity - self._claim.end
-
-    def __tensor_flatten__(self) -> tuple[list[str], Layout]:
-        return list(self._names), self._layout
 
     @staticmethod
     def __tensor_unflatten__(
@@ -399,7 +173,10 @@ class QuantizedKV(Tensor):
         part = super().__getitem__(index)
         if isinstance(part, QuantizedKV) and part._is_view() and all(type(each) is Tensor for each in part.buffers):
             # A cropped cache: autograd would keep the longer one alive, and Dynamo would guard on its shape.
-            return QuantizedKV._make(part.buffers, part._layout, part.shape, part.stride(), part._claim)
+            made = QuantizedKV._make(part.buffers, part._layout, part.shape, part.stride(), part._claim)
+            if part._root is not None:
+                self.note_view(made)
+            return made
         return part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedKV":
@@ -429,9 +206,12 @@ class QuantizedKV(Tensor):
             run = EAGER if all(_is_real(each) for each in _all_of(args)) else SHAPES
         if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:]):
             return x._batchwise(rule, args, kwargs)
-        if func._schema.is_mutable:
-            _refuse_views_of_growing(x)
-        if claim is not None and func._schema.arguments[0].alias_info is not None:  # a write into x, or a view of it
+        schema = schema_of(func)
+        touches = schema.is_mutable or schema.gives_views  # it writes into x, or gives a view of it
+        if schema.is_mutable and isinstance(x, QuantizedKV):
+            x.before_write()
+            claim = x._claim
+        elif claim is not None and touches:
             x.separate()
             claim = x._claim
             if func is aten.view.default and not x.value.parts[0].is_contiguous():
@@ -440,20 +220,30 @@ class QuantizedKV(Tensor):
         results = rule(run, *_to_stored(args), **_to_stored(kwargs))
         if results is None:
             return _on_values(func, args, kwargs)
-        if func._schema.is_mutable:
+        if schema.is_mutable:
             return return_and_correct_aliasing(func, args, kwargs, x)
-        viewed = claim if func._schema.arguments[0].alias_info is not None else None
-        if isinstance(results, tuple):
-            several = [cls.of(each, None if viewed is None else viewed.of_view(None)) for each in results]
-            return return_and_correct_aliasing(func, args, kwargs, several)
-        rows = None if viewed is None or viewed.is_view else _rows_of_slice(func, args)
-        if viewed is None:
-            made = cls.of(results)
-        elif rows is not None:
-            made = cls._on(viewed.of_view(rows), results)
+        if claim is not None and touches:
+            made = x._views(func, args, kwargs, results)
+        elif isinstance(results, tuple):
+            made = [cls.of(each) for each in results]
         else:
-            made = cls.of(results, viewed.of_view(None))
+            made = cls.of(results)
+            if touches and results.kept and run is EAGER:
+                x.note_view(made)
         return return_and_correct_aliasing(func, args, kwargs, made)
+
+    def _views(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> Any:
+        """The tensors of what a view of a growing tensor gives, with the strides of what they stand for."""
+        claim = self._claim
+        assert claim is not None
+        as_float = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
+        views = func(as_float, *args[1:], **kwargs)
+        if isinstance(results, tuple):
+            return [self.of(each, claim.of_view(None), view.stride()) for each, view in zip(results, views)]
+        rows = None if claim.is_view else _rows_of_slice(func, args)
+        if rows is None:
+            return self.of(results, claim.of_view(None), views.stride())
+        return self._on(claim.of_view(rows), results, views.stride())
 
     def _batchwise(self, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedKV":
         """An operation on whole sequences, done to the spare rows as well: the result keeps room to grow."""
@@ -471,11 +261,6 @@ def _rebuild(layout: Format, parts: tuple[Tensor, ...], axes: str) -> QuantizedK
     channels = layout.channels(EAGER, Stored(layout, parts, axes))
     layout.checked(parts, (*parts[0].shape[:-1], channels))
     return QuantizedKV.of(Stored(layout, parts, axes))
-
-
-@functools.cache
-def _names_of(layout: Format) -> tuple[str, ...]:
-    return tuple(f"_{part.name}" for part in layout.parts)
 
 
 def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
@@ -503,16 +288,6 @@ def _all_of(value: Any) -> list[QuantizedKV]:
 def _is_real(x: QuantizedKV) -> bool:
     """Whether its values can be looked at: they are no fakes, and are not being traced."""
     return all(type(part) is Tensor for part in x.buffers)
-
-
-def _refuse_views_of_growing(x: Any) -> None:
-    """As for any view of a cache that keeps rows (`icw_compile.formats.rules`), of which another tensor is a view."""
-    claim = x._claim if isinstance(x, QuantizedKV) else None
-    if claim is not None and x.whole.kept and any(other.owner is claim.owner for other in claim.others()):
-        raise NotImplementedError(
-            "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this one and a view "
-            "of it are both in use, and the rows that they keep would not follow."
-        )
 
 
 def _is_batchwise(func: Any, *args: Any) -> bool:
@@ -568,7 +343,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain_args = dequantized(args)
     plain_kwargs = {name: dequantized(value) for name, value in kwargs.items()}
     result = func(*plain_args, **plain_kwargs)
-    if not func._schema.is_mutable:
+    if not schema_of(func).is_mutable:
         if not all(map(_is_real, _all_of((args, kwargs)))):
             return result
 
@@ -577,15 +352,10 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func(*now_args, **now_kwargs)
 
         return read_only(func, result, again)
-    written: list[Any] = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = plain_args[i] if i < len(plain_args) else plain_kwargs.get(argument.name)
-            written += value if isinstance(value, (list, tuple)) else [value]
+    written = written_values(func, plain_args, plain_kwargs)
     for original, value in values.values():
         if any(w is value for w in written):
-            _refuse_views_of_growing(original)
-            original.separate()
+            original.before_write()
             overwrite(EAGER if _is_real(original) else SHAPES, original.value, value)
             if result is value:
                 result = original

@@ -4,7 +4,7 @@ Read and run in torch 2.11, 2.13 and 2.14, unless a function says otherwise.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -40,6 +40,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "values_of",
+    "viewed_values",
     "written_values",
 ]
 
@@ -190,18 +191,14 @@ class Argument:
     """One argument of an operator.
 
     Attributes:
-        name, position: where it is in a call; of a keyword argument the position is that in the schema.
-        keyword_only: it is given by name.
         is_written: the operator writes into the tensor given here, or into each of the tensors of a list.
-        viewed_by: the results, by position, that are this tensor or views of it. A list of views is one result.
+        is_viewed: a result may be this tensor or a view of it.
         has_default, default: what it is if it is left out.
     """
 
     name: str
-    position: int
-    keyword_only: bool
     is_written: bool
-    viewed_by: tuple[int, ...]
+    is_viewed: bool
     has_default: bool
     default: Any
 
@@ -215,50 +212,44 @@ class Schema:
         arguments: in order.
         returns: the names of the results, empty where they have none.
         is_mutable: it writes into an argument.
+        gives_views: a result may be an argument, or a view of one.
     """
 
     name: str
     arguments: tuple[Argument, ...]
     returns: tuple[str, ...]
     is_mutable: bool
+    gives_views: bool
 
 
 @functools.cache
 def schema_of(operator: OpOverload) -> Schema:
     """``OpOverload._schema``, ``Argument.alias_info``.
 
-    ``Tensor(a!)`` is written; ``Tensor(a)`` is viewed by the result ``Tensor(a)``; ``Tensor(a -> *)`` by every result
-    that is a list of views, as of ``split``; of ``Tensor(a!)[]`` the letter is lost, and each element is written.
+    ``Tensor(a!)`` is written; ``Tensor(a)`` is viewed by the result ``Tensor(a)``. Of a list of views, as ``split``
+    returns, and of ``Tensor(a!)[]``, the letter is lost: it may be of any argument, and each element is written.
     """
     schema = operator._schema
+    returned = [_letters(each.alias_info) for each in schema.returns if each.alias_info is not None]
     arguments = []
-    for position, argument in enumerate(schema.arguments):
+    for argument in schema.arguments:
         alias = argument.alias_info
-        viewed_by = tuple(i for i, result in enumerate(schema.returns) if _is_view(alias, result.alias_info))
-        default = argument.default_value if argument.has_default_value() else None
-        is_written = alias is not None and alias.is_write
         arguments.append(
             Argument(
                 argument.name,
-                position,
-                argument.kwarg_only,
-                is_written,
-                viewed_by,
-                argument.has_default_value(),
-                default,
+                is_written=alias is not None and alias.is_write,
+                is_viewed=alias is not None and any(not each or each & _letters(alias) for each in returned),
+                has_default=argument.has_default_value(),
+                default=argument.default_value if argument.has_default_value() else None,
             )
         )
     name = schema.name.split("::")[1]
-    return Schema(name, tuple(arguments), tuple(result.name for result in schema.returns), schema.is_mutable)
+    returns = tuple(result.name for result in schema.returns)
+    return Schema(name, tuple(arguments), returns, schema.is_mutable, bool(returned))
 
 
-def _is_view(argument: Any, result: Any) -> bool:
-    if argument is None or result is None:
-        return False
-    letters = set(result.before_set) | set(result.after_set)
-    if not letters:  # a list of views
-        return "*" in argument.after_set
-    return bool(letters & (set(argument.before_set) | set(argument.after_set)))
+def _letters(alias: Any) -> set[str]:
+    return set(alias.before_set) | set(alias.after_set)
 
 
 def values_of(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,12 +261,22 @@ def values_of(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, An
     return values
 
 
-def written_values(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+def written_values(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """What a call writes into, the elements of lists one by one: ``out=`` and ``_foreach_*_`` included."""
-    schema = schema_of(operator)
-    if not schema.is_mutable:
-        return
-    values = values_of(operator, args, kwargs)
-    for argument in schema.arguments:
-        if argument.is_written and (value := values[argument.name]) is not None:
-            yield from value if isinstance(value, (list, tuple)) else (value,)
+    return _chosen(operator, args, kwargs, lambda argument: argument.is_written)
+
+
+def viewed_values(operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What the results of a call may be, or be views of."""
+    return _chosen(operator, args, kwargs, lambda argument: argument.is_viewed)
+
+
+def _chosen(
+    operator: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], chooses: Callable[[Argument], bool]
+) -> list[Any]:
+    found: list[Any] = []
+    for i, argument in enumerate(schema_of(operator).arguments):
+        if chooses(argument):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return found

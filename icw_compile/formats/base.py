@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-__all__ = ["AXES", "Evaluator", "Format", "Part", "Stored", "Wrapper"]
+__all__ = ["AXES", "Evaluator", "Format", "Part", "Stored", "Wrapper", "decode"]
 
 #: The axes of a key or value cache, in order.
 AXES = "BHTD"
@@ -282,3 +282,8 @@ class Wrapper(Format):
 
     def checked(self, parts: Sequence[torch.Tensor], size: Sequence[int]) -> None:
         self.wrapped.checked(parts[: len(self.wrapped.parts)], size)
+
+
+def decode(run: Evaluator, x: Stored) -> Any:
+    """The value that ``x`` stands for."""
+    return x.format.decode(run, x, x.dtype)

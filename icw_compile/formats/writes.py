@@ -1,0 +1,202 @@
+"""What operations that write do to a stored value: only what is new is encoded (`icw_compile.formats.rules`)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from icw_compile.compat.fx import statically_known_true
+from icw_compile.formats.base import Evaluator, Stored, decode
+from icw_compile.formats.moves import all_have, axis_of, copied, dims_used, indices_of_tokens
+
+aten = torch.ops.aten
+
+
+def encode_like(run: Evaluator, value: Any, into: Stored) -> dict[str, Any]:
+    """``value``, stored already or not, as rows for the storage ``into``."""
+    if isinstance(value, Stored):
+        if value.format == into.format and value.axes == into.axes and _shares_like(run, value, into):
+            return value.rows
+        value = decode(run, value)
+    return into.format.encode(run, value, into)
+
+
+def _shares_like(run: Evaluator, a: Stored, b: Stored) -> bool:
+    """Whether what the tokens share is the same in both."""
+    specs = zip(a.format.parts, a.parts, b.parts, strict=True)
+    return all(run.same(x, y) for spec, x, y in specs if spec.is_aligned and not ({"T", "K"} & set(spec.axes)))
+
+
+def cat(run: Evaluator, tensors: Sequence[Any], dim: int = 0) -> Stored | None:
+    like = next(t for t in tensors if isinstance(t, Stored))
+    axis = axis_of(like, dim)
+    if axis == "D" or any(not _is_like(run, t, like) for t in tensors):
+        return None
+    if axis == "T" or all_have(like, "T"):
+        rows = [encode_like(run, t, like) for t in tensors]
+    elif all(isinstance(t, Stored) and t.format == like.format for t in tensors):
+        rows = [t.named for t in tensors]
+    else:  # what a float tensor would share along its tokens is not known
+        return None
+    parts = {}
+    for spec, part in zip(like.format.parts, like.parts, strict=True):
+        if spec.has(axis) and spec.is_aligned:
+            parts[spec.name] = run.call(aten.cat.default, [each[spec.name] for each in rows], dim)
+        else:
+            parts[spec.name] = copied(run, part)
+    result = replace(like.with_parts(**parts), is_view=False)
+    if not like.kept:
+        return result
+    if axis == "T" and len(tensors) == 2 and isinstance(tensors[0], Stored):
+        return result.with_parts(**appended(run, like, tensors[1], _tokens(run, like)))
+    return result.with_parts(**like.format.move_tokens(run, result, aten.cat.default, (tensors, dim)))
+
+
+def _is_like(run: Evaluator, t: Any, like: Stored) -> bool:
+    if isinstance(t, Stored):
+        return t.dtype == like.dtype and t.axes == like.axes
+    value = run.tensor(t)
+    return value.dim() == len(like.axes) and value.dtype == like.dtype
+
+
+def _tokens(run: Evaluator, x: Stored) -> Any:
+    """The number of tokens as an operand."""
+    return run.size(x.parts[0], x.axes.index("T"))
+
+
+def appended(run: Evaluator, x: Stored, source: Any, start: Any) -> dict[str, Any]:
+    """The parts of ``x`` that are no rows, once ``source`` is written from row ``start`` on."""
+    if not x.kept:
+        return {}
+    values = decode(run, source) if isinstance(source, Stored) else source
+    index = run.call(aten.arange.default, run.size(values, x.axes.index("T")), device=run.tensor(values).device)
+    return x.format.keep(run, x, values, run.call(aten.add.Tensor, index, start))
+
+
+def append(run: Evaluator, x: Stored, source: Any, start: Any, rows: int | Any) -> Stored:
+    """``x`` after ``source`` was written to its ``rows`` rows from ``start`` on, which are there.
+
+    The rows are written in place; what is kept besides is new.
+    """
+    for name, new in encode_like(run, source, x).items():
+        place = run.call(aten.narrow.default, x[name], x.token_dim, start, rows)
+        run.call(aten.copy_.default, place, new)
+    return x.with_parts(**appended(run, x, source, start))
+
+
+def index_copy_(run: Evaluator, x: Any, dim: int, index: Any, source: Any) -> Stored | None:
+    if not isinstance(x, Stored) or not _fits(run, x, source):
+        return None
+    _refuse_views_that_keep(run, x)
+    axis = axis_of(x, dim)
+    if axis == "D" or (axis != "T" and not all_have(x, "T")):
+        return None
+    if axis == "T":
+        x = x.format.settle(run, x, source)
+    written = _write(run, aten.index_copy_.default, x, (dim, index), source)
+    return _keep_at(run, written, source, index if axis == "T" else None)
+
+
+def index_put_(run: Evaluator, x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False) -> Stored | None:
+    if not isinstance(x, Stored) or accumulate or not _fits(run, x, values):
+        return None
+    _refuse_views_that_keep(run, x)
+    used = dims_used(run, indices)
+    if used >= len(x.axes):
+        return None
+    at = None
+    if not all_have(x, "T"):
+        # Indexing may move dimensions: only what is shared by the rows that are written fits them.
+        if (index := indices_of_tokens(run, x, indices)) is None:
+            return None
+        if run.tensor(index).dtype not in (torch.bool, torch.uint8):
+            at = run.call(aten.remainder.Scalar, index, _tokens(run, x))  # -1 is the last
+    return _keep_at(run, _write(run, aten.index_put_.default, x, (indices,), values), values, at)
+
+
+def copy_(run: Evaluator, x: Any, source: Any, non_blocking: bool = False) -> Stored | None:
+    if not isinstance(x, Stored) or not _fits(run, x, source):
+        return None
+    if not isinstance(source, Stored) and len(run.tensor(source).shape) > len(x.axes):
+        return None
+    _refuse_views_that_keep(run, x)
+    written = _write(run, aten.copy_.default, x.format.settle(run, x, source), (), source)
+    if not x.kept:
+        return written
+    if isinstance(source, Stored) and source.format == x.format:
+        return _set(run, written, source.kept)
+    return _keep_all(run, written, source)
+
+
+def _keep_at(run: Evaluator, x: Stored, source: Any, index: Any) -> Stored:
+    """``x`` after ``source`` was written to its rows ``index``; ``None`` where these are not known."""
+    if not x.kept:
+        return x
+    values = decode(run, source) if isinstance(source, Stored) else source
+    rows = run.tensor(values).shape
+    if index is None or len(rows) < 2 or not statically_known_true(rows[-2] == run.tensor(index).shape[0]):
+        return x.format.forget(run, x)
+    heads = [run.size(x["exact"], dim) for dim in range(len(x.axes) - 2)]
+    if len(rows) < len(x.axes) or any(statically_known_true(size == 1) for size in rows[:-2]):
+        values = run.call(aten.expand.default, values, [*heads, -1, -1])
+    return _set(run, x, x.format.keep(run, x, values, index))
+
+
+def _set(run: Evaluator, x: Stored, parts: dict[str, Any]) -> Stored:
+    """Write these into the storage that ``x`` has for them."""
+    return x.with_parts(**{name: run.call(aten.copy_.default, x[name], part) for name, part in parts.items()})
+
+
+def _fits(run: Evaluator, x: Stored, source: Any) -> bool:
+    """Whether ``source`` comes in whole rows of the same channels (and not broadcast along them)."""
+    if isinstance(source, Stored):
+        return source.dtype == x.dtype and source.axes == x.axes
+    if not isinstance(source, torch.fx.Node) and not isinstance(source, torch.Tensor):
+        return False
+    values = run.tensor(source)
+    if values.dim() == 0 or not values.is_floating_point():
+        return False
+    return statically_known_true(values.shape[-1] == x.format.channels(run, x))
+
+
+def _write(run: Evaluator, target: Any, x: Stored, where: Sequence[Any], source: Any) -> Stored:
+    rows = encode_like(run, source, x)
+    return x.with_parts(**{name: run.call(target, x[name], *where, new) for name, new in rows.items()})
+
+
+def overwrite(run: Evaluator, x: Stored, values: Any) -> Stored:
+    """Encode all of ``values`` again into the storage of ``x``: after an operation that no rule carries out."""
+    _refuse_views_that_keep(run, x)
+    return _keep_all(run, _write(run, aten.copy_.default, x, (), values), values)
+
+
+def _keep_all(run: Evaluator, x: Stored, source: Any) -> Stored:
+    """``x`` after ``source`` was written to all of its rows."""
+    if not x.kept:
+        return x
+    whole = run.call(aten.arange.default, _tokens(run, x), device=run.tensor(x.parts[0]).device)
+    return _keep_at(run, x, source, whole)
+
+
+def _refuse_views_that_keep(run: Evaluator, x: Stored) -> None:
+    """Rows that are kept besides are those of the whole: a write into a view would leave them as they were."""
+    if x.is_view and x.kept and run.takes_effect:
+        raise NotImplementedError(
+            "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this writes into "
+            "a view of it, and the rows that it keeps would not follow."
+        )
+
+
+def zero_(run: Evaluator, x: Any) -> Stored | None:
+    if not isinstance(x, Stored):
+        return None
+    _refuse_views_that_keep(run, x)
+    # Zeros are zeros with any shift, and the next first write settles another.
+    return x.format.forget(
+        run, x.with_parts(**{name: run.call(aten.zero_.default, part) for name, part in x.rows.items()})
+    )
+
+
+def fill_(run: Evaluator, x: Any, value: Any) -> Stored | None:
+    return zero_(run, x) if isinstance(value, (int, float)) and value == 0 else None
