@@ -1,6 +1,7 @@
 """The passes that turn a captured graph with a float key/value cache into one with an int8 cache, in order."""
 
 from icw_compile.passes.base import Pass, PassResult, run_passes
+from icw_compile.passes.canonicalize import canonicalize
 from icw_compile.passes.graph import Input, KVGraph, Output, Site, Skipped
 from icw_compile.passes.lower import lower
 from icw_compile.passes.propagate import propagate
@@ -11,6 +12,7 @@ __all__ = ["PASSES", "Input", "KVGraph", "Output", "Pass", "PassResult", "Site",
 
 #: Every pass, in the order in which they run.
 PASSES: tuple[Pass, ...] = (
+    Pass("canonicalize", canonicalize),
     Pass("storage", find_storage),
     Pass("propagate", propagate),
     Pass("reads", fuse_reads),

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from icw_compile.passes import PASSES, Input, KVGraph, run_passes
 from icw_compile.passes.storage import find_storage
 
-STORAGE = PASSES[:1]
+STORAGE = PASSES[1:2]
 POSITION = torch.tensor([3])
 
 

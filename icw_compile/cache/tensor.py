@@ -336,12 +336,9 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def dequantized(value: Any) -> Any:
         if isinstance(value, QuantizedKV):
             return values.setdefault(id(value), (value, value.dequantize()))[1]
-        if isinstance(value, (list, tuple)):
-            return type(value)(dequantized(v) for v in value)
         return value
 
-    plain_args = dequantized(args)
-    plain_kwargs = {name: dequantized(value) for name, value in kwargs.items()}
+    plain_args, plain_kwargs = tree_map(dequantized, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
     if not schema_of(func).is_mutable:
         if not all(map(_is_real, _all_of((args, kwargs)))):

@@ -33,6 +33,7 @@ __all__ = [
     "outside_of_trace",
     "proxy_of",
     "rename",
+    "same_storage",
     "schema_of",
     "statically_known_true",
     "trace_pre_dispatch",
@@ -110,6 +111,11 @@ def is_wrapper_subclass(value: Any) -> bool:
     ``torch.utils._python_dispatch.is_traceable_wrapper_subclass``.
     """
     return isinstance(value, Tensor) and is_traceable_wrapper_subclass(value)
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, which may be fakes, are views of one storage. ``UntypedStorage._cdata``."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def carry_item(old: Tensor, new: Tensor) -> None:

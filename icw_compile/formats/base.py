@@ -274,6 +274,22 @@ class Wrapper(Format):
         settled = self.wrapped.settle(run, into.inner, source)
         return into.of_parts((*settled.parts, *into.parts[len(settled.parts) :]))
 
+    def keep(self, run: Evaluator, into: Stored, values: Any, index: Any) -> dict[str, Any]:
+        return self.wrapped.keep(run, into.inner, values, index)
+
+    def into_query(self, run: Evaluator, query: Any, keys: Stored) -> Any:
+        return self.wrapped.into_query(run, query, keys.inner)
+
+    def into_output(self, run: Evaluator, output: Any, values: Stored) -> Any:
+        return self.wrapped.into_output(run, output, values.inner)
+
+    def move_tokens(self, run: Evaluator, x: Stored, target: Any, args: Sequence[Any]) -> dict[str, Any]:
+        return self.wrapped.move_tokens(run, x.inner, target, args)
+
+    def forget(self, run: Evaluator, x: Stored) -> Stored:
+        inner = self.wrapped.forget(run, x.inner)
+        return x.of_parts((*inner.parts, *x.parts[len(inner.parts) :]))
+
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
         return self.wrapped.bytes_per_token(heads, head_dim)
 

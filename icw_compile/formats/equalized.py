@@ -110,10 +110,10 @@ class Equalized(Wrapper):
         return into.with_parts(shift=run.call(aten.copy_.default, into["shift"], settled))
 
     def into_query(self, run: Evaluator, query: Any, keys: Stored) -> Any:
-        return self.wrapped.into_query(run, _multiplied(run, query, keys), keys.inner)
+        return super().into_query(run, _multiplied(run, query, keys), keys)
 
     def into_output(self, run: Evaluator, output: Any, values: Stored) -> Any:
-        return _multiplied(run, self.wrapped.into_output(run, output, values.inner), values)
+        return _multiplied(run, super().into_output(run, output, values), values)
 
     def bytes_per_sequence(self, heads: int, head_dim: int) -> int:
         return heads * head_dim + super().bytes_per_sequence(heads, head_dim)

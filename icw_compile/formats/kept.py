@@ -117,6 +117,9 @@ class KeepsRows(Wrapper):
         return {**super().keep(run, into, values, index), **dict(zip(("exact", "position"), kept, strict=True))}
 
     def move_tokens(self, run: Evaluator, x: Stored, target: Any, args: Sequence[Any]) -> dict[str, Any]:
+        return {**super().move_tokens(run, x, target, args), **self._moved(run, x, target, args)}
+
+    def _moved(self, run: Evaluator, x: Stored, target: Any, args: Sequence[Any]) -> dict[str, Any]:
         tokens = run.size(x.parts[0], x.token_dim + len(x.axes))
         if target is aten.slice.Tensor:
             _, start, end, step = args
@@ -133,7 +136,8 @@ class KeepsRows(Wrapper):
         }
 
     def forget(self, run: Evaluator, x: Stored) -> Stored:
-        return x.with_parts(position=run.call(aten.fill_.Scalar, x["position"], -1))
+        forgotten = super().forget(run, x)
+        return forgotten.with_parts(position=run.call(aten.fill_.Scalar, x["position"], -1))
 
     def bytes_per_sequence(self, heads: int, head_dim: int) -> int:
         kept = (self.sinks + self.recent) * heads * head_dim * self.dtype.itemsize
