@@ -347,7 +347,7 @@ class Program:
         moved = (rounded - exact).abs().amax() > 1e-5 * exact.abs().amax()
         if moved and (store.keeps or not store.is_input):
             self.within_one_rounding = True
-        if store.shift.any() and not exact.ne(0).any(-1).any(-1).all():
+        if not exact.ne(0).any(-1).any(-1).all():
             self.within_one_rounding = True  # it is empty: the next write may settle another shift
         store.values.copy_(rounded)
 

@@ -279,6 +279,18 @@ def test_random_models() -> None:
     fuzz_models(settings(FEW, max_examples=3))
 
 
+#: What was wrong once.
+FOUND = (
+    Case(outliers=True, recent=4, steps=(24, 1)),
+    Case(outliers=True, sinks=2, recent=1, cache="made", kv_heads=2, groups=2, steps=(9, 1, 1)),
+)
+
+
+@pytest.mark.parametrize("case", FOUND, ids=str)
+def test_models_that_were_wrong(case: Case) -> None:
+    assert check_model(case) == "right"
+
+
 @pytest.mark.slow
 def test_many_random_models() -> None:
     fuzz_models(settings(MANY, max_examples=max(EXAMPLES // 10, 1)))

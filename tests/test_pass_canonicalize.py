@@ -1,0 +1,59 @@
+"""The ``canonicalize`` pass: what may be a view or a copy becomes the one that it is."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from graphs import counts, kv, run, trace
+from torch import Tensor
+
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.passes import PASSES, run_passes
+
+CANONICALIZE = PASSES[:1]
+
+
+@pytest.mark.parametrize(
+    ("function", "before", "after"),
+    [
+        (lambda x: x.to(torch.float32) + 1, "to", {"add": 1}),
+        (lambda x: x.type_as(torch.ones(1)) + 1, "type_as", {"add": 1}),
+        (lambda x: x.to(torch.float64) + 1, "to", {"_to_copy": 1, "add": 1}),
+        (lambda x: x.to(torch.float32, copy=True) + 1, "to", {"_to_copy": 1, "add": 1}),
+        (lambda x: x.mT.contiguous() + 1, "contiguous", {"mT": 1, "clone": 1, "add": 1}),
+        (lambda x: x.mT.reshape(-1) + 1, "reshape", {"mT": 1, "clone": 1, "reshape": 1, "add": 1}),
+        (lambda x: x.mT.flatten(1) + 1, "flatten", {"mT": 1, "clone": 1, "flatten": 1, "add": 1}),
+    ],
+)
+def test_becomes_what_it_is(function: Callable[[Tensor], Tensor], before: str, after: dict[str, int]) -> None:
+    x = kv()
+    graph = trace(function, x)
+    assert counts(graph)[before] == 1
+    assert run_passes(graph, CANONICALIZE)[0].matches == 1
+    found = counts(graph)
+    assert {name: found.get(name, 0) for name in after} == after and found.get(before, 0) == after.get(before, 0)
+    assert torch.equal(run(graph, x)[0], function(x))
+    assert run_passes(graph, CANONICALIZE)[0].matches == 0
+
+
+@pytest.mark.parametrize("function", [lambda x: x.reshape(2, 2, -1) + 1, lambda x: x[:, :1] + 1, lambda x: x.view(-1)])
+def test_views_stay(function: Callable[[Tensor], Tensor]) -> None:
+    assert run_passes(trace(function, kv()), CANONICALIZE)[0].matches == 0
+
+
+@pytest.mark.parametrize(
+    "copy", [lambda x: x.double(), lambda x: x.mT.contiguous(), lambda x: x.mT.flatten(1), lambda x: x.mT.reshape(-1)]
+)
+def test_a_copy_does_not_show_what_is_written_later(copy: Callable[[Tensor], Tensor]) -> None:
+    def function(x: Tensor, new: Tensor) -> Tensor:
+        copied = copy(x)
+        x.index_copy_(2, torch.arange(2), new)
+        return copied
+
+    x, new = kv(), kv(2)
+    graph = trace(function, x, new, quantized=[0])
+    run_passes(graph, PASSES)
+    quantized = QuantizedKV.quantize(x)
+    expected = copy(quantized.dequantize())
+    (actual,) = run(graph, quantized, new)
+    assert torch.equal(actual, expected)
