@@ -53,6 +53,7 @@ from icw_compile.passes.graph import (
     Storage,
     aliases,
     arguments,
+    held,
     is_mutation,
     layer_of,
     written_by,
@@ -83,9 +84,14 @@ def find_storage(graph: KVGraph) -> int:
     uses = _AttentionUses(graph)
     taken: set[Node] = set()
     skipped: set[Node] = set()
+    holders = held(graph)
     for node in list(graph.graph.nodes):
         if node in graph.stored:
             _take_input(graph, node, uses)
+        elif node in holders and (_endpoint(graph, node) is not None or _is_storage(graph, node, uses)):
+            graph.skipped.append(holders[node])
+            skipped.add(node)
+            continue
         elif not _is_storage(graph, node, uses):
             continue
         elif _stays_float(graph, node, uses):
