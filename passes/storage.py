@@ -41,7 +41,7 @@ from torch.fx import Node
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats import Format, Stored
 from icw_compile.formats.evaluate import SHAPES
-from icw_compile.formats.rules import RULES, append, encode_like
+from icw_compile.formats.rules import RULES, append, can_join, encode_like
 from icw_compile.passes.attention import Attention, match_attention
 from icw_compile.passes.graph import (
     Grown,
@@ -384,7 +384,7 @@ class _Append:
         cat = cats[0]
         new, dim = cat.args[0][1], cat.args[1] if len(cat.args) > 1 else 0
         value, grown = node.meta["val"], cat.meta["val"]
-        if new is node or value.dim() != 4 or dim not in (-2, 2) or new.meta["val"].dtype != value.dtype:
+        if new is node or value.dim() != 4 or dim not in (-2, 2) or not can_join(new.meta["val"].dtype, value.dtype):
             return None
         views = list(aliases(cat))
         returned = [i for i, output in enumerate(graph.output_nodes) if output in views]
