@@ -54,7 +54,7 @@ def compare() -> None:
     """Each kind of cache, split and whole."""
     ranks = dist.get_world_size()
     options = {"icw.compiler": os.environ.get("ICW_COMPILER", "inductor")}
-    for kind in ("dynamic", "static", "sliding"):
+    for kind in ("dynamic", "static", "prepared", "sliding"):
         with shared_folder() as folder:
             if dist.get_rank() == 0:
                 small_model(kind, heads=ranks).save_pretrained(folder)  # one head of keys and values for each rank
@@ -107,7 +107,12 @@ def small_model(kind: str, heads: int) -> PreTrainedModel:
 @torch.no_grad()
 def decode(model: PreTrainedModel, kind: str, **how: Any) -> tuple[torch.Tensor, Any]:
     """The logits of a prompt and of the steps after it, and the cache."""
-    cache = StaticCache(model.config, max_cache_len=64) if kind == "static" else DynamicCache(config=model.config)
+    if kind == "prepared" and how["backend"] == "icw_int8kv":
+        cache: Any = icw_compile.static_cache(model, batch_size=len(PROMPT), max_cache_len=64)
+    elif kind in ("static", "prepared"):
+        cache = StaticCache(model.config, max_cache_len=64)
+    else:
+        cache = DynamicCache(config=model.config)
     torch.compiler.reset()
     compiled = torch.compile(model, **how)
     ids, found = PROMPT, []

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -855,3 +856,12 @@ def test_triton_interprets(value):
     )  # fmt: skip
     assert process.stdout.strip() == str(value == "1")
     assert isinstance(compat_triton.is_interpreting(), bool)
+
+
+def test_heads_of_a_rank():
+    model = SimpleNamespace(_tp_size=2, tp_plan={"model.layers.*.self_attn.k_proj": "colwise"})
+    assert hf.heads_of_rank(model, 4) == 2 and hf.heads_of_rank(object(), 4) == 4
+    with pytest.raises(ValueError, match="evenly"):
+        hf.heads_of_rank(model, 3)
+    model.tp_plan = {}
+    assert hf.heads_of_rank(model, 4) == 4

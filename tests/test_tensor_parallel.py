@@ -10,7 +10,7 @@ import pytest
 import torch
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tensor_parallel.py"
-KINDS = ("dynamic", "static", "sliding")
+KINDS = ("dynamic", "static", "prepared", "sliding")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no build with torch.distributed here")
