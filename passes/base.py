@@ -42,7 +42,7 @@ def run_passes(graph: KVGraph, passes: Sequence[Pass], *, keep_text: bool = Fals
         matches = each.apply(graph)
         if matches:
             # Attention counts as random for its dropout; a replaced one is dead all the same.
-            eliminate_dead_code(graph.graph, keep_random=False)
+            eliminate_dead_code(graph.graph, keep_random=False, keep=lambda node: "kept" in node.meta)
             graph.graph.lint()
             graph.module.recompile()
         seconds = time.perf_counter() - started

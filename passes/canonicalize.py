@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from icw_compile.compat.fx import same_storage, statically_known_true
+from icw_compile.compat.fx import statically_known_true, storage_of
 from icw_compile.passes.graph import KVGraph
 
 __all__ = ["canonicalize"]
@@ -32,10 +32,10 @@ def canonicalize(graph: KVGraph) -> int:
     """Run the pass; returns the number of operations that were replaced."""
     replaced = 0
     for node in list(graph.graph.nodes):
-        if node.target not in (*_CASTS, *_RESHAPES, aten.contiguous.default):
+        if node.target not in (*_CASTS, *_RESHAPES, aten.contiguous.default) or "kept" in node.meta:
             continue
         source, result = node.args[0].meta["val"], node.meta["val"]
-        if not same_storage(source, result):
+        if storage_of(source) != storage_of(result):
             copy = _copy(graph, node)
         elif _same_layout(source, result):
             copy = node.args[0]

@@ -1,7 +1,7 @@
 """The graph that passes work on, and what they know about it: its key/value storage, its signature, its sites."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -27,12 +27,15 @@ __all__ = [
     "Grown",
     "Input",
     "KVGraph",
+    "Kept",
     "Output",
     "Site",
     "Skipped",
     "Storage",
     "aliases",
     "arguments",
+    "called",
+    "held",
     "is_mutation",
     "layer_of",
     "root_of",
@@ -151,6 +154,18 @@ class FusedAttention:
     node: Node
     key: Storage
     value: Storage
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is known of a node that stands in the graph as Dynamo spelled it (``meta["kept"]``): no operator of ATen.
+
+    ``written`` and ``viewed`` count the nodes among its arguments: into which it may write, and which what it returns
+    may be a view of.
+    """
+
+    written: frozenset[int]
+    viewed: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -364,16 +379,29 @@ def _written(node: Node | None) -> Node | None:
 
 def is_mutation(node: Node) -> bool:
     """Whether the node writes into one of its operands."""
+    if (kept := node.meta.get("kept")) is not None:
+        return bool(kept.written)
     return is_operator(node.target) and schema_of(node.target).is_mutable
+
+
+def _arguments_at(node: Node, positions: Collection[int]) -> list[Node]:
+    """Nodes among the arguments of a kept node."""
+    operands: list[Node] = []
+    torch.fx.map_arg((node.args, node.kwargs), operands.append)
+    return [each for i, each in enumerate(operands) if i in positions]
 
 
 def written_by(node: Node) -> list[Node]:
     """The operands that the node writes into, as its schema says: any of its arguments, in lists as well."""
+    if (kept := node.meta.get("kept")) is not None:
+        return _arguments_at(node, kept.written)
     return _nodes(written_values(node.target, node.args, node.kwargs)) if is_mutation(node) else []
 
 
 def viewed_by(node: Node) -> list[Node]:
     """The operands that what the node returns may be a view of, or be, as its schema says."""
+    if (kept := node.meta.get("kept")) is not None:
+        return _arguments_at(node, kept.viewed)
     if node.target is operator.getitem:
         return _nodes(node.args[:1])
     return _nodes(viewed_values(node.target, node.args, node.kwargs)) if is_operator(node.target) else []
@@ -402,9 +430,28 @@ def root_of(node: Node) -> Node:
     return node
 
 
+def held(graph: KVGraph) -> dict[Node, Skipped]:
+    """What a kept node may write into or show again, up to where its memory comes from: why it stays as it is."""
+    found = {}
+    for node in graph.graph.nodes:
+        if "kept" not in node.meta:
+            continue
+        reason = f"`{called(node)}`, which is not taken apart, may write into it or keep a view of it; it stays float"
+        for each in (*written_by(node), *viewed_by(node)):
+            root = root_of(each)
+            found[root] = Skipped(layer_of(node), root.meta.get("source_name", root.name), reason)
+    return found
+
+
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an ATen call by name, defaults filled in."""
     return values_of(node.target, node.args, node.kwargs)
+
+
+def called(node: Node) -> str:
+    """What the node calls, for a message: ``aten.matmul.default``, ``linear``, ``cond``."""
+    target = node.target
+    return target if isinstance(target, str) else str(target) if is_operator(target) else target.__name__
 
 
 def layer_of(node: Node) -> str:

@@ -26,7 +26,7 @@ from icw_compile.formats.base import decode
 from icw_compile.formats.rules import RULES
 from icw_compile.kernels.inductor import attention_decode_declines
 from icw_compile.kernels.interface import AttentionCall, StoredRows
-from icw_compile.passes.graph import FusedAttention, KVGraph, Skipped, Storage, layer_of
+from icw_compile.passes.graph import FusedAttention, KVGraph, Skipped, Storage, called, layer_of
 
 __all__ = ["lower"]
 
@@ -140,7 +140,7 @@ def _rows_at(graph: KVGraph, stored: Stored, position: Node) -> Node:
 def _report_dequantized(graph: KVGraph, node: Node, users: list[Node], value: Storage) -> None:
     """What no rule fused keeps its decoded value: correct, slow, and said."""
     site = value.site
-    readers = ", ".join(sorted({str(user.target) for user in users}))
+    readers = ", ".join(sorted({called(user) for user in users}))
     site.reads.append(f"dequantized for {readers}")
     site.lowering = site.lowering or "dequantize"
     layer = site.layer or layer_of(node)

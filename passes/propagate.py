@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from icw_compile.compat.fx import schema_of
+from icw_compile.compat.fx import is_operator, schema_of
 from icw_compile.formats import Stored
 from icw_compile.formats.rules import RULES
 from icw_compile.formats.writes import overwrite
@@ -34,7 +34,9 @@ from icw_compile.passes.graph import (
     Output,
     Storage,
     aliases,
+    called,
     is_mutation,
+    layer_of,
     root_of,
     viewed_by,
     written_by,
@@ -138,6 +140,11 @@ def _view_again(graph: KVGraph, view: Node, first: Node, value: Node, viewed: No
     """``view``, which is ``first`` or a view of that, of ``value`` in place of ``viewed``."""
     if view.target is operator.getitem:
         return _view_again(graph, view.args[0], first, value, viewed)[view.args[1]]
+    if "kept" in view.meta:
+        raise NotImplementedError(
+            f"icw_int8kv: `{called(view)}` in {layer_of(view) or 'the model'} shows a quantized cache, which is "
+            "written before that is read; it can only show the values of the time when it is called."
+        )
     if view is first:
         source, again = viewed, value
     else:
@@ -166,7 +173,7 @@ def _refuse_writes_through(node: Node, values: dict[Node, Storage]) -> None:
         if view is not node and is_mutation(view):
             raise NotImplementedError(
                 f"icw_int8kv: `{view.format_node()}` writes into part of a head of {values[viewed[0]].site.name} "
-                f"through `{node.target}`; a quantized cache is written in whole rows of head_dim."
+                f"through `{called(node)}`; a quantized cache is written in whole rows of head_dim."
             )
 
 
@@ -199,6 +206,6 @@ def _return_parts(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> No
 
 
 def _note(forms: list[str], node: Node) -> None:
-    name = schema_of(node.target).name
+    name = schema_of(node.target).name if is_operator(node.target) else called(node)
     if name not in forms:
         forms.append(name)

@@ -42,7 +42,7 @@ from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats import Format, Stored
 from icw_compile.formats.evaluate import SHAPES
 from icw_compile.formats.rules import RULES
-from icw_compile.formats.writes import append, encode_like
+from icw_compile.formats.writes import append, can_join, encode_like
 from icw_compile.passes.attention import Attention, match_attention
 from icw_compile.passes.graph import (
     Grown,
@@ -54,6 +54,7 @@ from icw_compile.passes.graph import (
     Storage,
     aliases,
     arguments,
+    held,
     is_mutation,
     layer_of,
     written_by,
@@ -84,9 +85,14 @@ def find_storage(graph: KVGraph) -> int:
     uses = _AttentionUses(graph)
     taken: set[Node] = set()
     skipped: set[Node] = set()
+    holders = held(graph)
     for node in list(graph.graph.nodes):
         if node in graph.stored:
             _take_input(graph, node, uses)
+        elif node in holders and (_endpoint(graph, node) is not None or _is_storage(graph, node, uses)):
+            graph.skipped.append(holders[node])
+            skipped.add(node)
+            continue
         elif not _is_storage(graph, node, uses):
             continue
         elif _stays_float(graph, node, uses):
@@ -379,7 +385,7 @@ class _Append:
         cat = cats[0]
         new, dim = cat.args[0][1], cat.args[1] if len(cat.args) > 1 else 0
         value, grown = node.meta["val"], cat.meta["val"]
-        if new is node or value.dim() != 4 or dim not in (-2, 2) or new.meta["val"].dtype != value.dtype:
+        if new is node or value.dim() != 4 or dim not in (-2, 2) or not can_join(new.meta["val"].dtype, value.dtype):
             return None
         views = list(aliases(cat))
         returned = [i for i, output in enumerate(graph.output_nodes) if output in views]

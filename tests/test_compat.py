@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ import torch.fx.traceback
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Interpreter
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import icw_compile.compat
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.compat import dynamo, flex, fx, inductor
+from icw_compile.compat import dynamo, flex, functorch, fx, inductor
 from icw_compile.compat import transformers as hf
 from icw_compile.compat import triton as compat_triton
 
@@ -337,6 +340,72 @@ def test_a_trace_that_keeps_a_node():
         fx.trace_pre_dispatch(lambda x: fx.proxy_of(unknown, fx.current_tracer()), [x])
 
 
+def test_a_trace_that_keeps_a_graph():
+    """A symbolic size, and a graph that an operator takes, have proxies as well."""
+    inner = torch.fx.symbolic_trace(nn.Linear(2, 2))
+    found = []
+
+    def function(x):
+        tracer = fx.current_tracer()
+        found.append(fx.proxy_of(x.shape[0] + 1, tracer))
+        with fx.outside_of_trace():
+            torch.set_grad_enabled(torch.is_grad_enabled())
+        return tracer.create_proxy("call_function", pick, (fx.proxy_of_graph(inner, "inner", tracer),), {})
+
+    def pick(graph):
+        return graph
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    x = mode.from_tensor(torch.ones(5, 2), static_shapes=False)
+    with mode:
+        module = fx.trace_pre_dispatch(function, [x])
+    assert module.inner is inner
+    assert [node.op for node in module.graph.nodes if node.name == "inner"] == ["get_attr"]
+    assert torch._C._set_grad_enabled not in [node.target for node in module.graph.nodes]
+    assert isinstance(found[0], torch.fx.Proxy)
+
+
+def test_memory_of_fakes():
+    with FakeTensorMode():
+        x = torch.ones(4, 4)
+        part, other = x[1:], torch.ones(4)
+        assert fx.storage_of(x) == fx.storage_of(part) != fx.storage_of(other)
+        before = fx.version_of(x)
+        part.add_(1)
+        assert fx.version_of(x) == before + 1 and fx.version_of(other) == 0
+
+
+def test_parts_of_a_subclass():
+    tensor = QuantizedKV.quantize(torch.ones(1, 1, 2, 4))
+    inner = fx.inner_tensors(tensor)
+    assert inner and all(isinstance(each, torch.Tensor) for each in inner.values())
+    again = fx.with_inner_tensors(tensor, inner)
+    assert type(again) is QuantizedKV and torch.equal(again.dequantize(), tensor.dequantize())
+
+
+def test_functorch_transforms():
+    """Inside of `vmap` the level is known, and what its tensors are made of; its functions by their module."""
+    seen = []
+
+    def inside(x):
+        seen.append((functorch.inside_transform(), functorch.tensor_of_level(x)))
+        return x
+
+    x = torch.ones(2, 3)
+    torch.vmap(inside)(x)
+    assert not functorch.inside_transform() and functorch.tensor_of_level(x) is None
+    ((entered, inner),) = seen
+    assert entered and inner is not None and inner.shape == (2, 3)
+
+    def backend(graph_module, inputs):
+        called = [node.target for node in graph_module.graph.nodes if node.op.startswith("call")]
+        seen.append([functorch.is_transform(target) for target in called])
+        return graph_module.forward
+
+    torch.compile(lambda x: torch.vmap(lambda y: y.sin())(x).cos(), backend=backend, fullgraph=True)(x)
+    assert seen[-1].count(False) == 2 and seen[-1].count(True) >= 4
+
+
 def function_outside(x):
     return torch.sin(x + 1) * torch.cos(x + 1)
 
@@ -430,6 +499,7 @@ def test_dead_code():
         assert fx.eliminate_dead_code(graph, keep_random=keep_random)
         assert [node.target for node in graph.nodes if node.op == "call_function"] == left
         assert not fx.eliminate_dead_code(graph, keep_random=keep_random)
+    assert not fx.eliminate_dead_code(build(), keep_random=False, keep=lambda node: True)
 
 
 def test_kinds_of_targets():
@@ -785,3 +855,12 @@ def test_triton_interprets(value):
     )  # fmt: skip
     assert process.stdout.strip() == str(value == "1")
     assert isinstance(compat_triton.is_interpreting(), bool)
+
+
+def test_heads_of_a_rank():
+    model = SimpleNamespace(_tp_size=2, tp_plan={"model.layers.*.self_attn.k_proj": "colwise"})
+    assert hf.heads_of_rank(model, 4) == 2 and hf.heads_of_rank(object(), 4) == 4
+    with pytest.raises(ValueError, match="evenly"):
+        hf.heads_of_rank(model, 3)
+    model.tp_plan = {}
+    assert hf.heads_of_rank(model, 4) == 4

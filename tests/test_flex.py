@@ -10,7 +10,7 @@ from torch.fx import symbolic_trace
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import DynamicCache, StaticCache
 
-from icw_compile import QuantizedKV
+from icw_compile import QuantizedKV, UnquantizedCacheWarning
 from icw_compile.frontend.flex import is_elementwise, spell_out
 from icw_compile.lab.reference import dynamic_reference_cache, reference_cache
 
@@ -103,3 +103,29 @@ def test_what_is_not_elementwise_is_not_broadcast() -> None:
     assert is_elementwise(traced(lambda q, kv: kv <= q + 1, scalar, scalar))
     assert is_elementwise(traced(lambda q, kv, table: table[q, kv] > 0, scalar, scalar, table))
     assert not is_elementwise(traced(lambda q, kv, table: table[q][kv] > 0, scalar, scalar, table))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_more_than_arithmetic_stays_as_it_is() -> None:
+    """A mask that looks up a row is no scalar function: the operator is kept, and reads what the cache decodes to."""
+    table = torch.rand(12, 12) > 0.3
+    table[:, 0] = True
+
+    def step(query: Tensor, keys: Tensor, values: Tensor, new: Tensor, position: Tensor) -> Tensor:
+        keys.index_copy_(2, position, new)
+        values.index_copy_(2, position, new)
+        mask = create_block_mask(lambda b, h, q, kv: table[q][kv], None, None, 1, 12, device="cpu")
+        return flex_attention(query, keys, values, block_mask=mask)
+
+    query, keys, values, new = (torch.randn(2, 2, n, 16) for n in (1, 12, 12, 1))
+    position = torch.tensor([4])
+    ours = [QuantizedKV.quantize(each) for each in (keys, values)]
+    floats = [each.dequantize() for each in ours]
+    with torch.no_grad():
+        expected = step(query, *floats, new, position)
+        compiled = torch.compile(step, backend="icw_int8kv", fullgraph=True, options=EAGER)
+        with pytest.warns(UnquantizedCacheWarning, match="flex_attention"):
+            actual = compiled(query, *ours, new, position)
+    assert relative_distance(actual, expected) <= 1e-2
+    (graph,) = graphs()
+    assert len(graph.sites) == 2 and all("dequantized" in read for site in graph.sites for read in site.reads)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.compat.transformers import StaticLayer, initialize, layer_sizes
+from icw_compile.compat.transformers import StaticLayer, heads_of_rank, initialize, layer_sizes
 from icw_compile.formats import Format, make_format
 
 __all__ = ["cache_bytes", "static_cache"]
@@ -32,7 +32,8 @@ def static_cache(
     to know beforehand that it fits.
 
     Args:
-        model_or_config: the model that will use it, or its configuration.
+        model_or_config: the model that will use it, or its configuration. A model that is split over several processes
+            gets a cache for the heads of this one.
         batch_size: sequences in the batch.
         max_cache_len: tokens that a full-attention layer holds; a sliding layer holds at most its window.
         dtype: the dtype of the model: float32, bfloat16 or float16. Taken from the model or configuration if left out.
@@ -42,7 +43,7 @@ def static_cache(
 
     Raises:
         TypeError: the dtype is not one of the three.
-        ValueError: the model has a layer whose state is no key/value cache.
+        ValueError: the model has a layer whose state is no key/value cache, or heads that do not divide among ranks.
     """
     if isinstance(model_or_config, PreTrainedModel):
         config = model_or_config.config
@@ -61,7 +62,8 @@ def static_cache(
                 f"layer {i} of {config.model_type} keeps a {type(layer).__name__}, which is no key/value cache"
             )
         states = [
-            torch.empty((batch_size, heads, 0, size), dtype=dtype, device=device or "cpu") for heads, size in sizes[i]
+            torch.empty(batch_size, heads_of_rank(model_or_config, heads), 0, size, dtype=dtype, device=device or "cpu")
+            for heads, size in sizes[i]
         ]
         _initialize(layer, states, layout)
     return cache

@@ -4,8 +4,8 @@ Read and run in torch 2.11, 2.13 and 2.14, unless a function says otherwise.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -15,6 +15,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Interpreter, Node, Proxy
 from torch.fx.experimental import proxy_tensor, symbolic_shapes
+from torch.nn import Module
 from torch.utils import _pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -26,22 +27,26 @@ __all__ = [
     "current_tracer",
     "eliminate_dead_code",
     "expression_of",
+    "inner_tensors",
     "is_fake",
     "is_higher_order",
     "is_operator",
     "is_wrapper_subclass",
     "outside_of_trace",
     "proxy_of",
+    "proxy_of_graph",
     "rename",
-    "same_storage",
     "schema_of",
     "statically_known_true",
+    "storage_of",
     "trace_pre_dispatch",
     "track",
     "tree_leaves",
     "tree_map",
     "values_of",
+    "version_of",
     "viewed_values",
+    "with_inner_tensors",
     "written_values",
 ]
 
@@ -78,18 +83,37 @@ def current_tracer() -> Any:
     return mode.tracer
 
 
-def outside_of_trace() -> AbstractContextManager[Any]:
-    """While this is entered, what runs leaves nothing in the trace. ``proxy_tensor.disable_proxy_modes_tracing``."""
-    return proxy_tensor.disable_proxy_modes_tracing()
+@contextmanager
+def outside_of_trace() -> Iterator[None]:
+    """While this is entered, what runs leaves nothing in the trace.
+
+    ``proxy_tensor.disable_proxy_modes_tracing``, and ``_temp_remove_pre_dispatch_torch_function_mode`` for what leaves
+    a node without a tensor, as ``torch.set_grad_enabled`` does.
+    """
+    with proxy_tensor.disable_proxy_modes_tracing(), proxy_tensor._temp_remove_pre_dispatch_torch_function_mode():
+        yield
 
 
-def proxy_of(tensor: Tensor, tracer: Any) -> Proxy:
-    """The proxy of a tensor that ``tracer`` has traced. ``proxy_tensor.get_proxy_slot``.
+def proxy_of(value: Tensor | torch.SymInt | torch.SymFloat | torch.SymBool, tracer: Any) -> Any:
+    """The proxy of a tensor or a symbolic number that ``tracer`` has traced; of a number that is known, the number.
+
+    ``proxy_tensor.get_proxy_slot``, ``fetch_sym_proxy``.
 
     Raises:
-        RuntimeError: it does not know the tensor.
+        RuntimeError: it does not know the tensor or number.
     """
-    return proxy_tensor.get_proxy_slot(tensor, tracer).proxy
+    if isinstance(value, Tensor):
+        return proxy_tensor.get_proxy_slot(value, tracer).proxy
+    return proxy_tensor.fetch_sym_proxy(tracer)(value)
+
+
+def proxy_of_graph(graph: Module, name: str, tracer: Any) -> Proxy:
+    """The proxy of a graph that an operator takes: the traced module gets it as its attribute ``name``.
+
+    ``Tracer.root``.
+    """
+    tracer.root.add_module(name, graph)
+    return tracer.create_proxy("get_attr", name, (), {})
 
 
 def track(value: Any, proxy: Proxy, tracer: Any) -> None:
@@ -113,9 +137,28 @@ def is_wrapper_subclass(value: Any) -> bool:
     return isinstance(value, Tensor) and is_traceable_wrapper_subclass(value)
 
 
-def same_storage(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors, which may be fakes, are views of one storage. ``UntypedStorage._cdata``."""
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+def inner_tensors(subclass: Any) -> dict[str, Any]:
+    """What a wrapper subclass is made of, by name. ``__tensor_flatten__``."""
+    return {name: getattr(subclass, name) for name in subclass.__tensor_flatten__()[0]}
+
+
+def with_inner_tensors(subclass: Any, inner: dict[str, Any]) -> Tensor:
+    """A tensor like this one that is made of ``inner``. ``__tensor_unflatten__``."""
+    context = subclass.__tensor_flatten__()[1]
+    return type(subclass).__tensor_unflatten__(inner, context, subclass.size(), subclass.stride())
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors have in common which share memory, while one of them lives: of fakes as well.
+
+    ``UntypedStorage._cdata``.
+    """
+    return tensor.untyped_storage()._cdata
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often something was written into the memory of a tensor, of a fake as well. ``Tensor._version``."""
+    return tensor._version
 
 
 def carry_item(old: Tensor, new: Tensor) -> None:
@@ -141,13 +184,14 @@ def rename(node: Node, name: str) -> None:
         node.target = node.name
 
 
-def eliminate_dead_code(graph: Graph, *, keep_random: bool) -> bool:
+def eliminate_dead_code(graph: Graph, *, keep_random: bool, keep: Callable[[Node], bool] = lambda node: False) -> bool:
     """Erase what nothing reads and what has no effect; returns whether there was any.
 
     Drawing random numbers is an effect, on what is drawn next, if ``keep_random``: attention counts as random, for its
-    dropout. ``Node.is_impure(impure_random=)``, ``Graph.eliminate_dead_code(is_impure_node=)``.
+    dropout. What ``keep`` says stays. ``Node.is_impure(impure_random=)``,
+    ``Graph.eliminate_dead_code(is_impure_node=)``.
     """
-    return graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure(impure_random=keep_random))
+    return graph.eliminate_dead_code(lambda node: keep(node) or node.is_impure(impure_random=keep_random))
 
 
 def is_operator(target: Any) -> TypeGuard[OpOverload]:

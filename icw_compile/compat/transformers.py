@@ -15,6 +15,7 @@ __all__ = [
     "StaticSlidingWindowLayer",
     "attention_implementation",
     "causal_lm_classes",
+    "heads_of_rank",
     "initialize",
     "is_sliding",
     "layer_sizes",
@@ -57,6 +58,23 @@ def layer_sizes(config: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         else:
             found.append(((heads, size), (heads, size)))
     return found
+
+
+def heads_of_rank(model: Any, heads: int) -> int:
+    """How many of ``heads`` heads of keys and values a model stores in this process, where it is split over several.
+
+    ``PreTrainedModel._tp_size``, ``get_kv_heads_per_rank``; read in 5.23.
+
+    Raises:
+        ValueError: they cannot be split evenly.
+    """
+    if (ranks := getattr(model, "_tp_size", None) or 1) == 1:
+        return heads
+    from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
+
+    if (share := get_kv_heads_per_rank(model.tp_plan, heads, ranks)) is None:
+        raise ValueError(f"{heads} heads of keys and values cannot be split evenly over {ranks} ranks")
+    return int(share)
 
 
 def unregistered(layer_class: Any) -> Any:

@@ -30,7 +30,7 @@ def _shares_like(run: Evaluator, a: Stored, b: Stored) -> bool:
 
 def cat(run: Evaluator, tensors: Sequence[Any], dim: int = 0) -> Stored | None:
     like = next(t for t in tensors if isinstance(t, Stored))
-    axis = axis_of(like, dim)
+    axis, tensors = axis_of(like, dim), [_promoted(run, t, like) for t in tensors]
     if axis == "D" or any(not _is_like(run, t, like) for t in tensors):
         return None
     if axis == "T" or all_have(like, "T"):
@@ -51,6 +51,18 @@ def cat(run: Evaluator, tensors: Sequence[Any], dim: int = 0) -> Stored | None:
     if axis == "T" and len(tensors) == 2 and isinstance(tensors[0], Stored):
         return result.with_parts(**appended(run, like, tensors[1], _tokens(run, like)))
     return result.with_parts(**like.format.move_tokens(run, result, aten.cat.default, (tensors, dim)))
+
+
+def _promoted(run: Evaluator, t: Any, like: Stored) -> Any:
+    """``t`` in the dtype of ``like``, if that is the wider one: what `torch.cat` of both does, as under autocast."""
+    if isinstance(t, Stored) or run.tensor(t).dtype == like.dtype or not can_join(run.tensor(t).dtype, like.dtype):
+        return t
+    return run.call(aten.to.dtype, t, like.dtype)
+
+
+def can_join(new: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether `torch.cat` of rows of these dtypes has the second one."""
+    return torch.promote_types(new, dtype) == dtype
 
 
 def _is_like(run: Evaluator, t: Any, like: Stored) -> bool:
@@ -79,6 +91,7 @@ def append(run: Evaluator, x: Stored, source: Any, start: Any, rows: int | Any) 
 
     The rows are written in place; what is kept besides is new.
     """
+    source = _promoted(run, source, x)
     for name, new in encode_like(run, source, x).items():
         place = run.call(aten.narrow.default, x[name], x.token_dim, start, rows)
         run.call(aten.copy_.default, place, new)

@@ -6,14 +6,21 @@ from typing import Any
 
 import torch
 import torch.fx.traceback
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat import dynamo
-from icw_compile.compat.flex import FLEX_ATTENTION, Flex
-from icw_compile.compat.fx import carry_item, current_node, is_fake, is_higher_order, rename, trace_pre_dispatch
+from icw_compile.compat.fx import (
+    carry_item,
+    inner_tensors,
+    is_fake,
+    rename,
+    storage_of,
+    trace_pre_dispatch,
+    with_inner_tensors,
+)
 from icw_compile.frontend.endpoints import input_endpoints, output_endpoints
-from icw_compile.frontend.flex import is_elementwise, spell_out
+from icw_compile.frontend.retrace import Retrace, is_foreign
 from icw_compile.passes.graph import Endpoint, KVGraph, aliases, is_mutation
 
 __all__ = ["NotCapturedError", "capture", "example_inputs", "forward_dynamo_metadata", "may_have_a_cache"]
@@ -61,9 +68,6 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         raise RuntimeError(
             "icw_int8kv compiles graphs that torch.compile captured; call it as a torch.compile backend."
         )
-    for node in dynamo_graph.graph.nodes:
-        if is_higher_order(node.target):
-            _check_higher_order(dynamo_graph, node)
     placeholders = dynamo_graph.graph.find_nodes(op="placeholder")
     constants = _tensor_attributes(dynamo_graph)
     examples = [dynamo.example_value(node) for node in placeholders]
@@ -71,7 +75,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         # Dynamo's own example values belong to a fake mode that it has done with.
         inputs = _fresh([*examples, *constants.values()])
         # `Interpreter` carries each node's layer and stack trace over to what it is traced into.
-        module = trace_pre_dispatch(_Retrace(dynamo_graph, list(constants)).run_with_constants, inputs)
+        module = trace_pre_dispatch(Retrace(dynamo_graph, list(constants)).run_with_constants, inputs)
     _install(module, constants)
     for node in module.graph.find_nodes(op="get_attr"):
         if is_fake(getattr(module, node.target, None)):
@@ -98,30 +102,6 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     returned: Any = dynamo_graph.graph.output_node().args[0]
     returned_to = {i: outputs_at[node] for i, node in enumerate(returned) if node in outputs_at}
     return KVGraph(module, fake_mode, stored, frozenset(growing), endpoints, returned_to, frozenset(adoptable))
-
-
-class _Retrace(Interpreter):
-    """Runs Dynamo's graph, `flex_attention` in plain operations, and the tensors that are its attributes as inputs."""
-
-    def __init__(self, module: GraphModule, constants: Sequence[str]) -> None:
-        super().__init__(module)
-        self.constants = constants
-        self.values: dict[str, Any] = {}
-
-    def run_with_constants(self, *args: Any) -> Any:
-        count = len(args) - len(self.constants)
-        self.values = dict(zip(self.constants, args[count:], strict=True))
-        return self.run(*args[:count])
-
-    def fetch_attr(self, target: str) -> Any:
-        return self.values[target] if target in self.values else super().fetch_attr(target)
-
-    def run_node(self, node: Node) -> Any:
-        if node.target is not FLEX_ATTENTION:
-            return super().run_node(node)
-        with current_node(self, node):
-            args, kwargs = self.fetch_args_kwargs_from_env(node)
-            return spell_out(*args, **kwargs, log_sum=Flex.of(node).log_sum)
 
 
 def _tensor_attributes(dynamo_graph: GraphModule) -> dict[str, torch.Tensor]:
@@ -153,17 +133,6 @@ def _install(module: GraphModule, constants: dict[str, torch.Tensor]) -> None:
         node.replace_all_uses_with(attribute)
         module.graph.erase_node(node)
     module.recompile()
-
-
-def _check_higher_order(dynamo_graph: GraphModule, node: Node) -> None:
-    operator: Any = node.target
-    if operator is not FLEX_ATTENTION:
-        # It calls a graph of its own, which retracing would take apart.
-        raise NotCapturedError(f"the graph calls the higher-order operator `{operator.name()}`")
-    flex = Flex.of(node)
-    for function in (flex.score_mod, flex.mask_mod):
-        if not is_elementwise(getattr(dynamo_graph, str(function.target))):
-            raise NotCapturedError(f"`{function.target}` of `flex_attention` is more than arithmetic on one score")
 
 
 def example_inputs(graph: KVGraph) -> list[Any]:
@@ -216,14 +185,15 @@ def source_name(placeholder: Node) -> str:
 
 
 def _fresh(examples: Sequence[Any]) -> list[Any]:
-    """Inputs to trace with: plain tensors of the same metadata, or the symbolic numbers themselves.
+    """Inputs to trace with: tensors of the same metadata, or the symbolic numbers themselves.
 
-    Those that share storage share it again, so that what is written to one is seen in the other.
+    Ours are plain tensors there, other subclasses are what they are. Those that share storage share it again, so that
+    what is written to one is seen in the other.
     """
     sharing: dict[Any, list[int]] = {}
     for i, example in enumerate(examples):
         if is_fake(example):
-            sharing.setdefault(example.untyped_storage()._cdata, []).append(i)
+            sharing.setdefault(storage_of(example), []).append(i)
     shared: dict[int, torch.UntypedStorage] = {}
     for members in sharing.values():
         if len(members) > 1:
@@ -236,6 +206,10 @@ def _fresh(examples: Sequence[Any]) -> list[Any]:
             made.append(example)
             continue
         size, stride = example.size(), example.stride()
+        if is_foreign(example):
+            inner = inner_tensors(example)
+            made.append(with_inner_tensors(example, dict(zip(inner, _fresh([*inner.values()]), strict=True))))
+            continue
         fresh = torch.empty_strided(size, stride, dtype=example.dtype, device=example.device)
         if i in shared:
             fresh = fresh.new_empty(0).set_(shared[i], example.storage_offset(), size, stride)
