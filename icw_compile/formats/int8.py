@@ -135,8 +135,8 @@ class Int8Rows(Format):
         # Rounding the scales would move every value: round the values instead.
         return replace(x, format=other, parts=tuple(other.encode(run, self.decode(run, x, dtype), x).values()))
 
-    def is_empty(self, run: Evaluator, x: Stored) -> Any:
-        return run.call(aten.all.dim, run.call(aten.eq.Scalar, x["scale"], 0), -2, True)
+    def written(self, x: Stored) -> Any:
+        return x["scale"]
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
         return heads * (head_dim + self.scale_dtype.itemsize)
