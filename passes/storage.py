@@ -339,16 +339,14 @@ def _take_input(
         grown = _append(graph, appends, stored, length)
         _stand_for(graph, appends.cat, grown, uses, before=appends.cat, cache="dynamic", name=name)
         graph.sites[-1].writes.append("append")
+    if appends is not None and not node.users:
+        graph.graph.erase_node(node)
+        return
     with graph.before(first):
         shown = stored.with_parts(
             **{each: graph.call(aten.narrow.default, part, 2, 0, length) for each, part in stored.rows.items()}
         )
-    if node.users:
-        _stand_for(graph, node, shown, uses, before=first, cache="dynamic", name=name, is_site=appends is None)
-    elif appends is None:
-        _stand_for(graph, node, shown, uses, before=first, cache="dynamic", name=name)
-    else:
-        graph.graph.erase_node(node)
+    _stand_for(graph, node, shown, uses, before=first, cache="dynamic", name=name, is_site=appends is None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from icw_compile.lab.bench.model import (
     measure_context,
 )
 from icw_compile.lab.bench.operator import OPERATOR_CONTENDERS, Case, run_case
-from icw_compile.lab.bench.output import context_notes, plot_contexts
+from icw_compile.lab.bench.output import context_notes, depth_table, plot_contexts, plot_depths
 from icw_compile.lab.bench.shapes import SHAPES, build_model, load_config
+from icw_compile.lab.bench.startup import DepthResult, Start, contenders_to_start
 from icw_compile.lab.cli import app
 
 CPU = torch.device("cpu")
@@ -120,7 +122,7 @@ def test_filled_caches(name: str, family: str) -> None:
         pytest.skip("QuantizedCache has no sliding layers")
     model = tiny_model(family, attention="eager", num_hidden_layers=2)
     chosen = settings(contenders=(name,))
-    session = bench_model._Session(CONTENDERS[name], model, chosen)
+    session = bench_model.Session(CONTENDERS[name], model, chosen)
     session.fill(40)
     assert session.cache.get_seq_length() == 40
     contender = CONTENDERS[name]
@@ -221,3 +223,32 @@ def test_operator_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert done.exit_code == 0
     assert "2 heads on 2, D=64, 256 tokens" in done.output and "a quarter full over full" in done.output
     assert json.loads(file.read_text())["cases"][0]["over_int8"]["int8"] == [1.0, 1.0, 1.0]
+
+
+def test_startup_command(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    arguments = ["--depths", "1", "--contenders", "int8-static", "--prefill-rounds", "1", "--json", str(file)]
+    done = CliRunner().invoke(app, ["bench", "--startup", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "1 layers: seconds to the third token" in done.output and "int8-static" in done.output
+    (depth,) = json.loads(file.read_text())["depths"]
+    assert depth["layers"] == 1 and not depth["failed"]
+    for starts in (depth["cold"], depth["warm"]):
+        (start,) = starts["int8-static"]
+        assert len(start["seconds"]) == 3 and start["parts"]["compile_seconds"] > 0 < start["parts"]["capture_seconds"]
+
+
+def test_what_is_made_of_starts(tmp_path: Path) -> None:
+    parts = dict.fromkeys(("capture_seconds", "passes_seconds", "kernel_seconds", "compile_seconds"), 1.0)
+    ours, stock = [Start([3.0, 2.0, 1.0], parts)] * 2, [Start([2.0, 1.0, 0.0], {})] * 2
+    starts = {"stock-static": stock, "int8-static": ours}
+    result = DepthResult(4, starts, starts, {"int8-dynamic": "it ended"})
+    assert result.over_stock(result.cold, "int8-static") == (2.0, 2.0, 2.0)
+    assert result.over_stock(result.cold, "stock-static") is None
+    assert result.over_stock({"int8-static": ours}, "int8-static") is None
+    assert depth_table(result).row_count == 3
+    plot_depths([result, replace(result, layers=8)], "made up", tmp_path / "plot.svg")
+    assert "int8-static" in (tmp_path / "plot.svg").read_text()
+    assert contenders_to_start(()) == ("stock-static", "int8-static", "stock-dynamic", "int8-dynamic")
+    with pytest.raises(ValueError, match="nothing to start in eager"):
+        contenders_to_start(("eager", "int8-static"))

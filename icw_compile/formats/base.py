@@ -25,6 +25,8 @@ import torch
 
 __all__ = ["AXES", "Evaluator", "Format", "Part", "Stored", "Wrapper", "decode"]
 
+aten = torch.ops.aten
+
 #: The axes of a key or value cache, in order.
 AXES = "BHTD"
 
@@ -186,8 +188,12 @@ class Format(ABC):
         """The value that ``x`` stands for, in ``dtype``."""
 
     @abstractmethod
+    def written(self, x: Stored) -> Any:
+        """A part of ``x``, with rows, that is all zeros as long as nothing was written."""
+
     def is_empty(self, run: Evaluator, x: Stored) -> Any:
         """Whether nothing was written to ``x``, whose last axes are ``TD``: bool ``[..., 1, 1]``."""
+        return run.call(aten.all.dims, run.call(aten.eq.Scalar, self.written(x), 0), [-2, -1], True)
 
     @abstractmethod
     def cast(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Stored:
@@ -267,8 +273,8 @@ class Wrapper(Format):
             inner, format=replace(self, wrapped=inner.format), parts=(*inner.parts, *x.parts[len(inner.parts) :])
         )
 
-    def is_empty(self, run: Evaluator, x: Stored) -> Any:
-        return self.wrapped.is_empty(run, x.inner)
+    def written(self, x: Stored) -> Any:
+        return self.wrapped.written(x.inner)
 
     def settle(self, run: Evaluator, into: Stored, source: Any) -> Stored:
         settled = self.wrapped.settle(run, into.inner, source)

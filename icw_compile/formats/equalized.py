@@ -9,6 +9,10 @@ the stored rows multiplies the query (for keys), or the output (for values), ins
     below a factor of three. Sizes are relative to the geometric mean of their row, as each row has a scale of its own:
     one token of a huge norm, or with outliers of its own, changes little. Rows of zeros, and rows
     that are not finite, do not count.
+``settle_shift(x[..., T, D], written[..., S, *], shift[..., 1, D]) -> uint8[..., 1, D]``
+    `channel_shift` of each head of which all of ``written`` is zero, ``shift`` for the others. One operation for
+    compilers, which would take half as long again to look into it. Plain torch, but on the CPU a C++ kernel, once
+    `icw_compile.kernels.cpu` is loaded, that looks at ``x`` only where it has to.
 ``multiply_channels(x[..., D], shift, dtype=None)``, ``divide_channels(x[..., D], shift, dtype=None) -> [..., D]``
     ``x * 2 ** shift`` and ``x / 2 ** shift``, in ``dtype``, that of ``x`` if left out. What is finite stays finite.
 """
@@ -38,7 +42,7 @@ MAX_SHIFT = 7
 
 def channel_shift(x: Tensor) -> Tensor:
     if x.shape[-2] <= 1:  # one token says nothing about the next
-        return torch.zeros_like(x[..., :1, :], dtype=torch.uint8)
+        return x.new_zeros((*x.shape[:-2], 1, x.shape[-1]), dtype=torch.uint8)
     magnitude = x.float().abs()
     row = magnitude.amax(dim=-1, keepdim=True)
     counts = row.isfinite() & (row > 0)
@@ -50,6 +54,11 @@ def channel_shift(x: Tensor) -> Tensor:
     above = torch.minimum(_above_median(usual), _above_median(largest))
     shifts = (above >= OUTLIER) & (rows > 1)
     return torch.where(shifts, above.floor().clamp(max=MAX_SHIFT), 0.0).to(torch.uint8)
+
+
+def settle_shift(x: Tensor, written: Tensor, shift: Tensor) -> Tensor:
+    empty = (written == 0).all(dim=(-2, -1), keepdim=True)
+    return torch.where(empty, channel_shift(x), shift).contiguous()
 
 
 def _above_median(x: Tensor) -> Tensor:
@@ -100,13 +109,12 @@ class Equalized(Wrapper):
         if isinstance(source, Stored):
             if source.format != into.format or run.same(source["shift"], into["shift"]):
                 return into
-            new = source["shift"]
+            settled = run.call(aten.where.self, self.is_empty(run, into), source["shift"], into["shift"])
         else:
             shape = run.tensor(source).shape
             if len(shape) != len(into.axes) or statically_known_true(shape[-2] <= 1):
                 return into
-            new = run.call(_ops.channel_shift.default, source)
-        settled = run.call(aten.where.self, self.is_empty(run, into), new, into["shift"])
+            settled = run.call(_ops.settle_shift.default, source, self.written(into), into["shift"])
         return into.with_parts(shift=run.call(aten.copy_.default, into["shift"], settled))
 
     def into_query(self, run: Evaluator, query: Any, keys: Stored) -> Any:
@@ -126,8 +134,13 @@ class Equalized(Wrapper):
             raise ValueError(f"shift must be uint8 {expected}, not {shift.dtype} {list(shift.shape)}")
 
 
-torch.library.define("icw_int8kv::channel_shift", "(Tensor x) -> Tensor")
-torch.library.impl("icw_int8kv::channel_shift", "CompositeImplicitAutograd", channel_shift)
+torch.library.define(
+    "icw_int8kv::settle_shift",
+    "(Tensor x, Tensor written, Tensor shift) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+torch.library.impl("icw_int8kv::settle_shift", "CompositeExplicitAutograd", settle_shift)
+torch.library.register_fake("icw_int8kv::settle_shift", lambda x, written, shift: shift.new_empty(shift.shape))
 
 
 def _multiplied(run: Evaluator, x: Any, stored: Stored) -> Any:

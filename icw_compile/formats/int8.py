@@ -61,11 +61,9 @@ def quantize_per_head(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tens
     values = x.float()
     amax = values.abs().amax(dim=-1, keepdim=True)
     scale = (amax / QMAX).to(scale_dtype)
-    stored = scale.float()
-    divisor = torch.where((stored == 0) | ~stored.isfinite(), 1.0, stored)
-    rounded = (values / divisor).round().clamp(-QMAX, QMAX)
-    # The conversion of NaN to an integer is undefined: the scale alone carries "non-finite", as 0 * inf and 0 * NaN.
-    return torch.where(stored.isfinite(), rounded, 0.0).to(torch.int8), scale
+    steps = (values / scale.float()).round().clamp(-QMAX, QMAX)
+    # NaN, as of 0 / 0 and inf / inf, has no integer: the scale alone carries "non-finite", as 0 * inf and 0 * NaN do.
+    return torch.where(steps == steps, steps, 0.0).to(torch.int8), scale
 
 
 def dequantize_per_head(qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,8 +133,8 @@ class Int8Rows(Format):
         # Rounding the scales would move every value: round the values instead.
         return replace(x, format=other, parts=tuple(other.encode(run, self.decode(run, x, dtype), x).values()))
 
-    def is_empty(self, run: Evaluator, x: Stored) -> Any:
-        return run.call(aten.all.dim, run.call(aten.eq.Scalar, x["scale"], 0), -2, True)
+    def written(self, x: Stored) -> Any:
+        return x["scale"]
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
         return heads * (head_dim + self.scale_dtype.itemsize)

@@ -1061,6 +1061,26 @@ Engine best_engine(int64_t head_dim) {
   return Engine::kPortable;
 }
 
+// `work` on each of `threads`: it draws units from a counter, and counts those that it has done. No exception may leave
+// a parallel region: a thread that finds no memory leaves its units to the others.
+template <typename Work>
+void in_parallel(int threads, const Work& work) {
+  auto try_to_work = [&] {
+    try {
+      work();
+    } catch (const std::bad_alloc&) {
+    }
+  };
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    try_to_work();
+    return;
+  }
+#endif
+  try_to_work();
+}
+
 void run(Problem& p, int threads, int engine) {
   p.groups = p.query_heads / p.heads;
   p.rows = p.groups * p.tokens;
@@ -1118,21 +1138,92 @@ void run(Problem& p, int threads, int engine) {
     if (p.engine == Engine::kAmx) _tile_release();
 #endif
   };
-  // No exception may leave a parallel region. A thread that finds no memory leaves its units to the others.
-  auto try_to_work = [&] {
-    try {
-      work();
-    } catch (const std::bad_alloc&) {
-    }
-  };
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    try_to_work();
-  } else
-#endif
-    try_to_work();
+  in_parallel(threads, work);
   if (done.load() != units) throw std::bad_alloc();
+}
+
+// -------------------------------------------------------------------------------- the shift of channels that are outliers
+
+// log2(x) of a positive normal x, to about one unit in the last place of the larger of the result and 1.
+inline float log2_normal(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const int32_t exponent = int32_t(bits - 0x3f3504f3) >> 23;  // Leaves a mantissa in [sqrt(1/2), sqrt(2)).
+  const float mantissa = bits_as<float>(bits - (uint32_t(exponent) << 23));
+  const float s = (mantissa - 1.0f) / (mantissa + 1.0f), square = s * s;
+  float p = 0.320598898f;  // 2 / ln 2 over 9, 7, 5, 3, 1: the series of the inverse hyperbolic tangent.
+  p = p * square + 0.412198583f;
+  p = p * square + 0.577078016f;
+  p = p * square + 0.961796694f;
+  p = p * square + 2.88539008f;
+  return float(exponent) + s * p;
+}
+
+constexpr float kOutlier = 1.5849625f, kMaxShift = 7.0f;  // OUTLIER and MAX_SHIFT.
+
+// The statistic of one head: `channel_shift` of icw_compile/formats/equalized.py.
+struct ChannelShift {
+  int64_t size;
+  std::vector<float> row, largest, sorted;
+  std::vector<double> usual;
+
+  explicit ChannelShift(int64_t size) : size(size), row(size), largest(size), sorted(size), usual(size) {}
+
+  // x is [tokens, size] at `offset`; out is contiguous.
+  void operator()(const Strided& x, int64_t offset, int64_t tokens, uint8_t* out) {
+    std::fill(largest.begin(), largest.end(), -kInf);
+    std::fill(usual.begin(), usual.end(), 0.0);
+    int64_t rows = 0;
+    for (int64_t t = 0; t < tokens; ++t) rows += add_row(x, offset + t * x.row);
+    for (int64_t d = 0; d < size; ++d) row[d] = float(usual[d] / double(std::max<int64_t>(rows, 1)));
+    const float usual_median = median(row), largest_median = median(largest);
+    for (int64_t d = 0; d < size; ++d) {
+      const float above = std::min(row[d] - usual_median, largest[d] - largest_median);
+      out[d] = rows > 1 && above >= kOutlier ? uint8_t(std::min(std::floor(above), kMaxShift)) : 0;
+    }
+  }
+
+ private:
+  bool add_row(const Strided& x, int64_t offset) {
+    float* __restrict values = row.data();
+    load_run(x.data, offset, x.last, size, x.type, values);
+    float amax = 0.0f, sum = 0.0f;
+    int broken = 0;
+#pragma omp simd reduction(max : amax) reduction(+ : broken)
+    for (int64_t d = 0; d < size; ++d) {
+      values[d] = std::fabs(values[d]);
+      broken += !(values[d] < kInf);
+      amax = values[d] > amax ? values[d] : amax;
+    }
+    if (broken || amax == 0.0f) return false;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < size; ++d) {
+      values[d] = log2_normal(values[d] < 0x1p-40f ? 0x1p-40f : values[d]);
+      sum += values[d];
+    }
+    const float mean = sum / float(size);
+    double* __restrict total = usual.data();
+    float* __restrict most = largest.data();
+    for (int64_t d = 0; d < size; ++d) {
+      const float relative = values[d] - mean;
+      total[d] += relative;
+      most[d] = relative > most[d] ? relative : most[d];
+    }
+    return true;
+  }
+
+  float median(const std::vector<float>& values) {
+    sorted = values;
+    const auto middle = sorted.begin() + (size - 1) / 2;
+    std::nth_element(sorted.begin(), middle, sorted.end());
+    return *middle;
+  }
+};
+
+bool all_zero(const Strided& x, int64_t offset, int64_t rows, int64_t size) {
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t i = 0; i < size; ++i)
+      if (load(x.data, offset + t * x.row + i * x.last, x.type) != 0.0f) return false;
+  return true;
 }
 
 }  // namespace
@@ -1155,7 +1246,7 @@ Type type_of(const Tensor& tensor, const char* name) {
     case ScalarType::Half: return Type::kFloat16;
     case ScalarType::Double: return Type::kFloat64;
     case ScalarType::Bool: return Type::kBool;
-    default: STD_TORCH_CHECK(false, "icw_int8kv_cpu::attention: unsupported dtype of ", name);
+    default: STD_TORCH_CHECK(false, "icw_int8kv: unsupported dtype of ", name);
   }
 }
 
@@ -1185,13 +1276,13 @@ void check_shape(const Tensor& tensor, const char* name, int64_t b, int64_t h, i
                   ", ", sizes[3], "]");
 }
 
-Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes.begin()[i];
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
-  const auto error = aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
+  const auto error = aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
                                               aoti_torch_device_type_cpu(), 0, &handle);
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "icw_int8kv_cpu::attention: the output cannot be allocated");
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "icw_int8kv: the output cannot be allocated");
   return Tensor(handle);
 }
 
@@ -1278,6 +1369,69 @@ std::tuple<Tensor, Tensor> attention_lse(const Tensor& query, const Tensor& key_
   return {out, lse};
 }
 
+// How the rows of each head lie in a tensor whose first dimensions are those of `like`, or 1.
+struct Heads {
+  Strided rows;
+  std::vector<int64_t> strides;  // Of the dimensions in front of tokens and channels; 0 where it broadcasts.
+
+  Heads(const Tensor& tensor, const char* name, const Tensor& like) {
+    const int64_t dims = like.dim();
+    STD_TORCH_CHECK(tensor.dim() == dims, "icw_int8kv::settle_shift: ", name, " must have ", dims, " dimensions");
+    for (int64_t i = 0; i < dims - 2; ++i) {
+      STD_TORCH_CHECK(tensor.size(i) == like.size(i) || tensor.size(i) == 1, "icw_int8kv::settle_shift: dimension ", i,
+                      " of ", name, " is ", tensor.size(i), " and not ", like.size(i));
+      strides.push_back(tensor.size(i) == 1 ? 0 : tensor.stride(i));
+    }
+    rows.data = tensor.data_ptr();
+    rows.row = tensor.stride(dims - 2);
+    rows.last = tensor.stride(dims - 1);
+  }
+
+  int64_t offset(int64_t head, const Tensor& like) const {
+    int64_t offset = 0;
+    for (int64_t i = int64_t(strides.size()); i-- > 0; head /= like.size(i)) offset += head % like.size(i) * strides[i];
+    return offset;
+  }
+};
+
+Tensor settle_shift(const Tensor& x, const Tensor& written, const Tensor& shift) {
+  const int64_t dims = shift.dim();
+  STD_TORCH_CHECK(dims >= 2 && shift.size(dims - 2) == 1 && shift.scalar_type() == ScalarType::Byte,
+                  "icw_int8kv::settle_shift: shift must be uint8 [..., 1, D]");
+  Heads values(x, "x", shift), rows(written, "written", shift);
+  const Heads settled(shift, "shift", shift);
+  values.rows.type = type_of(x, "x");
+  rows.rows.type = type_of(written, "written");
+  const int64_t size = shift.size(dims - 1), tokens = x.size(dims - 2);
+  STD_TORCH_CHECK(x.size(dims - 1) == size, "icw_int8kv::settle_shift: x has ", x.size(dims - 1), " channels and not ",
+                  size);
+  const auto sizes = shift.sizes();
+  int32_t dtype;
+  aoti_torch_get_dtype(shift.get(), &dtype);
+  Tensor out = empty(std::vector<int64_t>(sizes.begin(), sizes.end()), dtype);
+  const int64_t heads = size ? out.numel() / size : 0;
+  uint8_t* shifts = static_cast<uint8_t*>(out.data_ptr());
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  if (heads * tokens * size < 64 * 1024) threads = 1;
+  std::atomic<int64_t> next{0}, done{0};
+  in_parallel(int(std::min<int64_t>(threads, heads)), [&] {
+    ChannelShift channel_shift(size);
+    for (int64_t head; (head = next.fetch_add(1, std::memory_order_relaxed)) < heads;) {
+      uint8_t* to = shifts + head * size;
+      if (all_zero(rows.rows, rows.offset(head, shift), written.size(dims - 2), written.size(dims - 1))) {
+        channel_shift(values.rows, values.offset(head, shift), tokens, to);
+      } else {
+        const uint8_t* from = static_cast<const uint8_t*>(settled.rows.data) + settled.offset(head, shift);
+        for (int64_t d = 0; d < size; ++d) to[d] = from[d * settled.rows.last];
+      }
+      done.fetch_add(1, std::memory_order_relaxed);
+    }
+  });
+  if (done.load() != heads) throw std::bad_alloc();
+  return out;
+}
+
 int64_t engine(int64_t head_dim) { return int64_t(best_engine(head_dim)); }
 
 }  // namespace
@@ -1288,3 +1442,5 @@ STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_lse", TORCH_BOX(&attention_lse));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(icw_int8kv, CPU, m) { m.impl("settle_shift", TORCH_BOX(&settle_shift)); }

@@ -104,6 +104,14 @@ def evaluate(
 @app.command()
 def bench(
     op: Annotated[Literal["attention"] | None, typer.Option(help="Measure one operator instead of a model.")] = None,
+    startup: Annotated[
+        bool,
+        typer.Option(
+            "--startup",
+            help="Measure how long a small Llama takes to its third token, cold and warm, instead of a model.",
+        ),
+    ] = False,
+    depths: Annotated[str, typer.Option(help="Numbers of layers for --startup, separated by commas.")] = "4,22,32",
     model: Annotated[
         str,
         typer.Option(
@@ -125,7 +133,7 @@ def bench(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Decode steps to time, or calls of an operator.")] = 16,
-    prefill_rounds: Annotated[int, typer.Option(min=1, help="Prompts to time.")] = 3,
+    prefill_rounds: Annotated[int, typer.Option(min=1, help="Prompts to time, or starts.")] = 3,
     max_prefill: Annotated[
         int,
         typer.Option(help="Longest prompt to run through the model; longer ones fill the cache with random numbers."),
@@ -139,7 +147,8 @@ def bench(
 
     Exits with 1 if something failed or did not fit in memory.
     """
-    from icw_compile.lab.bench import Settings, run_model_bench, run_operator_bench  # torch takes seconds to import
+    # torch takes seconds to import
+    from icw_compile.lab.bench import Settings, run_model_bench, run_operator_bench, run_startup_bench
 
     if op is not None:
         raise typer.Exit(run_operator_bench(batch=batch, device=device, dtype=dtype, rounds=steps, json_file=json))
@@ -147,6 +156,9 @@ def bench(
         model, layers, batch, device, dtype, mode, tuple(contenders.split(",")) if contenders else (), steps,
         prefill_rounds, max_prefill, time, memory,
     )  # fmt: skip
+    if startup:
+        layer_counts = [int(depth) for depth in depths.split(",")]
+        raise typer.Exit(run_startup_bench(settings, layer_counts, json_file=json, plot=plot))
     lengths = [int(length) for length in contexts.split(",")]
     raise typer.Exit(run_model_bench(settings, lengths, json_file=json, plot=plot))
 

@@ -1,6 +1,7 @@
 """``icw-compile bench``: time and memory of the int8 cache beside what one would use otherwise.
 
-`icw_compile.lab.bench.model` runs whole models, `icw_compile.lab.bench.operator` one attention;
+`icw_compile.lab.bench.model` runs whole models, `icw_compile.lab.bench.operator` one attention,
+`icw_compile.lab.bench.startup` the start of a process;
 `icw_compile.lab.bench.measure` is how, `icw_compile.lab.bench.output` what is printed, and ``results`` holds what was
 measured, one file for each command.
 """
@@ -18,9 +19,17 @@ from rich.progress import Progress
 from icw_compile.lab.bench.measure import Spread, environment
 from icw_compile.lab.bench.model import Settings, choose_contenders, measure_context, units
 from icw_compile.lab.bench.operator import CASES, OPERATOR_CONTENDERS, run_case
-from icw_compile.lab.bench.output import context_notes, context_table, operator_table, plot_contexts
+from icw_compile.lab.bench.output import (
+    context_notes,
+    context_table,
+    depth_table,
+    operator_table,
+    plot_contexts,
+    plot_depths,
+)
+from icw_compile.lab.bench.startup import contenders_to_start, measure_depth
 
-__all__ = ["Settings", "run_model_bench", "run_operator_bench"]
+__all__ = ["Settings", "run_model_bench", "run_operator_bench", "run_startup_bench"]
 
 
 def run_model_bench(settings: Settings, contexts: Sequence[int], *, json_file: Path | None, plot: Path | None) -> int:
@@ -93,6 +102,39 @@ def run_operator_bench(*, batch: int, device: str, dtype: str, rounds: int, json
         ]
         _write(json_file, {**about, "dtype": dtype, "rounds": rounds, "cases": cases})
     return 0
+
+
+def run_startup_bench(settings: Settings, depths: Sequence[int], *, json_file: Path | None, plot: Path | None) -> int:
+    """Measure the start of models of so many layers, print tables, write the files; returns the exit code.
+
+    1 if a contender failed, else 0.
+
+    Raises:
+        ValueError: a contender that cannot be started.
+    """
+    settings = replace(settings, contenders=contenders_to_start(settings.contenders))
+    about = environment(torch.device(settings.device))
+    console = _console()
+    title = f"start of a small Llama, {settings.dtype}; {about['device']}, torch {about['torch']}"
+    console.print(title, highlight=False)
+    results = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(depths) * settings.prefill_rounds * len(settings.contenders))
+        for depth in depths:
+
+            def say(said: int | str, depth: int = depth) -> None:
+                if isinstance(said, int):
+                    progress.advance(task, said)
+                else:
+                    progress.update(task, description=f"{depth} layers: {said}")
+
+            results.append(measure_depth(settings, depth, say))
+            console.print(depth_table(results[-1]))
+            if json_file is not None:  # after each depth: a run that is stopped leaves what it has
+                _write(json_file, {**about, "settings": asdict(settings), "depths": [asdict(each) for each in results]})
+    if plot is not None:
+        plot_depths(results, title, plot)
+    return int(any(result.failed for result in results))
 
 
 def _console() -> Console:

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -39,6 +39,8 @@ __all__ = [
 
 #: What a worker says while it runs: how many units of its work are done, or what it does now.
 Say = Callable[[int | str], None]
+
+Taken = TypeVar("Taken")
 
 
 class Spread(NamedTuple):
@@ -77,15 +79,15 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[], float]], rounds: int, advance: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
+    contenders: Mapping[str, Callable[[], Taken]], rounds: int, advance: Callable[[], None] = lambda: None
+) -> dict[str, list[Taken]]:
     """Run each contender, which returns the seconds that it took, once in every round; each round starts with another.
 
     Returns:
-        the seconds of each contender, in the order of the rounds.
+        what each contender returned, in the order of the rounds.
     """
     names = list(contenders)
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    taken: dict[str, list[Taken]] = {name: [] for name in names}
     for turn in range(rounds):
         start = turn % max(len(names), 1)
         for name in names[start:] + names[:start]:
@@ -95,7 +97,7 @@ def take_turns(
 
 
 class OtherLoad:
-    """Watches, while it is entered, what share of the machine's CPU time goes to other processes.
+    """Watches, while it is entered, what share of the machine's CPU time goes to processes that are not ours.
 
     Attributes:
         share: 0 to 1, of all cores, once it is left.
@@ -117,7 +119,8 @@ class OtherLoad:
         times, process = psutil.cpu_times(), psutil.Process().cpu_times()
         waiting = times.idle + getattr(times, "iowait", 0.0)
         inside = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in `user` as well
-        return perf_counter(), sum(times) - waiting - inside, process.user + process.system
+        ours = process.user + process.system + process.children_user + process.children_system
+        return perf_counter(), sum(times) - waiting - inside, ours
 
 
 # Memory: of the process on the CPU, of torch's allocator on CUDA.

@@ -49,6 +49,7 @@ __all__ = [
     "ContextResult",
     "Measured",
     "Plan",
+    "Session",
     "Settings",
     "choose_contenders",
     "measure_context",
@@ -266,7 +267,7 @@ def _force_gqa(force: bool) -> Iterator[None]:
             os.environ[name] = before
 
 
-class _Session:
+class Session:
     """A contender on a model: its compiled forward, and the cache that it works on."""
 
     def __init__(self, contender: Contender, model: PreTrainedModel, settings: Settings) -> None:
@@ -359,7 +360,7 @@ def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, 
     """The worker for time: every contender in this process, in turn; also returns the load of other processes."""
     say("building the model")
     model = _set_up(settings)
-    sessions = {name: _Session(CONTENDERS[name], model, settings) for name in settings.contenders}
+    sessions = {name: Session(CONTENDERS[name], model, settings) for name in settings.contenders}
     results = {name: Measured() for name in sessions}
     for name in settings.contenders:
         say(f"compiling {name}")
@@ -392,7 +393,7 @@ def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, 
 def memory_of(settings: Settings, context: int, name: str, say: Say) -> Measured:
     """The worker for memory: one contender, alone in this process."""
     say("building the model")
-    session = _Session(CONTENDERS[name], _set_up(settings), settings)
+    session = Session(CONTENDERS[name], _set_up(settings), settings)
     device = torch.device(settings.device)
 
     say(f"compiling {name}")

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from icw_compile.lab.bench.measure import Spread
 from icw_compile.lab.bench.model import CONTENDERS, ContextResult, Measured
 from icw_compile.lab.bench.operator import OPERATOR_CONTENDERS, OperatorResult
+from icw_compile.lab.bench.startup import DepthResult, Start
 
-__all__ = ["context_notes", "context_table", "operator_table", "plot_contexts"]
+__all__ = ["context_notes", "context_table", "depth_table", "operator_table", "plot_contexts", "plot_depths"]
 
 
 def context_table(result: ContextResult) -> Table:
@@ -99,16 +101,41 @@ def operator_table(result: OperatorResult) -> Table:
     return table
 
 
+def depth_table(result: DepthResult) -> Table:
+    """One depth of ``--startup``: a row for each contender. Ratios are over stock with the same kind of cache."""
+    table = Table(title=f"{result.layers} layers: seconds to the third token", title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in ("cold", "over stock", "of it Inductor", "warm", "over stock", "of it capture and passes"):
+        table.add_column(column, justify="right")
+
+    def part(starts: list[Start], *names: str) -> str:
+        if not starts[0].parts:
+            return ""
+        return f"{Spread.of([sum(start.parts[name] for name in names) for start in starts]).median:.2f}"
+
+    for name, error in result.failed.items():
+        table.add_row(name, "", error, style="red")
+    for name, cold in result.cold.items():
+        warm = result.warm[name]
+        over = [result.over_stock(starts, name) for starts in (result.cold, result.warm)]
+        ratios = ["" if each is None else _times(each) for each in over]
+        totals = [_spread(Spread.of([start.total for start in starts]), 1.0, 1) for starts in (cold, warm)]
+        table.add_row(
+            name,
+            *(totals[0], ratios[0], part(cold, "compile_seconds")),
+            *(totals[1], ratios[1], part(warm, "capture_seconds", "passes_seconds")),
+            style="bold" if CONTENDERS[name].is_int8 else None,
+        )
+    table.caption = "\n".join(disturbance(result.other_load))
+    return table
+
+
 def plot_contexts(results: Sequence[ContextResult], title: str, file: Path) -> None:
     """Decode latency, prefill latency and rise of memory against context; the suffix of ``file`` says which format.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("--plot needs matplotlib: pip install 'icw-compile[plot]'") from error
 
     def value(measured: Measured, what: str) -> float | None:
         if what == "rise_bytes":
@@ -126,9 +153,8 @@ def plot_contexts(results: Sequence[ContextResult], title: str, file: Path) -> N
         for what, label in panels.items()
         if any(value(m, what) for r in results for m in r.measured.values())
     }
-    figure = Figure(figsize=(4.5 * len(drawn), 4), layout="constrained")
-    figure.suptitle(title, fontsize=9, wrap=True)
-    for axes, (what, label) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+    figure, panel_axes = _panels(len(drawn), title)
+    for axes, (what, label) in zip(panel_axes, drawn.items(), strict=True):
         for i, (name, contender) in enumerate(CONTENDERS.items()):
             points = [(r.context, value(r.measured[name], what)) for r in results if name in r.measured]
             points = [(context, y) for context, y in points if y is not None]
@@ -142,6 +168,37 @@ def plot_contexts(results: Sequence[ContextResult], title: str, file: Path) -> N
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
     figure.savefig(file, dpi=110)
+
+
+def plot_depths(results: Sequence[DepthResult], title: str, file: Path) -> None:
+    """Seconds to the third token against the number of layers, cold and warm.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure, (cold, warm) = _panels(2, title)
+    for axes, what in ((cold, "cold"), (warm, "warm")):
+        for i, (name, contender) in enumerate(CONTENDERS.items()):
+            points = [(r.layers, [s.total for s in starts]) for r in results if (starts := getattr(r, what).get(name))]
+            if points:
+                layers, medians = zip(*((depth, Spread.of(taken).median) for depth, taken in points), strict=True)
+                axes.plot(layers, medians, "o-" if contender.is_int8 else ".--", color=f"C{i}", label=name)
+        axes.set(xlabel="layers", title=f"{what}, seconds to the third token")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    cold.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+
+
+def _panels(count: int, title: str) -> tuple[Any, Sequence[Any]]:
+    """A figure with a row of so many axes."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("--plot needs matplotlib: pip install 'icw-compile[plot]'") from error
+    figure = Figure(figsize=(4.5 * count, 4), layout="constrained")
+    figure.suptitle(title, fontsize=9, wrap=True)
+    return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
 def _times(spread: Spread) -> str:

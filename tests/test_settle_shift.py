@@ -1,0 +1,186 @@
+"""The statistic of the shifts as one operation: its C++ kernel against plain torch, and what compilers see of it."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import tiny_model, tokens
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from transformers import DynamicCache, StaticCache
+
+import icw_compile
+from icw_compile.formats.equalized import MAX_SHIFT, settle_shift
+from icw_compile.kernels import cpu
+
+OPERATOR = torch.ops.icw_int8kv.settle_shift.default
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+needs_kernel = pytest.mark.skipif(not cpu.is_available(), reason="no C++ compiler")
+
+
+def states(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random rows of random norms, a fifth of whose channels are outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-2, 9, shape[-1:], generator=generator)
+    factors = torch.where(torch.rand(shape[-1:], generator=generator) < 0.2, torch.exp2(exponents.float()), 1.0)
+    norms = torch.rand(shape[:-1], generator=generator).unsqueeze(-1)
+    return (torch.randn(shape, generator=generator) * factors * norms).to(dtype)
+
+
+def operands(x: Tensor, rows: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    """With storage of so many rows into which nothing was written, and a shift of threes."""
+    written = x.new_zeros((*x.shape[:-2], rows, 1), dtype=torch.bfloat16)
+    return x, written, x.new_full((*x.shape[:-2], 1, x.shape[-1]), 3, dtype=torch.uint8)
+
+
+def is_near_a_threshold(x: Tensor) -> Tensor:
+    """Where rounding to float32 may decide: worked out in float64."""
+    x = x.double().abs()
+    counts = x.isfinite().all(-1, keepdim=True) & (x > 0).any(-1, keepdim=True)
+    logs = x.clamp(min=2.0**-40).log2()
+    logs = logs - logs.mean(-1, keepdim=True)
+    usual = torch.where(counts, logs, 0.0).sum(-2, keepdim=True) / counts.sum(-2, keepdim=True)
+    largest = torch.where(counts, logs, -torch.inf).amax(-2, keepdim=True)
+    above = torch.minimum(*(size - size.median(-1, keepdim=True).values for size in (usual, largest)))
+    thresholds = torch.tensor([math.log2(3.0), *range(2, MAX_SHIFT + 1)], dtype=torch.float64)
+    return ((above.unsqueeze(-1) - thresholds).abs() < 1e-4).any(-1)
+
+
+def check(*args: Tensor) -> Tensor:
+    actual, expected = OPERATOR(*args), settle_shift(*args)
+    assert actual.dtype == torch.uint8 and actual.shape == expected.shape == args[2].shape
+    assert actual.is_contiguous() and expected.is_contiguous()
+    if not torch.equal(actual, expected):
+        assert ((actual == expected) | is_near_a_threshold(args[0])).all()
+    return actual
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 2, 64, 32), (1, 4, 300, 128), (2, 3, 7, 13), (1, 2, 2, 1), (1, 2, 1, 8), (1, 2, 0, 8), (0, 2, 3, 8), (9, 17)],
+)
+def test_kernel_equals_plain_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    cpu.load()
+    for seed in range(5):
+        shift = check(*operands(states(*shape, seed=seed, dtype=dtype)))
+        assert shape[-2] > 1 or not shift.any()
+
+
+@needs_kernel
+@pytest.mark.parametrize("value", [0.0, -0.0, math.nan, math.inf, -math.inf, 1e-30, 3e38])
+def test_numbers_that_are_no_ordinary_ones(value: float) -> None:
+    cpu.load()
+    for spoil in ((..., 3, slice(None)), (..., 4), (..., 2, 5), (..., slice(1, None), slice(None)), ...):
+        x = states(2, 2, 9, 16)
+        x[spoil] = value
+        check(*operands(x))
+
+
+@needs_kernel
+def test_layouts() -> None:
+    cpu.load()
+    x = states(2, 3, 40, 24)
+    expected = check(*operands(x))
+    transposed = x.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = torch.stack([x, -x], dim=-1).flatten(-2)[..., ::2]
+    for same in (transposed, strided, x.transpose(-1, -2).contiguous().transpose(-1, -2)):
+        assert not same.is_contiguous() and torch.equal(check(*operands(same)), expected)
+    _, written, shift = operands(x)
+    one = x[:1].expand(2, -1, -1, -1)
+    assert torch.equal(check(x[:1], written, shift), check(one, written, shift))
+
+
+@needs_kernel
+def test_only_what_is_empty_is_settled() -> None:
+    cpu.load()
+    x, written, shift = operands(states(2, 3, 40, 24), rows=50)
+    shift = torch.stack([shift, shift + 1], dim=-1).flatten(-2)[..., ::2]
+    settled = check(x, written, shift)
+    written[0, 1, 49], written[1, 2, 0] = 0.5, torch.nan
+    held = check(x, written, shift)
+    assert (held[0, 1] == 3).all() and (held[1, 2] == 3).all()
+    assert torch.equal(held[1, :2], settled[1, :2]) and not torch.equal(settled[0, 1], held[0, 1])
+
+
+@needs_kernel
+def test_threads_do_not_change_the_result() -> None:
+    cpu.load()
+    args, before = operands(states(2, 5, 300, 64)), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results += [OPERATOR(*args) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("position", "change", "message"),
+    [
+        (0, lambda x: x[..., :4], "channels"),
+        (0, lambda x: x[0], "x must have 4 dimensions"),
+        (0, lambda x: x[:, :2], "dimension 1 of x is 2 and not 3"),
+        (0, lambda x: x.int(), "unsupported dtype of x"),
+        (1, lambda written: written[0], "written must have"),
+        (2, lambda shift: shift.int(), "must be uint8"),
+        (2, lambda shift: shift.repeat(1, 1, 2, 1), "must be uint8"),
+    ],
+)
+def test_errors(position: int, change, message: str) -> None:
+    cpu.load()
+    args = list(operands(states(2, 3, 4, 8)))
+    args[position] = change(args[position])
+    with pytest.raises(RuntimeError, match=message):
+        OPERATOR(*args)
+
+
+WITHOUT_THE_KERNEL = """
+import torch, icw_compile
+x = torch.randn(1, 1, 8, 16) * torch.tensor([1.0] * 15 + [50.0])
+written, shift = torch.zeros(1, 1, 4, 1), torch.zeros(1, 1, 1, 16, dtype=torch.uint8)
+print(torch.ops.icw_int8kv.settle_shift(x, written, shift)[..., 15].item())
+"""
+
+
+def test_plain_torch_without_the_kernel() -> None:
+    process = subprocess.run([sys.executable, "-c", WITHOUT_THE_KERNEL], capture_output=True, text=True, check=True)
+    assert 4 <= int(process.stdout) <= 6
+
+
+def test_registration() -> None:
+    for x in (states(1, 2, 20, 16), states(9, 16, dtype=torch.bfloat16).t()):
+        torch.library.opcheck(OPERATOR, operands(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"cpp_wrapper": True}], ids=["python", "cpp"])
+def test_compiled_with_a_symbolic_length(options: dict[str, bool]) -> None:
+    @torch.compile(dynamic=True, fullgraph=True, options=options)
+    def write(x: Tensor, written: Tensor, shift: Tensor) -> Tensor:
+        return shift.copy_(OPERATOR(x * 2, written, shift)) + 1
+
+    for length in (100, 130):
+        x, written, shift = operands(states(1, 2, length, 16, seed=length))
+        expected = settle_shift(x * 2, written, shift)
+        assert torch.equal(write(x, written, shift), expected + 1) and torch.equal(shift, expected)
+
+
+@pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
+def test_in_the_graph_once_for_each_tensor_and_never_in_decode(kind: type) -> None:
+    model = tiny_model(num_hidden_layers=1)
+    cache = StaticCache(model.config, max_cache_len=16) if kind is StaticCache else DynamicCache(config=model.config)
+    step = torch.compile(model, backend="icw_int8kv", fullgraph=True)
+    called = []
+    with torch.no_grad():
+        for chunk in (tokens(9), tokens(1)):
+            _, code = run_and_get_code(step, chunk, past_key_values=cache)
+            called.append("".join(code).count("icw_int8kv.settle_shift.default("))
+    assert called == [2, 0]
+    assert isinstance(cache.layers[0].keys, icw_compile.QuantizedKV)
