@@ -14,8 +14,8 @@ def methods(of: type) -> set[str]:
 
 
 def test_a_wrapper_passes_every_question_on() -> None:
-    # `empty` and `parts` are each wrapper's own: it makes what it adds.
-    assert methods(Format) - methods(Wrapper) == {"empty"}
+    # It makes what it adds; `is_empty` asks `written`.
+    assert methods(Format) - methods(Wrapper) == {"empty", "is_empty"}
 
 
 @pytest.mark.parametrize("wrapper", [Equalized, KeepsRows])

@@ -86,8 +86,8 @@ class PackedRows(Format):
     def decode(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Any:
         return run.call(_ops.unpack.default, *x.parts, dtype)
 
-    def is_empty(self, run: Evaluator, x: Stored) -> Any:
-        return run.call(aten.all.dim, run.call(aten.eq.Scalar, x["scale"], 0), -2, True)
+    def written(self, x: Stored) -> Any:
+        return x["scale"]
 
     def cast(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Stored:
         return replace(x, format=PackedRows(dtype))
