@@ -49,7 +49,8 @@ aten = torch.ops.aten
 
 def propagate(graph: KVGraph) -> int:
     """Run the pass; returns the number of operations that now act on parts."""
-    values: dict[Node, Storage] = dict(graph.storage)
+    # What nothing reads is not there any more.
+    values = {node: graph.storage[node] for node in graph.graph.nodes if node in graph.storage}
     graph.storage = {}
     pieces: dict[Node, tuple[Stored, ...]] = {}  # of an operation that returns several
     done: set[Node] = set()  # in-place operations that stay
