@@ -24,7 +24,7 @@ import torch
 from torch.fx import Node
 
 from icw_compile.compat.fx import statically_known_true
-from icw_compile.passes.graph import arguments
+from icw_compile.passes.graph import args_of, arguments
 
 __all__ = ["Attention", "Bias", "match_attention", "strip_casts", "strip_merge", "strip_repeat_kv"]
 
@@ -89,17 +89,17 @@ def match_attention(node: Node) -> Attention | None:
 def strip_casts(node: Node) -> Node:
     """What ``node`` is a conversion to another dtype of, or ``node`` itself."""
     while node.target in _CASTS:
-        node = node.args[0]
+        node = args_of(node)[0]
     return node
 
 
 def strip_merge(node: Node) -> Node:
     """The ``[B, H, S, D]`` tensor that was reshaped to ``node``, ``[B * H, S, D]``, or ``node`` itself."""
-    if node.target not in _RESHAPES or _rank(node) != 3 or _rank(node.args[0]) != 4:
+    if node.target not in _RESHAPES or _rank(node) != 3 or _rank(args_of(node)[0]) != 4:
         return node
-    shape, base_shape = node.meta["val"].shape, node.args[0].meta["val"].shape
+    shape, base_shape = node.meta["val"].shape, args_of(node)[0].meta["val"].shape
     same = (statically_known_true(a == b) for a, b in zip(shape[1:], base_shape[2:], strict=True))
-    return node.args[0] if all(same) else node
+    return args_of(node)[0] if all(same) else node
 
 
 def strip_repeat_kv(node: Node) -> Node:
@@ -108,17 +108,18 @@ def strip_repeat_kv(node: Node) -> Node:
     ``repeat_kv`` orders the copies of a head next to each other, so that dropping it leaves grouped-query attention.
     """
     if node.target is aten.repeat_interleave.self_int:
-        return node.args[0] if arguments(node)["dim"] in (1, -3) and _rank(node) == 4 else node
+        return args_of(node)[0] if arguments(node)["dim"] in (1, -3) and _rank(node) == 4 else node
     expanded = _operand(node, *_RESHAPES)
     if expanded is not None and expanded.target is aten.clone.default:
-        expanded = expanded.args[0]
+        expanded = args_of(expanded)[0]
     unsqueezed = _operand(expanded, aten.expand.default)
     while unsqueezed is not None and _is_whole_slice(unsqueezed):
-        unsqueezed = unsqueezed.args[0]
-    if unsqueezed is None or unsqueezed.target is not aten.unsqueeze.default or unsqueezed.args[1] != 2:
+        unsqueezed = args_of(unsqueezed)[0]
+    if unsqueezed is None or unsqueezed.target is not aten.unsqueeze.default or args_of(unsqueezed)[1] != 2:
         return node
-    base = unsqueezed.args[0]
+    base = args_of(unsqueezed)[0]
     shape, base_shape = node.meta["val"].shape, base.meta["val"].shape
+    assert expanded is not None
     groups = expanded.meta["val"].shape[2]
     expected = (base_shape[0], base_shape[1] * groups, *base_shape[2:])
     same = len(shape) == 4 and all(statically_known_true(a == b) for a, b in zip(shape, expected, strict=True))
@@ -135,18 +136,18 @@ def _match_sdpa(node: Node) -> Attention | None:
 
 
 def _match_eager(node: Node) -> Attention | None:
-    weights, value = node.args
+    weights, value = args_of(node)
     dropped = False
     while weights.target in (aten.dropout.default, aten.slice.Tensor, *_CASTS, *_RESHAPES):
         if weights.target is aten.slice.Tensor:
             if dropped or not _drops_last(weights):
                 return None
             dropped = True
-        weights = weights.args[0]
+        weights = args_of(weights)[0]
     last = _rank(weights) - 1
-    if weights.target not in (aten.softmax.int, aten._softmax.default) or weights.args[1] not in (-1, last):
+    if weights.target not in (aten.softmax.int, aten._softmax.default) or args_of(weights)[1] not in (-1, last):
         return None
-    scores, sinks = weights.args[0], None
+    scores, sinks = args_of(weights)[0], None
     if dropped:
         scores, sinks = _split_sinks(_strip_shift(scores))
         if sinks is None:
@@ -163,7 +164,7 @@ def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
     inner, number = _times_number(node)
     if inner is not node:
         return _match_scores(inner, factor * number)
-    target, args = node.target, node.args
+    target, args = node.target, args_of(node)
     if target in (*_CASTS, *_RESHAPES):
         return _match_scores(args[0], factor)
     if target is aten.add.Tensor and not node.kwargs:
@@ -201,23 +202,25 @@ def _match_product(node: Node, factor: float) -> Attention | None:
         biases = (Bias(a["self"], beta * factor),) if beta else ()
         query, transposed, factor = a["batch1"], a["batch2"], alpha * factor
     elif node.target in (aten.matmul.default, aten.bmm.default):
-        query, transposed = node.args
+        query, transposed = args_of(node)
     else:
         return None
     rank = _rank(transposed)
-    if transposed.target is not aten.transpose.int or {d % rank for d in transposed.args[1:]} != {rank - 2, rank - 1}:
+    if transposed.target is not aten.transpose.int:
         return None
-    key = transposed.args[0]
+    key, *dims = args_of(transposed)
+    if {dim % rank for dim in dims} != {rank - 2, rank - 1}:
+        return None
     return Attention(node, "eager", query, key, key, factor, biases, merged=merged)
 
 
 def _split_sinks(node: Node) -> tuple[Node, Node | None]:
     """``cat([scores, sinks], -1)``, with one sink for each head, as the scores and the sinks ``[heads]``."""
-    if node.target is not aten.cat.default or len(node.args[0]) != 2 or node.args[1:] not in ((-1,), (3,)):
+    if node.target is not aten.cat.default or len(args_of(node)[0]) != 2 or args_of(node)[1:] not in ((-1,), (3,)):
         return node, None
-    scores, sinks = list(node.args[0])
+    scores, sinks = list(args_of(node)[0])
     while sinks.target in (aten.expand.default, aten.unsqueeze.default, *_CASTS, *_RESHAPES):
-        sinks = sinks.args[0]
+        sinks = args_of(sinks)[0]
     heads = scores.meta["val"].shape[1] if _rank(scores) == 4 else None
     of_each_head = _rank(sinks) == 1 and statically_known_true(sinks.meta["val"].shape[0] == heads)
     return scores, sinks if of_each_head else None
@@ -225,13 +228,13 @@ def _split_sinks(node: Node) -> tuple[Node, Node | None]:
 
 def _strip_shift(node: Node) -> Node:
     """``x`` where ``node`` is ``x - max(x)``, which softmax does not notice."""
-    if node.target is not aten.sub.Tensor or node.kwargs or not isinstance(node.args[1], Node):
+    if node.target is not aten.sub.Tensor or node.kwargs or not isinstance(args_of(node)[1], Node):
         return node
-    inner, largest = node.args
-    if largest.target is operator.getitem and largest.args[1] == 0:
-        largest = largest.args[0]
-    own = largest.target in (aten.max.dim, aten.amax.default) and largest.args[0] is inner
-    return inner if own and largest.args[1] in (-1, [-1]) and largest.args[2:] == (True,) else node
+    inner, largest = args_of(node)
+    if largest.target is operator.getitem and args_of(largest)[1] == 0:
+        largest = args_of(largest)[0]
+    own = largest.target in (aten.max.dim, aten.amax.default) and args_of(largest)[0] is inner
+    return inner if own and args_of(largest)[1] in (-1, [-1]) and args_of(largest)[2:] == (True,) else node
 
 
 def _drops_last(node: Node) -> bool:
@@ -242,9 +245,9 @@ def _drops_last(node: Node) -> bool:
 
 def _times_number(node: Node) -> tuple[Node, float]:
     """``node`` as ``(inner, factor)`` where it is ``inner * factor`` or ``inner / divisor`` with a plain number."""
-    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or (number := _number(node.args[1])) is None:
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or (number := _number(args_of(node)[1])) is None:
         return node, 1.0
-    return node.args[0], number if node.target is aten.mul.Tensor else 1.0 / number
+    return args_of(node)[0], number if node.target is aten.mul.Tensor else 1.0 / number
 
 
 def _number(value: Any) -> float | None:
@@ -252,9 +255,9 @@ def _number(value: Any) -> float | None:
     if isinstance(value, Node):
         constant = value
         while constant.target in (aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default):
-            constant = constant.args[0]
+            constant = args_of(constant)[0]
         if constant.op == "get_attr":  # torch.tensor(number)
-            value = getattr(constant.graph.owning_module, constant.target)
+            value = getattr(constant.graph.owning_module, str(constant.target))
             return float(value) if value.numel() == 1 else None
         value = value.meta.get("val")
     return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
@@ -266,7 +269,7 @@ def _default_scale(query: Node) -> float | None:
 
 
 def _operand(node: Node | None, *targets: Any) -> Node | None:
-    return node.args[0] if node is not None and node.target in targets else None
+    return args_of(node)[0] if node is not None and node.target in targets else None
 
 
 def _is_whole_slice(node: Node) -> bool:
@@ -274,7 +277,7 @@ def _is_whole_slice(node: Node) -> bool:
         return False
     return all(
         statically_known_true(a == b)
-        for a, b in zip(node.meta["val"].shape, node.args[0].meta["val"].shape, strict=True)
+        for a, b in zip(node.meta["val"].shape, args_of(node)[0].meta["val"].shape, strict=True)
     )
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Skipped",
     "Storage",
     "aliases",
+    "args_of",
     "arguments",
     "called",
     "held",
@@ -293,8 +294,8 @@ class KVGraph:
         elements = []
         names = schema_of(target).returns
         for i, element in enumerate(value):
-            name = names[i] if len(names) == len(value) else None
-            item = self._call_function(operator.getitem, (node, i), {}, name)
+            item_name = names[i] if len(names) == len(value) else None
+            item = self._call_function(operator.getitem, (node, i), {}, item_name)
             item.meta = {**node.meta, "val": element}
             elements.append(item)
         return tuple(elements)
@@ -373,7 +374,7 @@ def _another(fake: torch.Tensor) -> torch.Tensor:
 def _written(node: Node | None) -> Node | None:
     """What ``node`` is after a ``copy_`` into all of it."""
     while node is not None and node.target is torch.ops.aten.copy_.default:
-        node = node.args[0]
+        node = args_of(node)[0]
     return node
 
 
@@ -395,7 +396,9 @@ def written_by(node: Node) -> list[Node]:
     """The operands that the node writes into, as its schema says: any of its arguments, in lists as well."""
     if (kept := node.meta.get("kept")) is not None:
         return _arguments_at(node, kept.written)
-    return _nodes(written_values(node.target, node.args, node.kwargs)) if is_mutation(node) else []
+    if not is_operator(node.target):
+        return []
+    return _nodes(written_values(node.target, node.args, node.kwargs))
 
 
 def viewed_by(node: Node) -> list[Node]:
@@ -443,8 +446,14 @@ def held(graph: KVGraph) -> dict[Node, Skipped]:
     return found
 
 
+def args_of(node: Node) -> tuple[Any, ...]:
+    """The positional arguments of a node. ``Node.args`` are of a type that says all that they might be."""
+    return node.args
+
+
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an ATen call by name, defaults filled in."""
+    assert is_operator(node.target)
     return values_of(node.target, node.args, node.kwargs)
 
 

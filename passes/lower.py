@@ -26,7 +26,7 @@ from icw_compile.formats.base import decode
 from icw_compile.formats.rules import RULES
 from icw_compile.kernels.inductor import attention_decode_declines
 from icw_compile.kernels.interface import AttentionCall, StoredRows
-from icw_compile.passes.graph import FusedAttention, KVGraph, Skipped, Storage, called, layer_of
+from icw_compile.passes.graph import FusedAttention, KVGraph, Skipped, Storage, args_of, called, layer_of
 
 __all__ = ["lower"]
 
@@ -51,7 +51,7 @@ def lower(graph: KVGraph) -> int:
 
 def _lower(graph: KVGraph, attention: FusedAttention) -> tuple[str, str]:
     """How it is computed, and why not by a kernel."""
-    query, call = graph.tensor(attention.node.args[0]), _attention_call(graph, attention)
+    query, call = graph.tensor(args_of(attention.node)[0]), _attention_call(graph, attention)
     kernel = graph.find_kernel(query.device.type)
     reason = kernel if isinstance(kernel, str) else kernel.declines(call)
     if not isinstance(kernel, str) and reason is None:
@@ -66,7 +66,7 @@ def _lower(graph: KVGraph, attention: FusedAttention) -> tuple[str, str]:
 
 def _attention_call(graph: KVGraph, attention: FusedAttention) -> AttentionCall:
     """The attention as a kernel would see it."""
-    query, _, _, mask, is_causal, scale, softcap, *sinks = attention.node.args
+    query, _, _, mask, is_causal, scale, softcap, *sinks = args_of(attention.node)
 
     def rows(value: Storage) -> StoredRows:
         base = _base(value.stored)
@@ -94,7 +94,7 @@ def _base(stored: Stored) -> Stored:
 def _call(graph: KVGraph, attention: FusedAttention, operator: Any, with_lse: Any) -> None:
     """Let ``operator`` compute the attention, or, where rows are kept besides, ``with_lse`` and what merges them."""
     node, key, value = attention.node, attention.key.stored, attention.value.stored
-    query, _, _, mask, is_causal, scale, softcap, *sinks = node.args
+    query, _, _, mask, is_causal, scale, softcap, *sinks = args_of(node)
     rest = (is_causal, scale, softcap)
     with graph.before(node):
         rows = (*_base(key).parts, *_base(value).parts)

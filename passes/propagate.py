@@ -34,6 +34,7 @@ from icw_compile.passes.graph import (
     Output,
     Storage,
     aliases,
+    args_of,
     called,
     is_mutation,
     layer_of,
@@ -55,8 +56,8 @@ def propagate(graph: KVGraph) -> int:
     pieces: dict[Node, tuple[Stored, ...]] = {}  # of an operation that returns several
     done: set[Node] = set()  # in-place operations that stay
     for node in list(graph.graph.nodes):
-        if node.target is operator.getitem and node.args[0] in pieces:
-            values[node] = _part_of(values[node.args[0]], pieces[node.args[0]][node.args[1]])
+        if node.target is operator.getitem and args_of(node)[0] in pieces:
+            values[node] = _part_of(values[args_of(node)[0]], pieces[args_of(node)[0]][args_of(node)[1]])
             continue
         operands = [n for n in node.all_input_nodes if n in values]
         if not operands or node in values:
@@ -96,7 +97,7 @@ def _apply_rule(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> Stor
     if rule is None:
         return None
     with graph.before(node):
-        return rule(graph, *_with_parts(node.args, values), **_with_parts(node.kwargs, values))
+        return rule(graph, *_with_parts(args_of(node), values), **_with_parts(node.kwargs, values))
 
 
 def _with_parts(value: Any, values: dict[Node, Storage]) -> Any:
@@ -140,7 +141,7 @@ def _read_late(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> None:
 def _view_again(graph: KVGraph, view: Node, first: Node, value: Node, viewed: Node) -> Any:
     """``view``, which is ``first`` or a view of that, of ``value`` in place of ``viewed``."""
     if view.target is operator.getitem:
-        return _view_again(graph, view.args[0], first, value, viewed)[view.args[1]]
+        return _view_again(graph, args_of(view)[0], first, value, viewed)[args_of(view)[1]]
     if "kept" in view.meta:
         raise NotImplementedError(
             f"icw_int8kv: `{called(view)}` in {layer_of(view) or 'the model'} shows a quantized cache, which is "
@@ -151,7 +152,7 @@ def _view_again(graph: KVGraph, view: Node, first: Node, value: Node, viewed: No
     else:
         source = viewed_by(view)[0]
         again = _view_again(graph, source, first, value, viewed)
-    args, kwargs = torch.fx.map_arg((view.args, view.kwargs), lambda each: again if each is source else each)
+    args, kwargs = torch.fx.map_arg((args_of(view), view.kwargs), lambda each: again if each is source else each)
     return graph.call(view.target, *args, **kwargs)
 
 

@@ -53,6 +53,7 @@ from icw_compile.passes.graph import (
     Skipped,
     Storage,
     aliases,
+    args_of,
     arguments,
     held,
     is_mutation,
@@ -128,10 +129,10 @@ def _is_storage(graph: KVGraph, node: Node, uses: "_AttentionUses") -> bool:
     if node.target in _ZEROS:
         return is_written
     # `cat([previous, new], -2)` of a cache that is float so far, which is empty or was filled before.
-    dim = node.args[1] if node.target is aten.cat.default and len(node.args) > 1 else 0
+    dim = args_of(node)[1] if node.target is aten.cat.default and len(args_of(node)) > 1 else 0
     if node.target is not aten.cat.default or dim not in (-2, 2):
         return False
-    return not any(previous in graph.storage for previous in _same_values(node.args[0]))
+    return not any(previous in graph.storage for previous in _same_values(args_of(node)[0]))
 
 
 def _endpoint(graph: KVGraph, node: Node) -> Any:
@@ -208,7 +209,8 @@ class _AttentionUses:
         self.readers: dict[Node, tuple[Attention, Role]] = {}
         self._ancestors: list[tuple[Attention, Role, list[Node]]] = []
         for attention in self.attentions:
-            for role, operand in (("key", attention.key), ("value", attention.value)):
+            operands: tuple[tuple[Role, Node], ...] = (("key", attention.key), ("value", attention.value))
+            for role, operand in operands:
                 ancestors = list(_same_values(operand))
                 self._ancestors.append((attention, role, ancestors))
                 for node in ancestors:
@@ -253,7 +255,7 @@ def _same_values(node: object) -> Iterable[Node]:
             seen.add(current)
             yield current
             if current.target in RULES or current.target in _SAME_VALUES:
-                pending += current.args
+                pending += args_of(current)
 
 
 def _meets_a_product(storage: Node) -> bool:
@@ -376,12 +378,12 @@ class _Append:
         cats = [
             user
             for user in node.users
-            if user.target is aten.cat.default and list(user.args[0][:1]) == [node] and len(user.args[0]) == 2
+            if user.target is aten.cat.default and list(args_of(user)[0][:1]) == [node] and len(args_of(user)[0]) == 2
         ]
         if len(cats) != 1:
             return None
         cat = cats[0]
-        new, dim = cat.args[0][1], cat.args[1] if len(cat.args) > 1 else 0
+        new, dim = args_of(cat)[0][1], args_of(cat)[1] if len(args_of(cat)) > 1 else 0
         value, grown = node.meta["val"], cat.meta["val"]
         if new is node or value.dim() != 4 or dim not in (-2, 2) or not can_join(new.meta["val"].dtype, value.dtype):
             return None
