@@ -131,7 +131,7 @@ class GraphReport:
         if self.no_cuda_graphs:
             yield f"  no CUDA graph: {self.no_cuda_graphs}"
         ours = self.capture_seconds + self.passes_seconds
-        share = f" ({ours / self.compile_seconds:.0%} of it)" if self.compile_seconds else ""
+        share = f" ({ours / self.compile_seconds:.0%} of it)" if self.compile_seconds >= 0.01 else ""
         kernel = f"; kernel {self.kernel_seconds:.2f} s" if self.kernel_seconds >= 0.005 else ""
         yield (
             f"  {self.nodes:,} nodes; capture {self.capture_seconds:.2f} s, passes {self.passes_seconds:.2f} s, "

@@ -1016,3 +1016,25 @@ def test_rows_written_in_any_order_to_a_cache_that_keeps_some(index: list[int], 
 
     make = kept(sink_tokens=2, recent_tokens=2)
     check_made(way, function, make, states(len(index), seed=1), close=CLOSE)
+
+
+def picked_by_mask(q: Tensor, keys: Tensor) -> Tensor:
+    some = keys[:, :, torch.arange(TOKENS) % 3 != 0]
+    return sdpa(repeated(q), repeated(some), repeated(some))
+
+
+def looked_at(q: Tensor, keys: Tensor) -> Tensor:
+    largest = keys[:, :1].abs().amax().item()
+    return sdpa(repeated(q), repeated(keys), repeated(keys)) * largest
+
+
+@pytest.mark.parametrize("function", [picked_by_mask, looked_at])
+def test_graph_that_breaks_at_a_cache(function: Callable[..., Any]) -> None:
+    """What is run where the graph breaks is our tensor itself, which Dynamo is not to compile."""
+    torch._dynamo.reset()
+    keys = QuantizedKV.quantize(states())
+    expected = function(query(), keys.dequantize())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", icw_compile.UnquantizedCacheWarning)
+        actual = torch.compile(function, backend="icw_int8kv", options=EAGER)(query(), keys)
+    assert relative_distance(actual, expected) < CLOSE

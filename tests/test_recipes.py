@@ -68,10 +68,6 @@ class PackedRows(Format):
     def dtype(self) -> torch.dtype:
         return self.float_dtype
 
-    @property
-    def layers(self) -> tuple[Format, ...]:
-        return (self,)
-
     def channels(self, run: Evaluator, x: Stored) -> Any:
         return run.tensor(x.parts[0]).shape[-1] * 2
 

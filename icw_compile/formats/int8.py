@@ -107,10 +107,6 @@ class Int8Rows(Format):
         return self.float_dtype
 
     @property
-    def layers(self) -> tuple[Format, ...]:
-        return (self,)
-
-    @property
     def scale_dtype(self) -> torch.dtype:
         return scale_dtype_for(self.float_dtype)
 
