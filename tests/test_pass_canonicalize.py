@@ -36,6 +36,39 @@ def test_becomes_what_it_is(function: Callable[[Tensor], Tensor], before: str, a
     assert run_passes(graph, CANONICALIZE)[0].matches == 0
 
 
+@pytest.mark.parametrize(
+    ("equation", "other", "transposes"),
+    [
+        ("bhtd,bhsd->bhts", (2, 2, 5, 16), 1),
+        ("b h t d, b h d s -> b h t s", (2, 2, 16, 5), 0),
+        ("bhqk,bhkd->bhqd", (2, 2, 16, 3), 0),
+    ],
+)
+def test_einsum_that_is_a_product(equation: str, other: tuple[int, ...], transposes: int) -> None:
+    x, y = kv(), torch.randn(other)
+    graph = trace(lambda x, y: torch.einsum(equation, x, y), x, y)
+    assert run_passes(graph, CANONICALIZE)[0].matches == 1
+    assert counts(graph) == {"matmul": 1} | ({"transpose": 1} if transposes else {})
+    torch.testing.assert_close(run(graph, x, y)[0], torch.einsum(equation, x, y))
+    assert run_passes(graph, CANONICALIZE)[0].matches == 0
+
+
+@pytest.mark.parametrize(
+    "equation",
+    [
+        "bhtd,bhsd->bths",
+        "bhtd,hbsd->bhts",
+        "bhtd,bhtd->bhtd",
+        "bhtd,bhsd->bhs",
+        "bhtd,bhsd->bhtd",
+        "...td,...sd->...ts",
+    ],
+)
+def test_einsum_that_is_none(equation: str) -> None:
+    graph = trace(lambda x, y: torch.einsum(equation, x, y), kv(), kv())
+    assert run_passes(graph, CANONICALIZE)[0].matches == 0 and counts(graph)["einsum"] == 1
+
+
 @pytest.mark.parametrize("function", [lambda x: x.reshape(2, 2, -1) + 1, lambda x: x[:, :1] + 1, lambda x: x.view(-1)])
 def test_views_stay(function: Callable[[Tensor], Tensor]) -> None:
     assert run_passes(trace(function, kv()), CANONICALIZE)[0].matches == 0

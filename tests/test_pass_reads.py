@@ -109,6 +109,11 @@ def eager_merged(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.bmm(weights.view(BATCH * QUERY_HEADS, -1, TOKENS), v).view(BATCH, QUERY_HEADS, -1, HEAD_DIM)
 
 
+def eager_einsum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = torch.einsum("bhtd,bhsd->bhts", q, repeat_kv(k)) * SCALE + mask
+    return torch.einsum("bhts,bhsd->bhtd", softmax(scores, dim=-1), repeat_kv(v))
+
+
 def rewritten(function: Callable[..., Any], *inputs: Tensor) -> KVGraph:
     graph = trace(function, *inputs, quantized=[1, 2])
     run_passes(graph, PASSES)
@@ -133,6 +138,7 @@ def rewritten(function: Callable[..., Any], *inputs: Tensor) -> KVGraph:
         (eager_late_scale, additive_mask),
         (eager_sinks, additive_mask),
         (eager_merged, additive_mask),
+        (eager_einsum, additive_mask),
     ],
 )
 def test_every_form_is_fused(function: Callable[..., Any], mask: Callable[[int], Tensor] | None, length: int) -> None:
