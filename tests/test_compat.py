@@ -864,3 +864,14 @@ def test_heads_of_a_rank():
         hf.heads_of_rank(model, 3)
     model.tp_plan = {}
     assert hf.heads_of_rank(model, 4) == 4
+
+
+@pytest.mark.parametrize(
+    "plan", [{}, *({f"layers.*.self_attn.{name}": "colwise"} for name in ("k_proj", "qkv_proj", "q_proj"))]
+)
+def test_heads_of_a_rank_are_those_of_transformers(plan):
+    tensor_parallel = pytest.importorskip("transformers.distributed.tensor_parallel")
+    if not hasattr(tensor_parallel, "get_kv_heads_per_rank"):
+        pytest.skip("this transformers has no function for it")
+    model = SimpleNamespace(_tp_size=2, tp_plan=plan)
+    assert hf.heads_of_rank(model, 4) == tensor_parallel.get_kv_heads_per_rank(plan, 4, 2)

@@ -41,6 +41,9 @@ class Int8Weight(Tensor):
     def __tensor_unflatten__(cls, parts: dict[str, Tensor], context: None, size: Any, stride: Any) -> "Int8Weight":
         return cls(parts["rows"], parts["scale"])
 
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return "Int8Weight()"
+
     def _stable_hash_for_caching(self) -> str:
         return "Int8Weight"
 
@@ -277,6 +280,8 @@ def complaints() -> Iterator[list[str]]:
 @pytest.mark.parametrize("touch", [*READERS, *WRITERS], ids=lambda touch: touch.__name__)
 def test_a_quantized_cache_is_read_and_written(touch: Callable[..., Any]) -> None:
     """What cannot act on int8 acts on the values, and what it wrote is stored; or it is refused."""
+    if touch in (read_in_region, write_in_region, read_in_branch) and torch.__version__ < "2.12":
+        pytest.skip("Dynamo hands no tensor subclass to an operator with graphs in torch 2.11")
     keys, values, *rest = arguments_of_step()
     stored = [QuantizedKV.quantize(each) for each in (keys, values)]
     compiled = torch.compile(decode(touch), backend="icw_int8kv", fullgraph=True, options=EAGER)

@@ -63,18 +63,23 @@ def layer_sizes(config: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 def heads_of_rank(model: Any, heads: int) -> int:
     """How many of ``heads`` heads of keys and values a model stores in this process, where it is split over several.
 
-    ``PreTrainedModel._tp_size``, ``get_kv_heads_per_rank``; read in 5.23.
+    ``PreTrainedModel._tp_size``, ``tp_plan``: a projection of keys that is split by columns is split by heads. Read in
+    5.17 and 5.23, which has a ``get_kv_heads_per_rank`` of its own.
 
     Raises:
         ValueError: they cannot be split evenly.
     """
     if (ranks := getattr(model, "_tp_size", None) or 1) == 1:
         return heads
-    from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
-
-    if (share := get_kv_heads_per_rank(model.tp_plan, heads, ranks)) is None:
+    if not any(name.endswith(_KEY_PROJECTIONS) and how == "colwise" for name, how in model.tp_plan.items()):
+        return heads
+    if heads % ranks:
         raise ValueError(f"{heads} heads of keys and values cannot be split evenly over {ranks} ranks")
-    return int(share)
+    return heads // ranks
+
+
+#: What makes the keys, in a plan for tensor parallelism.
+_KEY_PROJECTIONS = (".k_proj", ".qkv_proj", ".query_key_value")
 
 
 def unregistered(layer_class: Any) -> Any:
