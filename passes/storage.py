@@ -332,7 +332,6 @@ def _take_input(
         length = placeholder("length")
         length.meta = {"val": value.shape[2], "dynamo_placeholder": node.meta.get("dynamo_placeholder")}
         extra = length.name
-    first = last.next  # of the graph proper
     appends = _Append.find(graph, node, stored)
     rows = 0 if appends is None else appends.rows
     graph.inputs[node.name] = Input(names, extra, rows if isinstance(rows, int) else rows.name, written)
@@ -344,6 +343,7 @@ def _take_input(
     if appends is not None and not node.users:
         graph.graph.erase_node(node)
         return
+    first = last.next  # of the graph proper
     with graph.before(first):
         shown = stored.with_parts(
             **{each: graph.call(aten.narrow.default, part, 2, 0, length) for each, part in stored.rows.items()}

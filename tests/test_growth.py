@@ -220,3 +220,22 @@ def test_a_prefix_kept_for_several_continuations() -> None:
     again = run(step, prefix, tokens(5, seed=3), (1,) * 5)
     assert relative_distance(again, results[0]) <= 1e-6
     assert kept.shape[2] == 7 and torch.equal(kept.dequantize(), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [{}, {"sink_tokens": 2, "recent_tokens": 2}], ids=str)
+def test_append_that_comes_first_in_a_graph(keep: dict[str, int]) -> None:
+    """What it grew from is read behind it."""
+
+    def function(cache: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        grown = torch.cat([cache, new], dim=2)
+        return grown, cache.detach()
+
+    torch._dynamo.reset()
+    call = compiled(function)
+    cache, new = QuantizedKV.quantize(rows(3), **keep), rows(2)
+    cache = torch.cat([cache, rows(3)], dim=2)
+    before = cache.dequantize()
+    grown, shown = call(cache, new)
+    assert torch.equal(shown.dequantize(), before)
+    assert torch.equal(grown.dequantize(), torch.cat([cache, new], dim=2).dequantize())
