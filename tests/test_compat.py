@@ -812,6 +812,13 @@ def test_unregistered():
             vars(cache_utils)[name].pop("icw_test", None)
 
 
+def test_is_paged():
+    from transformers import DynamicCache
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    assert hf.is_paged(PagedAttentionCache.__new__(PagedAttentionCache)) and not hf.is_paged(DynamicCache())
+
+
 def test_generative_classes():
     import transformers
 

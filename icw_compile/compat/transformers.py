@@ -17,6 +17,7 @@ __all__ = [
     "generative_classes",
     "heads_of_rank",
     "initialize",
+    "is_paged",
     "is_sliding",
     "layer_sizes",
     "sdpa_attention",
@@ -27,6 +28,11 @@ __all__ = [
 def is_sliding(layer_class: type) -> bool:
     """Whether cache layers of this class forget what has left a window. ``CacheLayerMixin.is_sliding``."""
     return bool(getattr(layer_class, "is_sliding", False))
+
+
+def is_paged(value: Any) -> bool:
+    """Whether this is the cache of continuous batching, ``PagedAttentionCache``, which is no ``Cache``."""
+    return type(value).__name__ == "PagedAttentionCache"
 
 
 def initialize(layer: CacheLayerMixin, keys: Tensor, values: Tensor) -> None:
