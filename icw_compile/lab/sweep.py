@@ -54,7 +54,7 @@ STATUSES = {
     "no kv cache": "right; the model keeps no keys and values",
     "float": "right, but nothing is int8",
     "stock fails": "stock torch.compile fails in the same place",
-    "eager fails": "the model does not run with this cache, compiled or not",
+    "eager fails": "the model does not run with this cache, or with what the sweep feeds it, compiled or not",
     "not built": "the model cannot be built",
     "failed": "fails, and stock torch.compile does not",
     "wrong": "the logits are not the reference's",
