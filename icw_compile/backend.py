@@ -52,26 +52,30 @@ def icw_int8kv(
     Raises:
         ValueError: an unknown ``icw.`` option or a wrong value.
         TypeError: the cache has a dtype that cannot be quantized.
-        RuntimeError: gradients are recorded, or the model is in training mode.
+        RuntimeError: gradients are recorded, or the model is in training mode, and its cache is int8 already.
         UnquantizedCacheError: a cache stays float, with ``icw.strict``.
     """
     ours, inductor_options = split_options(options, mode)
     watch.compiling(ours)
     if not may_have_a_cache(dynamo_graph):
-        return _compile_unchanged(dynamo_graph, inputs, "", ours, inductor_options)
+        return _compile_unchanged(dynamo_graph, inputs, _unread(""), ours, inductor_options)
     try:
         rewritten = rewrite(dynamo_graph, ours, skip_layers=layers_to_skip(ours), why_it_ends=watch.why_graph_ends())
     except NotCapturedError as error:
-        reason = f"{error}, and is compiled as it is"
-        return _compile_unchanged(dynamo_graph, inputs, reason, ours, inductor_options)
+        skipped = _unread(f"{error}, and is compiled as it is")
+        return _compile_unchanged(dynamo_graph, inputs, skipped, ours, inductor_options)
     graph = rewritten.graph
+    if graph.sites and (training := _why_training(dynamo_graph, rewritten.dropout)):
+        if any(taken.adopted is None for taken in graph.inputs.values()):
+            raise RuntimeError(f"icw_int8kv: {training}. The int8 key/value cache that it is given is for inference.")
+        skipped = [Skipped("", site.name, training) for site in graph.sites]
+        return _compile_unchanged(dynamo_graph, inputs, skipped, ours, inductor_options)
     report = GraphReport.of(next_name(), rewritten)
     report.model = model_name()
     watch.complain(report.skipped, ours)
     check_skipped_layers(ours, graph.sites)
     started = time.perf_counter()
     if graph.sites:
-        _check_inference(dynamo_graph, rewritten.dropout)
         if _asks_for_cuda_graphs(ours, inductor_options) and (reason := _why_no_cuda_graphs(graph)):
             report.no_cuda_graphs = reason
             inductor_options = {**inductor_options, CUDA_GRAPHS: False}
@@ -121,13 +125,20 @@ def _cache_tag() -> str:
     return f"icw-compile {version('icw-compile')} {digest.hexdigest()[:16]}"
 
 
+def _unread(reason: str) -> list[Skipped]:
+    """What to say of a graph that was not understood: nothing if it has nothing to do with a cache."""
+    return [Skipped("", "what this graph writes to the cache", reason)] if works_on_a_cache() else []
+
+
 def _compile_unchanged(
-    dynamo_graph: GraphModule, inputs: Sequence[Any], reason: str, options: Options, inductor_options: dict[str, Any]
+    dynamo_graph: GraphModule,
+    inputs: Sequence[Any],
+    skipped: list[Skipped],
+    options: Options,
+    inductor_options: dict[str, Any],
 ) -> Callable[..., Any]:
-    report = GraphReport(next_name(), model=model_name(), nodes=len(dynamo_graph.graph.nodes))
-    if works_on_a_cache():
-        report.skipped = [Skipped("", "what this graph writes to the cache", reason)]
-        watch.complain(report.skipped, options)
+    report = GraphReport(next_name(), model=model_name(), nodes=len(dynamo_graph.graph.nodes), skipped=skipped)
+    watch.complain(skipped, options)
     started = time.perf_counter()
     compiled = _compile(dynamo_graph, inputs, options, inductor_options)
     report.compile_seconds = time.perf_counter() - started
@@ -135,18 +146,16 @@ def _compile_unchanged(
     return compiled
 
 
-def _check_inference(dynamo_graph: GraphModule, dropout: Node | None) -> None:
-    """Refuse to train through an int8 cache: nothing flows back through rounding."""
+def _why_training(dynamo_graph: GraphModule, dropout: Node | None) -> str:
+    """What says that a graph trains, which an int8 cache cannot: nothing flows back through rounding. Or ""."""
     if dropout is not None:
-        raise RuntimeError(
-            f"icw_int8kv: the model is in training mode (dropout is active in {layer_of(dropout) or dropout.name}). "
-            "An int8 key/value cache is for inference: call model.eval()."
-        )
-    if not torch.is_grad_enabled():
-        return
-    for node in dynamo_graph.graph.find_nodes(op="placeholder"):
-        if getattr(example_value(node), "requires_grad", False):
-            raise RuntimeError(
-                f"icw_int8kv: gradients are being recorded ({source_name(node) or node.name} requires grad). An int8 "
-                "key/value cache is for inference: call the model under torch.no_grad() or torch.inference_mode()."
-            )
+        where = layer_of(dropout) or dropout.name
+        return f"the model is in training mode (dropout is active in {where}); for inference, call model.eval()"
+    if torch.is_grad_enabled():
+        for node in dynamo_graph.graph.find_nodes(op="placeholder"):
+            if getattr(example_value(node), "requires_grad", False):
+                return (
+                    f"gradients are being recorded ({source_name(node) or node.name} requires grad); for inference, "
+                    "use torch.no_grad() or torch.inference_mode(), for training use_cache=False"
+                )
+    return ""

@@ -22,6 +22,7 @@ from torch import nn
 
 from icw_compile.cache.uncompiled import thread
 from icw_compile.compat import watch as compat
+from icw_compile.compat.transformers import is_paged
 from icw_compile.errors import UnquantizedCacheError, UnquantizedCacheWarning
 from icw_compile.layers import asked_float, caches_in, float_layers, layer_index, layer_indices
 from icw_compile.options import Options, split_options
@@ -33,6 +34,11 @@ __all__ = ["compiling", "complain", "counted", "forget", "why_graph_ends"]
 _LIMIT = "recompile limit"
 #: Kinds of causes.
 _GAVE_UP, _NOT_COMPILED = "gave up", "not compiled"
+#: The message about a cache that no graph holds.
+_PAGED = (
+    "icw_int8kv: the paged cache of continuous batching stays float.\n  Cause: transformers updates it outside of what "
+    "torch.compile compiles.\n  Remedy: generate(...) instead of generate_batch(...), for an int8 cache."
+)
 #: Beginning of the log of a call: no number of graphs that ran is known.
 _UNKNOWN = -1
 
@@ -63,6 +69,7 @@ class _Watched:
         why: the kind of cause, the cause and the remedy that were found first for layers that are not compiled.
         explained: the layers of which a pass has said why they are not int8; ``None`` stands for unknown ones.
         said: what the passes have said.
+        said_of_paged: whether it was said that a paged cache stays float.
     """
 
     options: Options
@@ -71,6 +78,7 @@ class _Watched:
     why: tuple[str, str, str] | None = None
     explained: set[int | None] = field(default_factory=set)
     said: set[Skipped] = field(default_factory=set)
+    said_of_paged: bool = False
 
 
 class _Calls(threading.local):
@@ -165,6 +173,7 @@ def forget() -> None:
             watched.why = None
             watched.said.clear()
             watched.explained.clear()
+            watched.said_of_paged = False
         _said_of_parts.clear()
         _failures_before.clear()
         _failures_before.update(compat.failures())
@@ -225,6 +234,9 @@ def _look(watched: _Watched, running: _Call, call: compat.CompiledCall, ran: boo
         _count(call.context, code)
     caches = list(caches_in((call.args, call.kwargs, call.result)))
     if not caches:
+        if any(map(is_paged, call.kwargs.values())) and not watched.said_of_paged:
+            watched.said_of_paged = True
+            _say(_PAGED, watched.options.strict)
         return
     limit = any(_LIMIT in text for text in new)
     stance = compat.stance()

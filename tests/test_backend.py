@@ -210,15 +210,36 @@ def test_unsupported_dtype() -> None:
 
 def test_training_mode() -> None:
     model = tiny_model(attention_dropout=0.1).train()
-    with pytest.raises(BackendCompilerFailed, match=r"training mode.*model.layers.0.self_attn.*model\.eval\(\)"):
+    with pytest.warns(UnquantizedCacheWarning, match=r"training mode.*model.layers.0.self_attn.*model\.eval\(\)"):
         first_call(model, options=EAGER)
+    assert not graphs()[0].sites and len(graphs()[0].skipped) == 4
 
 
-def test_gradients() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_gradients(strict: bool) -> None:
+    """As stock, in float, and said; an error if strict."""
+    model = tiny_model()
+    step = torch.compile(model, backend="icw_int8kv", options={**EAGER, "icw.strict": strict})
+    cache, message = (
+        StaticCache(model.config, max_cache_len=16),
+        r"embed_tokens.weight requires grad.*torch.no_grad\(\)",
+    )
+    if strict:
+        with pytest.raises(BackendCompilerFailed, match=message):
+            step(tokens(5), past_key_values=cache)
+        return
+    with pytest.warns(UnquantizedCacheWarning, match=message):
+        loss = step(tokens(5), past_key_values=cache).logits.square().mean()
+    assert type(cache.layers[0].keys) is Tensor
+    loss.backward()
+    assert model.model.embed_tokens.weight.grad is not None
+
+
+def test_gradients_with_an_int8_cache() -> None:
     model = tiny_model()
     step = torch.compile(model, backend="icw_int8kv", options=EAGER)
-    with pytest.raises(BackendCompilerFailed, match=r"embed_tokens.weight requires grad.*torch.no_grad\(\)"):
-        step(tokens(5), past_key_values=StaticCache(model.config, max_cache_len=16))
+    with pytest.raises(BackendCompilerFailed, match=r"requires grad.*int8 key/value cache.*is for inference"):
+        step(tokens(5), past_key_values=icw_compile.static_cache(model, 1, 16))
 
 
 class OwnCache(torch.nn.Module):

@@ -812,13 +812,23 @@ def test_unregistered():
             vars(cache_utils)[name].pop("icw_test", None)
 
 
-def test_causal_lm_classes():
+def test_is_paged():
+    from transformers import DynamicCache
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    assert hf.is_paged(PagedAttentionCache.__new__(PagedAttentionCache)) and not hf.is_paged(DynamicCache())
+
+
+def test_generative_classes():
     import transformers
 
-    classes = hf.causal_lm_classes()
-    assert classes["llama"] == "LlamaForCausalLM"
-    assert len(classes) > 100
-    assert issubclass(getattr(transformers, classes["qwen2"]), transformers.PreTrainedModel)
+    tasks = hf.generative_classes()
+    assert len(tasks["text"]) > 100 and tasks["text"]["llama"] == "LlamaForCausalLM"
+    assert tasks["image"]["llava"] == "LlavaForConditionalGeneration"
+    assert tasks["encoder-decoder"]["bart"] == "BartForConditionalGeneration"
+    assert tasks["speech"]["whisper"] == "WhisperForConditionalGeneration"
+    assert "gemma3" in tasks["text"] and "gemma3" not in tasks["image"], "once"
+    assert issubclass(getattr(transformers, tasks["text"]["qwen2"]), transformers.PreTrainedModel)
 
 
 def test_attention_implementation():

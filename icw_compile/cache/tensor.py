@@ -179,6 +179,10 @@ class QuantizedKV(TensorOfParts):
             return made
         return part
 
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: BufferError, since there is no memory of floats to hand out."""
+        raise BufferError("a QuantizedKV has no memory of floats to share: hand out .dequantize() instead.")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedKV":
         copied: Any = self.clone()
         return memo.setdefault(id(self), copied)

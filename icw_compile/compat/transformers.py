@@ -14,9 +14,10 @@ __all__ = [
     "StaticLayer",
     "StaticSlidingWindowLayer",
     "attention_implementation",
-    "causal_lm_classes",
+    "generative_classes",
     "heads_of_rank",
     "initialize",
+    "is_paged",
     "is_sliding",
     "layer_sizes",
     "sdpa_attention",
@@ -27,6 +28,11 @@ __all__ = [
 def is_sliding(layer_class: type) -> bool:
     """Whether cache layers of this class forget what has left a window. ``CacheLayerMixin.is_sliding``."""
     return bool(getattr(layer_class, "is_sliding", False))
+
+
+def is_paged(value: Any) -> bool:
+    """Whether this is the cache of continuous batching, ``PagedAttentionCache``, which is no ``Cache``."""
+    return type(value).__name__ == "PagedAttentionCache"
 
 
 def initialize(layer: CacheLayerMixin, keys: Tensor, values: Tensor) -> None:
@@ -91,14 +97,25 @@ def unregistered(layer_class: Any) -> Any:
     return type(layer_class.__name__, (layer_class,), {"_layer_type": None, "__module__": layer_class.__module__})
 
 
-def causal_lm_classes() -> dict[str, str]:
-    """Model type -> the name of its class for causal language modelling, of all that transformers has.
+def generative_classes() -> dict[str, dict[str, str]]:
+    """Task -> model type -> the name of its class, of all that transformers has that write text.
 
-    ``transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES``.
+    The tasks are ``"text"``, ``"image"``, ``"encoder-decoder"`` and ``"speech"``; a class stands in the first of them.
+    ``transformers.models.auto.modeling_auto.MODEL_FOR_..._MAPPING_NAMES``.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as auto
 
-    return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    tasks: dict[str, dict[str, str]] = {
+        "text": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "image": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        "encoder-decoder": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "speech": auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    }
+    found: dict[str, dict[str, str]] = {}
+    for task, classes in tasks.items():
+        earlier = {pair for each in found.values() for pair in each.items()}
+        found[task] = {name: class_ for name, class_ in classes.items() if (name, class_) not in earlier}
+    return found
 
 
 def attention_implementation(config: Any) -> str:

@@ -166,6 +166,9 @@ def bench(
 @app.command()
 def sweep(
     types: Annotated[str | None, typer.Option(help="Model types, separated by commas. Left out: all.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Some of text, image, encoder-decoder, speech, by commas. Left out: all.")
+    ] = None,
     attention: Annotated[
         str | None, typer.Option(help="attn_implementation, such as eager. Left out: each model's default.")
     ] = None,
@@ -179,5 +182,6 @@ def sweep(
     """
     from icw_compile.lab.sweep import run_sweep  # torch and transformers take seconds to import
 
-    chosen = types.split(",") if types else None
-    raise typer.Exit(run_sweep(chosen, attention=attention, jobs=jobs, json_file=json, as_markdown=markdown))
+    chosen, of = (given.split(",") if given else None for given in (types, tasks))
+    code = run_sweep(chosen, tasks=of, attention=attention, jobs=jobs, json_file=json, as_markdown=markdown)
+    raise typer.Exit(code)

@@ -3,6 +3,8 @@
 Every model type is built small (`icw_compile.lab.tiny`), fed a prompt and a few single tokens through the compiled
 model, its rewritten graphs run as they are, and compared with the same model run eagerly on a cache that stores what
 int8 reads back (`icw_compile.lab.reference`). Each type runs in a process of its own: a crash is a row of the table.
+
+Models that read images are given text alone; an encoder is given tokens, pixels or sounds, whichever it reads.
 """
 
 import inspect
@@ -25,13 +27,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat.dynamo import clear_counters, graph_breaks
 from icw_compile.compat.transformers import attention_implementation
 from icw_compile.lab.reference import store_quantized
-from icw_compile.lab.tiny import VOCABULARY, causal_lm_types, tiny_causal_lm
+from icw_compile.lab.tiny import TASKS, VOCABULARY, model_types, tiny_model
 from icw_compile.report import GraphReport, report, reset_report
 
 __all__ = ["Run", "Swept", "markdown", "run_sweep", "sweep", "sweep_type", "table"]
@@ -52,7 +54,7 @@ STATUSES = {
     "no kv cache": "right; the model keeps no keys and values",
     "float": "right, but nothing is int8",
     "stock fails": "stock torch.compile fails in the same place",
-    "eager fails": "the model does not run with this cache, compiled or not",
+    "eager fails": "the model does not run with this cache, or with what the sweep feeds it, compiled or not",
     "not built": "the model cannot be built",
     "failed": "fails, and stock torch.compile does not",
     "wrong": "the logits are not the reference's",
@@ -87,9 +89,10 @@ class Run:
 
 @dataclass
 class Swept:
-    """One model type: its class, and what became of it with each kind of cache."""
+    """One model type in one of the tasks of `TASKS`: its class, and what became of it with each kind of cache."""
 
     model_type: str
+    task: str = "text"
     model_class: str = ""
     attention: str = ""
     runs: dict[str, Run] = field(default_factory=dict)
@@ -113,38 +116,60 @@ class Swept:
 def run_sweep(
     types: Sequence[str] | None = None,
     *,
+    tasks: Sequence[str] | None = None,
     attention: str | None = None,
     jobs: int = 1,
     json_file: Path | None = None,
     as_markdown: bool = False,
 ) -> int:
     """Sweep, print a table, write ``json_file``; returns the exit code: 1 for a wrong answer or a failure of ours."""
-    types = list(types or causal_lm_types())
+    pairs = _pairs(types, tasks)
     console = Console()
     results = []
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("model types", total=len(types))
-        for result in sweep(types, attention=attention, jobs=jobs):
+        task = progress.add_task("model types", total=len(pairs))
+        for result in sweep(types, tasks=tasks, attention=attention, jobs=jobs):
             results.append(result)
-            said = ": ".join((result.model_type, result.status, *filter(None, [result.reason])))
+            said = ": ".join((f"{result.task}: {result.model_type}", result.status, *filter(None, [result.reason])))
             progress.console.print(said, style=_STYLES.get(result.status), markup=False, highlight=False)
             progress.advance(task)
-    results.sort(key=lambda result: result.model_type)
+    results.sort(key=lambda result: (list(TASKS).index(result.task), result.model_type))
     if json_file is not None:
         json_file.write_text(json.dumps([result.to_dict() for result in results], indent=1) + "\n")
     if as_markdown:
         print(markdown(results))
     else:
         console.print(table(results))
-        console.print(_counts(results))
+        console.print("\n".join(_counts(results)))
     return int(any(result.status in ("failed", "wrong") for result in results))
 
 
-def sweep(types: Sequence[str] | None = None, *, attention: str | None = None, jobs: int = 1) -> Iterator[Swept]:
+def _pairs(types: Sequence[str] | None, tasks: Sequence[str] | None) -> list[tuple[str, str]]:
+    """(model type, task) of everything to sweep.
+
+    Raises:
+        ValueError: an unknown task, or a type that none of the tasks has.
+    """
+    if unknown := set(tasks or ()) - set(TASKS):
+        raise ValueError(f"no such task: {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")
+    known = [(name, task) for task in tasks or TASKS for name in model_types(task)]
+    if missing := set(types or ()) - {name for name, _ in known}:
+        raise ValueError(f"no such model type: {', '.join(sorted(missing))}")
+    return [(name, task) for name, task in known if types is None or name in types]
+
+
+def sweep(
+    types: Sequence[str] | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+    attention: str | None = None,
+    jobs: int = 1,
+) -> Iterator[Swept]:
     """Sweep model types, each in a process of its own; yields each result as it comes.
 
     Args:
         types: model types; every one that transformers knows if left out.
+        tasks: some of `TASKS`; all if left out.
         attention: ``attn_implementation``; each model's own default if left out.
         jobs: processes at a time.
     """
@@ -153,14 +178,14 @@ def sweep(types: Sequence[str] | None = None, *, attention: str | None = None, j
         # torch and transformers are imported once, and every process is forked from there.
         context.set_forkserver_preload([__name__, "icw_compile.backend"])
     with ThreadPoolExecutor(jobs) as pool:
-        pending = [pool.submit(_isolated, context, name, attention) for name in types or causal_lm_types()]
+        pending = [pool.submit(_isolated, context, *pair, attention) for pair in _pairs(types, tasks)]
         for done in as_completed(pending):
             yield done.result()
 
 
-def _isolated(context: Any, model_type: str, attention: str | None) -> Swept:
+def _isolated(context: Any, model_type: str, task: str, attention: str | None) -> Swept:
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(theirs, model_type, attention), daemon=True)
+    process = context.Process(target=_send, args=(theirs, model_type, task, attention), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -174,26 +199,26 @@ def _isolated(context: Any, model_type: str, attention: str | None) -> Swept:
     finally:
         process.kill()
         process.join()
-    return Swept(model_type, runs={"dynamic": Run("failed", reason)})
+    return Swept(model_type, task, runs={"dynamic": Run("failed", reason)})
 
 
-def _send(connection: Connection, model_type: str, attention: str | None) -> None:
+def _send(connection: Connection, model_type: str, task: str, attention: str | None) -> None:
     torch.set_num_threads(1)
     # What would be warned about is a row of the table.
     warnings.simplefilter("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
-    connection.send(sweep_type(model_type, attention=attention))
+    connection.send(sweep_type(model_type, task, attention=attention))
 
 
-def sweep_type(model_type: str, *, attention: str | None = None) -> Swept:
+def sweep_type(model_type: str, task: str = "text", *, attention: str | None = None) -> Swept:
     """Sweep one model type in this process; never raises for what the model or the backend does."""
     try:
-        model = tiny_causal_lm(model_type, attention=attention)
+        model = tiny_model(model_type, task, attention=attention)
     except Exception as error:
-        return Swept(model_type, runs={"dynamic": Run("not built", _said(error))})
-    result = Swept(model_type, type(model).__name__, attention_implementation(model.config))
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return Swept(model_type, task, runs={"dynamic": Run("not built", _said(error))})
+    result = Swept(model_type, task, type(model).__name__, attention_implementation(model.config))
+    if not {"past_key_values", "kwargs"} & set(inspect.signature(model.forward).parameters):
         result.runs["dynamic"] = Run("no kv cache", "the model takes no past_key_values")
         return result
     for kind in ("dynamic", "static"):
@@ -206,29 +231,77 @@ def run_model(model: PreTrainedModel, kind: Kind) -> Run:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (BATCH, sum(CHUNKS)), generator=generator)
     try:
-        _logits(model, _stock_cache(model, kind), ids)
+        inputs = _encoder_inputs(model)
+        length = _encoded(model, inputs).shape[1] if inputs else None
+        _logits(model, _stock_cache(model, kind, length), ids, inputs)
     except Exception as error:
         return Run("eager fails", _said(error))
 
-    cache = _stock_cache(model, kind)
-    logits, from_prompt, breaks, failure = _compiled(model, cache, ids, "icw_int8kv", {"icw.compiler": "eager"})
+    cache = _stock_cache(model, kind, length)
+    ours = ("icw_int8kv", {"icw.compiler": "eager"})
+    logits, from_prompt, breaks, failure = _compiled(model, cache, ids, inputs, *ours)
     graphs = report().graphs
     run = Run("", graphs=len(graphs), graph_breaks=breaks, sites=[len(g.sites) for g in graphs if g.sites])
     if failure is not None or breaks:
-        _, _, run.stock_graph_breaks, stock_error = _compiled(model, _stock_cache(model, kind), ids, "eager")
+        stock = _stock_cache(model, kind, length)
+        _, _, run.stock_graph_breaks, stock_error = _compiled(model, stock, ids, inputs, "eager")
     if failure is not None:
         run.status = "failed" if stock_error is None else "stock fails"
         run.reason = _said(failure)
         return run
-    holding = [i for i, layer in enumerate(cache.layers) if isinstance(getattr(layer, "keys", None), Tensor)]
-    stored = {
-        i: [name for name in ("keys", "values") if isinstance(getattr(cache.layers[i], name), QuantizedKV)]
-        for i in holding
-    }
-    run.kv_layers, run.int8_layers = len(holding), sum(len(names) == 2 for names in stored.values())
-    run.distance = _distance(logits, _reference_logits(model, kind, ids, stored, after=not from_prompt))
+    stored = [_stored(part) for part in _parts(cache)]
+    run.kv_layers = sum(map(len, stored))
+    run.int8_layers = sum(len(names) == 2 for part in stored for names in part.values())
+    reference = _stock_cache(model, kind, length)
+    run.distance = _distance(logits, _reference_logits(model, reference, ids, inputs, stored, after=not from_prompt))
     run.status, run.reason = _judge(run, graphs)
     return run
+
+
+#: What an encoder's main input is called -> its shape.
+_SHAPES: dict[str, Callable[[Any], tuple[int, ...]]] = {
+    "input_ids": lambda config: (BATCH, 8),
+    "input_values": lambda config: (BATCH, 4000),
+    "pixel_values": lambda config: (BATCH, 3, 28, 28),
+    "flattened_patches": lambda config: (BATCH, 4, 2 + config.vision_config.patch_embed_hidden_size),
+    "input_features": lambda config: (
+        # Whisper's are [batch, bins, frames], and as many frames as its encoder has positions for.
+        (BATCH, config.num_mel_bins, 2 * config.max_source_positions)
+        if hasattr(config, "num_mel_bins")
+        else (BATCH, 32, getattr(config, "input_feat_per_channel", None) or config.feature_projection_input_dim)
+    ),
+}
+
+
+def _encoder_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    if not model.config.is_encoder_decoder:
+        return {}
+    name, generator = model.main_input_name, torch.Generator().manual_seed(2)
+    shape = _SHAPES[name](model.config)
+    if name == "input_ids":
+        return {name: torch.randint(3, VOCABULARY, shape, generator=generator)}
+    return {name: torch.rand(shape, generator=generator)}
+
+
+@torch.no_grad()
+def _encoded(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    states: Tensor = model.get_encoder()(**inputs)[0]
+    return states
+
+
+def _parts(cache: Any) -> list[Cache]:
+    """The caches of self-attention and of cross-attention, or the one that there is."""
+    pair = isinstance(cache, EncoderDecoderCache)
+    return [cache.self_attention_cache, cache.cross_attention_cache] if pair else [cache]
+
+
+def _stored(cache: Cache) -> dict[int, list[str]]:
+    """Of each layer that holds keys and values, which of them are int8."""
+    return {
+        i: [name for name in ("keys", "values") if isinstance(getattr(layer, name), QuantizedKV)]
+        for i, layer in enumerate(cache.layers)
+        if isinstance(getattr(layer, "keys", None), Tensor)
+    }
 
 
 def _judge(run: Run, graphs: Sequence[GraphReport]) -> tuple[str, str]:
@@ -248,32 +321,52 @@ def _judge(run: Run, graphs: Sequence[GraphReport]) -> tuple[str, str]:
     return "int8", ""
 
 
-def _stock_cache(model: PreTrainedModel, kind: Kind) -> Cache:
-    return (
-        DynamicCache(config=model.config)
-        if kind == "dynamic"
-        else StaticCache(model.config, max_cache_len=MAX_CACHE_LEN)
-    )
+def _stock_cache(model: PreTrainedModel, kind: Kind, encoded: int | None) -> Any:
+    """A cache for `MAX_CACHE_LEN` tokens, and one for ``encoded`` of an encoder if there is one."""
+    # A configuration of several parts has the one of the decoder among them.
+    config = model.config.get_text_config(decoder=True)
+
+    def make(length: int) -> Cache:
+        return DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, max_cache_len=length)
+
+    return make(MAX_CACHE_LEN) if encoded is None else EncoderDecoderCache(make(MAX_CACHE_LEN), make(encoded))
 
 
 @torch.no_grad()
 def _reference_logits(
-    model: PreTrainedModel, kind: Kind, ids: Tensor, stored: dict[int, list[str]], *, after: bool
+    model: PreTrainedModel,
+    cache: Any,
+    ids: Tensor,
+    inputs: dict[str, Tensor],
+    stored: Sequence[dict[int, list[str]]],
+    *,
+    after: bool,
 ) -> Tensor:
     """The logits of the uncompiled model on a cache of quantized values: from the start, or after the prompt.
 
     The second is a graph for the prompt that had to be compiled as it is: the next one quantizes what it left.
     """
-    cache = _stock_cache(model, kind)
+
+    def quantize() -> None:
+        for part, names in zip(_parts(cache), stored, strict=True):
+            store_quantized(part, names)
+
     if not after:
-        return _logits(model, store_quantized(cache, stored), ids)
-    prompt = _logits(model, cache, ids[:, : CHUNKS[0]], CHUNKS[:1])
-    steps = _logits(model, store_quantized(cache, stored), ids[:, CHUNKS[0] :], CHUNKS[1:])
+        quantize()
+    prompt = _logits(model, cache, ids[:, : CHUNKS[0]], inputs, CHUNKS[:1])
+    if after:
+        quantize()
+    steps = _logits(model, cache, ids[:, CHUNKS[0] :], inputs, CHUNKS[1:])
     return torch.cat([prompt, steps], dim=1)
 
 
 def _compiled(
-    model: PreTrainedModel, cache: Cache, ids: Tensor, backend: str, options: dict[str, Any] | None = None
+    model: PreTrainedModel,
+    cache: Any,
+    ids: Tensor,
+    inputs: dict[str, Tensor],
+    backend: str,
+    options: dict[str, Any] | None = None,
 ) -> tuple[Tensor | None, bool, int, Exception | None]:
     """Logits through ``torch.compile``, whether the prompt was stored as int8, graph breaks, and what was raised."""
     torch.compiler.reset()
@@ -281,19 +374,21 @@ def _compiled(
     reset_report()
     try:
         compiled = torch.compile(model, backend=backend, options=options)
-        prompt = _logits(compiled, cache, ids[:, : CHUNKS[0]], CHUNKS[:1])
-        held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-        steps = _logits(compiled, cache, ids[:, CHUNKS[0] :], CHUNKS[1:])
-        from_prompt = any(isinstance(x, QuantizedKV) for x in held)
+        prompt = _logits(compiled, cache, ids[:, : CHUNKS[0]], inputs, CHUNKS[:1])
+        from_prompt = any(names for part in _parts(cache) for names in _stored(part).values())
+        steps = _logits(compiled, cache, ids[:, CHUNKS[0] :], inputs, CHUNKS[1:])
         return torch.cat([prompt, steps], dim=1), from_prompt, graph_breaks(), None
     except Exception as error:
         return None, False, graph_breaks(), error
 
 
 @torch.no_grad()
-def _logits(call: Callable[..., Any], cache: Cache, ids: Tensor, chunks: Sequence[int] = CHUNKS) -> Tensor:
-    pieces = torch.split(ids, list(chunks), dim=1)
-    return torch.cat([call(piece, past_key_values=cache, use_cache=True).logits for piece in pieces], dim=1)
+def _logits(
+    call: Callable[..., Any], cache: Any, ids: Tensor, inputs: dict[str, Tensor], chunks: Sequence[int] = CHUNKS
+) -> Tensor:
+    name = "decoder_input_ids" if inputs else "input_ids"
+    calls = ({**inputs, name: piece} for piece in torch.split(ids, list(chunks), dim=1))
+    return torch.cat([call(**each, past_key_values=cache, use_cache=True).logits for each in calls], dim=1)
 
 
 def _distance(actual: Tensor | None, expected: Tensor) -> float:
@@ -308,7 +403,7 @@ def _said(error: BaseException) -> str:
 
 
 _STYLES = {"int8": "green", "failed": "red", "wrong": "bold red", "partly int8": "yellow", "float": "yellow"}
-_COLUMNS = ("model type", "attention", "dynamic", "static", "layers", "distance", "note")
+_COLUMNS = ("task", "model type", "attention", "dynamic", "static", "layers", "distance", "note")
 
 
 def table(results: Iterable[Swept]) -> Table:
@@ -322,17 +417,20 @@ def table(results: Iterable[Swept]) -> Table:
 def markdown(results: Iterable[Swept]) -> str:
     """The same table in Markdown, below the counts of each status."""
     results = list(results)
-    lines = [_counts(results), ""]
+    lines = [*(f"- {line}" for line in _counts(results)), ""]
     lines += [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _row(result)) + " |" for result in results]
     return "\n".join(lines)
 
 
-def _counts(results: Sequence[Swept]) -> str:
-    counts = Counter(result.status for result in results)
-    return f"{len(results)} model types: " + ", ".join(
-        f"{status} {counts[status]}" for status in STATUSES if counts[status]
-    )
+def _counts(results: Sequence[Swept]) -> list[str]:
+    """A line for each task."""
+    lines = []
+    for task in TASKS:
+        counts = Counter(result.status for result in results if result.task == task)
+        found = ", ".join(f"{status} {counts[status]}" for status in STATUSES if counts[status])
+        lines += [f"{task}, {counts.total()} model types: {found}"] if found else []
+    return lines
 
 
 def _row(result: Swept) -> tuple[str, ...]:
@@ -341,6 +439,7 @@ def _row(result: Swept) -> tuple[str, ...]:
     first = next(iter(runs.values()))
     breaks = max((run.graph_breaks for run in runs.values()), default=0)
     return (
+        result.task,
         result.model_type,
         result.attention,
         runs["dynamic"].status if "dynamic" in runs else "",
