@@ -200,19 +200,17 @@ def check(make: Callable[[], Made], kind: str, **arguments: Any) -> None:
 
 
 MAKERS = (llava, qwen2_5_vl, qwen3_vl, smolvlm, paligemma, whisper, t5, bart)
-#: Those that a growing cache is tried with outside of the slow tests as well.
 FIRST = (llava, qwen2_5_vl, whisper, t5)
+#: Those that are not tried first are slow tests.
+EACH = [pytest.param(make, marks=() if make in FIRST else pytest.mark.slow, id=make.__name__) for make in MAKERS]
 
 
-@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", EACH)
 def test_static(make: Callable[[], Made]) -> None:
     check(make, "static")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [pytest.param(make, marks=() if make in FIRST else pytest.mark.slow, id=make.__name__) for make in MAKERS],
-)
+@pytest.mark.parametrize("make", EACH)
 def test_dynamic(make: Callable[[], Made]) -> None:
     check(make, "dynamic")
 

@@ -209,7 +209,8 @@ def run_loader(monkeypatch, **environment):
 
 def test_two_processes_build_at_once(monkeypatch, tmp_path):
     processes = [run_loader(monkeypatch, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
-    assert [process.communicate()[0].strip() for process in processes] == ["True", "True"]
+    # Other packages, which transformers imports, may say something first.
+    assert [process.communicate()[0].split()[-1] for process in processes] == ["True", "True"]
     assert len(list((tmp_path / "icw_int8kv").iterdir())) == 1
 
 

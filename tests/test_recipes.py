@@ -125,8 +125,21 @@ def test_tensor_of_a_new_format(name: str) -> None:
     assert relative_distance(grown[:, :, 7:], new) < 2 * ROUNDING
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("packed", "static"),
+        ("keeps rows", "dynamic"),
+        *(
+            pytest.param(name, kind, marks=pytest.mark.slow)
+            for name, kind in (("packed", "dynamic"), ("equalized", "static"))
+        ),
+        *(
+            pytest.param(name, kind, marks=pytest.mark.slow)
+            for name, kind in (("equalized", "dynamic"), ("keeps rows", "static"))
+        ),
+    ],
+)
 def test_model_on_a_new_format(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled as uncompiled, where the tensor itself, whose moves and writes are tested above, does all of it."""
     monkeypatch.setattr(icw_compile.options, "make_format", lambda dtype, **options: FORMATS[name](dtype))
