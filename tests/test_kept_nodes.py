@@ -307,9 +307,10 @@ class LooksAtKeys(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, *args: Any, past_key_values: Any, **kwargs: Any) -> Any:
-        output, weights = self.inner(*args, past_key_values=past_key_values, **kwargs)
-        keys = past_key_values.layers[self.inner.layer_idx].keys
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, weights = self.inner(*args, **kwargs)
+        cache = kwargs["past_key_values" if "past_key_values" in kwargs else "cache"]  # from transformers 5.24 on
+        keys = cache.layers[self.inner.layer_idx].keys
         mean = torch.cond(output.sum() > 0, lambda k: k.mean() * 2, lambda k: k.mean() * 3, (keys,))
         return output + mean, weights
 

@@ -1038,3 +1038,18 @@ def test_graph_that_breaks_at_a_cache(function: Callable[..., Any]) -> None:
         warnings.simplefilter("ignore", icw_compile.UnquantizedCacheWarning)
         actual = torch.compile(function, backend="icw_int8kv", options=EAGER)(query(), keys)
     assert relative_distance(actual, expected) < CLOSE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("equalize", [False, True])
+def test_symbolic_number_of_heads(equalize: bool) -> None:
+    """With ``dynamic=True`` the heads of a query are no number either."""
+
+    def function(q: Tensor, keys: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, keys, scale=1.0, enable_gqa=True)
+
+    torch._dynamo.reset()
+    rows = outliers(states(heads=1), (1, 1))
+    keys = torch.cat([QuantizedKV.quantize(rows[:, :, :-1], equalize=equalize), rows[:, :, -1:]], dim=2)
+    compiled = torch.compile(function, backend="icw_int8kv", dynamic=True, fullgraph=True, options=EAGER)
+    assert relative_distance(compiled(query(), keys), function(query(), keys.dequantize())) < CLOSE

@@ -146,7 +146,7 @@ torch.library.register_fake("icw_int8kv::settle_shift", lambda x, written, shift
 def _multiplied(run: Evaluator, x: Any, stored: Stored) -> Any:
     """``x``, a query or an output ``[B, Hq, T, D]``, with what the keys or values were divided by."""
     shift, value = stored["shift"], run.tensor(x)
-    if (groups := value.shape[1] // run.tensor(shift).shape[1]) > 1:
+    if (groups := int(value.shape[1] // run.tensor(shift).shape[1])) > 1:  # with a guard, where heads are symbolic
         shift = run.call(aten.repeat_interleave.self_int, shift, groups, 1)
     # A float16 query times 2 ** 7 may be more than float16 holds.
     dtype = torch.float32 if value.dtype == torch.float16 else value.dtype
