@@ -25,41 +25,48 @@ __all__ = ["canonicalize"]
 
 aten = torch.ops.aten
 
-_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default)
 _RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.ravel.default, aten.reshape_as.default)
+#: What may give what it was given, or a view of it, and may copy.
+_MAY_COPY = frozenset(
+    (
+        *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default),
+        *(aten.contiguous.default, *_RESHAPES),
+    )
+)
 
 
 def canonicalize(graph: KVGraph) -> int:
     """Run the pass; returns the number of operations that were replaced."""
     replaced = 0
     for node in list(graph.graph.nodes):
-        if node.target is aten.einsum.default and (product := _product(graph, node)) is not None:
-            _replace(graph, node, product)
+        if (by := _canonical(graph, node)) is not None:
+            node.replace_all_uses_with(by)
+            graph.graph.erase_node(node)
             replaced += 1
-        if node.target not in (*_CASTS, *_RESHAPES, aten.contiguous.default) or "kept" in node.meta:
-            continue
-        source, result = args_of(node)[0].meta["val"], node.meta["val"]
-        if storage_of(source) != storage_of(result):
-            copy = _copy(graph, node)
-        elif _same_layout(source, result):
-            copy = args_of(node)[0]
-        else:
-            continue
-        _replace(graph, node, copy)
-        replaced += 1
     return replaced
 
 
-def _replace(graph: KVGraph, node: Node, by: Node) -> None:
-    node.replace_all_uses_with(by)
-    graph.graph.erase_node(node)
+def _canonical(graph: KVGraph, node: Node) -> Node | None:
+    """What stands for ``node``, or ``None`` if it stays."""
+    if node.target is aten.einsum.default:
+        return _product(graph, node)
+    if node.target not in _MAY_COPY or "kept" in node.meta:
+        return None
+    source: Node = args_of(node)[0]
+    if storage_of(source.meta["val"]) != storage_of(node.meta["val"]):
+        return _copy(graph, node)
+    return source if _same_layout(source.meta["val"], node.meta["val"]) else None
 
 
 def _product(graph: KVGraph, node: Node) -> Node | None:
     """The matrix product that an ``einsum`` of two four-dimensional tensors is, over their last two dimensions."""
     equation, operands = args_of(node)[0].replace(" ", ""), args_of(node)[1]
     terms = equation.replace("->", ",").split(",")
-    if len(operands) != 2 or len(terms) != 3 or any(len(set(term)) != 4 or "." in term for term in terms):
+    if (
+        len(operands) != 2
+        or len(terms) != 3
+        or any(not len(term) == len(set(term)) == 4 or "." in term for term in terms)
+    ):
         return None
     first, second, result = terms
     batch, row, summed = first[:2], first[2], first[3]
@@ -69,6 +76,9 @@ def _product(graph: KVGraph, node: Node) -> Node | None:
     if second not in (batch + column + summed, batch + summed + column):
         return None
     left, right = operands
+    sizes = [graph.tensor(x).shape[term.index(summed)] for x, term in ((left, first), (right, second))]
+    if not statically_known_true(sizes[0] == sizes[1]):
+        return None  # one of them is broadcast
     with graph.before(node):
         if second.endswith(summed):
             right = graph.call(aten.transpose.int, right, -1, -2)

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from icw_compile.compat.fx import (
+    expression_of,
     is_operator,
     schema_of,
     statically_known_true,
@@ -361,7 +362,7 @@ def _layout(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.dtype, value.device, _layout(value.shape), _layout(value.stride())
     if isinstance(value, torch.SymInt):
-        return value.node.expr
+        return expression_of(value)
     if isinstance(value, (float, torch.SymFloat)):
         return float
     return tuple(map(_layout, value)) if isinstance(value, (list, tuple)) else value

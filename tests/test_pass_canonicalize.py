@@ -69,6 +69,18 @@ def test_einsum_that_is_none(equation: str) -> None:
     assert run_passes(graph, CANONICALIZE)[0].matches == 0 and counts(graph)["einsum"] == 1
 
 
+@pytest.mark.parametrize(
+    ("equation", "left", "right"),
+    [
+        ("bhtdd,bhsd->bhts", (2, 2, 3, 4, 4), (2, 2, 5, 4)),  # a diagonal
+        ("bhtd,bhsd->bhts", (2, 2, 3, 1), (2, 2, 5, 4)),  # broadcast where it is summed
+    ],
+)
+def test_einsum_that_looks_like_a_product(equation: str, left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    graph = trace(lambda x, y: torch.einsum(equation, x, y), torch.randn(left), torch.randn(right))
+    assert run_passes(graph, CANONICALIZE)[0].matches == 0 and counts(graph)["einsum"] == 1
+
+
 @pytest.mark.parametrize("function", [lambda x: x.reshape(2, 2, -1) + 1, lambda x: x[:, :1] + 1, lambda x: x.view(-1)])
 def test_views_stay(function: Callable[[Tensor], Tensor]) -> None:
     assert run_passes(trace(function, kv()), CANONICALIZE)[0].matches == 0

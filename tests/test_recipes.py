@@ -130,14 +130,10 @@ def test_tensor_of_a_new_format(name: str) -> None:
     [
         ("packed", "static"),
         ("keeps rows", "dynamic"),
-        *(
-            pytest.param(name, kind, marks=pytest.mark.slow)
-            for name, kind in (("packed", "dynamic"), ("equalized", "static"))
-        ),
-        *(
-            pytest.param(name, kind, marks=pytest.mark.slow)
-            for name, kind in (("equalized", "dynamic"), ("keeps rows", "static"))
-        ),
+        pytest.param("packed", "dynamic", marks=pytest.mark.slow),
+        pytest.param("keeps rows", "static", marks=pytest.mark.slow),
+        pytest.param("equalized", "static", marks=pytest.mark.slow),
+        pytest.param("equalized", "dynamic", marks=pytest.mark.slow),
     ],
 )
 def test_model_on_a_new_format(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

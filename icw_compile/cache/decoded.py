@@ -51,7 +51,7 @@ class DecodedView(Tensor):
         return self.values_now.tolist()
 
     @classmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as there
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as for a QuantizedKV
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
