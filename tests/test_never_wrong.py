@@ -1040,6 +1040,33 @@ def test_graph_that_breaks_at_a_cache(function: Callable[..., Any]) -> None:
     assert relative_distance(actual, expected) < CLOSE
 
 
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda keys, mask: keys[:, :, mask].softmax(dim=2),
+        lambda keys, mask: keys[:, :, mask],
+        lambda keys, mask: keys[:, :, mask.nonzero()[:, 0]] * 2,
+        lambda keys, mask: keys[mask.expand(*keys.shape[:3])] * 2,
+        lambda keys, mask: torch.masked_select(keys, mask[:, None]),
+    ],
+    ids=["read", "returned", "by number", "of all heads", "elements"],
+)
+def test_rows_picked_by_a_mask_in_one_graph(pick: Callable[..., Any], grows: bool) -> None:
+    """Their number is known to nobody before the graph runs."""
+    torch._dynamo.reset()
+    keys = QuantizedKV.quantize(states())
+    if grows:
+        keys = torch.cat([keys, states(2, seed=1)], dim=2)
+    compiled = torch.compile(pick, backend="icw_int8kv", fullgraph=True, options=EAGER)
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore", icw_compile.UnquantizedCacheWarning)
+        for third in (2, 1):
+            mask = torch.arange(keys.shape[2]) % 3 != third
+            expected = pick(keys.dequantize(), mask)
+            assert relative_distance(compiled(keys, mask) + 0.0, expected) < CLOSE
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("equalize", [False, True])
 def test_symbolic_number_of_heads(equalize: bool) -> None:

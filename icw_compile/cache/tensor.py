@@ -209,6 +209,8 @@ class QuantizedKV(TensorOfParts):
         run = EAGER if isinstance(x, QuantizedKV) and _is_real(x) else SHAPES
         if not isinstance(x, QuantizedKV):  # a list of them, or a float tensor that one is written to
             run = EAGER if all(_is_real(each) for each in _all_of(args)) else SHAPES
+        if run is SHAPES and _gives_rows_by_value(func, args):
+            return _on_values(func, args, kwargs)  # Dynamo would ask a part of the result for its length
         if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:]):
             return x._batchwise(rule, args, kwargs)
         schema = schema_of(func)
@@ -293,6 +295,12 @@ def _all_of(value: Any) -> list[QuantizedKV]:
 def _is_real(x: QuantizedKV) -> bool:
     """Whether its values can be looked at: they are no fakes, and are not being traced."""
     return all(type(part) is Tensor for part in x.buffers)
+
+
+def _gives_rows_by_value(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation picks as many rows as a boolean mask is true for."""
+    masks = (x for x in tree_leaves(args[1:]) if isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8))
+    return torch.Tag.dynamic_output_shape in func.tags and next(masks, None) is not None
 
 
 def _is_batchwise(func: Any, *args: Any) -> bool:
