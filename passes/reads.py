@@ -144,9 +144,9 @@ def _in_layout_of(graph: KVGraph, node: Node, fused: Node) -> Node:
 
 
 def _written_since(reader: Node, decoded: Node, repeated: Storage, unrepeated: Storage) -> bool:
-    """Whether what is decoded is written after it was read, or copied for each head, and before ``reader``."""
+    """Whether what is decoded, or a copy of it for each head, is written after it was made and before ``reader``."""
     parts = unrepeated.stored.parts
-    roots = {root_of(part) for part in parts}
+    roots = {root_of(part) for part in (*parts, *repeated.stored.parts)}
     node = decoded
     for part, copy in zip(parts, repeated.stored.parts, strict=True):
         while copy is not part:

@@ -74,6 +74,7 @@ def check(
     caches: tuple[int, ...],
     refusable: bool = False,
     close: float = CLOSE,
+    equalize: bool = False,
 ) -> None:
     """``function`` on caches, at the positions ``caches``, gives what it gives on floats, and leaves the same there.
 
@@ -81,7 +82,7 @@ def check(
     """
     floats = copies(inputs)
     expected = flat(function(*floats))
-    ours = [QuantizedKV.quantize(x) if i in caches else x for i, x in enumerate(copies(inputs))]
+    ours = [QuantizedKV.quantize(x, equalize=equalize) if i in caches else x for i, x in enumerate(copies(inputs))]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", icw_compile.UnquantizedCacheWarning)
@@ -1001,10 +1002,38 @@ def repeated_apart(q: Tensor, keys: Tensor, values: Tensor, new: Tensor) -> Tens
     return sdpa(repeated(q), repeated(keys), values.repeat_interleave(2, dim=1).clone())
 
 
+def the_repeated_are_written(q: Tensor, keys: Tensor, values: Tensor, new: Tensor) -> Tensor:
+    """A write into what `repeat_kv` has copied is not one into the cache, and is read all the same."""
+    q, k, v = repeated(q), repeated(keys), repeated(values)
+    k[:, :, 1:2] = repeated(new)
+    scores = q @ k.transpose(2, 3)
+    v[:, torch.tensor([1])] = new[:, :1]
+    return softmax(scores, dim=-1) @ v
+
+
+def the_interleaved_are_written(q: Tensor, keys: Tensor, values: Tensor, new: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(2, dim=1) for x in (keys, values))
+    v.index_copy_(2, torch.tensor([3]), new.repeat_interleave(2, dim=1))
+    return sdpa(repeated(q), k, v)
+
+
 @WAYS
-@pytest.mark.parametrize("function", [written_after_repeat_kv, written_after_interleave, repeated_apart])
-def test_write_between_repeat_kv_and_the_products(function: Callable[..., Any], way: Callable[..., Any]) -> None:
-    check(way, function, query(), states(), states(seed=1), 5 * states(1, seed=2), caches=(1, 2))
+@pytest.mark.parametrize("equalize", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [
+        written_after_repeat_kv,
+        written_after_interleave,
+        repeated_apart,
+        the_repeated_are_written,
+        the_interleaved_are_written,
+    ],
+)
+def test_write_between_repeat_kv_and_the_products(
+    function: Callable[..., Any], way: Callable[..., Any], equalize: bool
+) -> None:
+    inputs = query(), states(), states(seed=1), 5 * states(1, seed=2)
+    check(way, function, *inputs, caches=(1, 2), equalize=equalize)
 
 
 @WAYS
