@@ -26,11 +26,12 @@ def demo(
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="The model's dtype.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Timed generations of each kind, in turn.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
 ) -> None:
     """Continue prompts with the stock compiled cache and with the int8 one, and compare."""
     from icw_compile.lab.demo import run_demo  # torch and transformers take seconds to import
 
-    run_demo(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, device=device, rounds=rounds)
+    run_demo(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, device=device, rounds=rounds, json_file=json)
 
 
 @app.command(name="eval")

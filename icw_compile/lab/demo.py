@@ -1,10 +1,12 @@
 """``icw-compile demo``: the same prompts through the stock compiled cache and through the int8 one."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +27,10 @@ from transformers.utils import logging as transformers_logging
 
 from icw_compile.cache.static import cache_bytes, static_cache
 from icw_compile.lab.assets import MODEL
+from icw_compile.lab.bench.measure import environment
 from icw_compile.report import report, reset_report
 
-__all__ = ["run_demo"]
+__all__ = ["Comparison", "run_demo"]
 
 PROMPTS = (
     "And Moses spake unto the children of Israel, saying,",
@@ -71,8 +74,9 @@ def run_demo(
     dtype: str,
     device: str,
     rounds: int,
+    json_file: Path | None = None,
 ) -> None:
-    """Run the demo and print its result; see ``icw-compile demo --help``."""
+    """Run the demo, print its result, write ``json_file``; see ``icw-compile demo --help``."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a file or a log has no width of its own
@@ -99,7 +103,12 @@ def run_demo(
             console.print(f"[cyan]{kind:>17}[/]  [dim]{escape(prompt)}[/]{escape(text)}\n", highlight=False)
     sequences = runs["stock, compiled"].sequences
     agreement = _next_token_agreement(model, sequences, (sequences != tokenizer.pad_token_id).cumsum(-1) > 0, start)
-    console.print(_comparison(runs, start, agreement))
+    made = Comparison.of(runs, start, agreement)
+    console.print(made.table())
+    if json_file is not None:
+        about = environment(torch.device(device))
+        data = {**about, "prompts": len(prompts), "new_tokens": max_new_tokens, **asdict(made)}
+        json_file.write_text(json.dumps(data, indent=1) + "\n")
     console.print(report())
 
 
@@ -164,26 +173,46 @@ def _next_token_agreement(model: PreTrainedModel, sequences: Tensor, mask: Tenso
     return (stock == ours).float().mean().item()
 
 
-def _comparison(runs: dict[str, Run], start: int, agreement: float) -> Table:
-    stock, ours = runs.values()
-    same = (stock.sequences == ours.sequences)[:, start:]
-    table = Table(title="The same prompts, two caches", title_justify="left", title_style="bold")
-    for column in ("", *runs, "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row(
-        "cache bytes",
-        f"{stock.cache_bytes:,}",
-        f"{ours.cache_bytes:,}",
-        f"{ours.cache_bytes / stock.cache_bytes:.3f}x",
-    )
-    table.add_row(
-        "decode, tokens per second",
-        f"{stock.tokens_per_second:.1f}",
-        f"{ours.tokens_per_second:.1f}",
-        f"{ours.tokens_per_second / stock.tokens_per_second:.2f}x",
-    )
-    table.add_row(
-        "generated tokens that agree", "", f"{int(same.sum())} of {same.numel()}", f"{same.float().mean():.1%}"
-    )
-    table.add_row("next tokens that agree, on the same text", "", "", f"{agreement:.1%}")
-    return table
+@dataclass(frozen=True)
+class Comparison:
+    """What the table shows, and ``--json`` writes.
+
+    Attributes:
+        stock_bytes, int8_bytes: of the caches.
+        stock_tokens_per_second, int8_tokens_per_second: of decode, all prompts together.
+        same, generated: generated tokens that agree, and all of them.
+        next_tokens: share of positions of the same text at which the likeliest next token is the same.
+    """
+
+    stock_bytes: int
+    int8_bytes: int
+    stock_tokens_per_second: float
+    int8_tokens_per_second: float
+    same: int
+    generated: int
+    next_tokens: float
+
+    @classmethod
+    def of(cls, runs: dict[str, Run], start: int, next_tokens: float) -> "Comparison":
+        stock, ours = runs.values()
+        same = (stock.sequences == ours.sequences)[:, start:]
+        speeds = stock.tokens_per_second, ours.tokens_per_second
+        return cls(stock.cache_bytes, ours.cache_bytes, *speeds, int(same.sum()), same.numel(), next_tokens)
+
+    def table(self) -> Table:
+        table = Table(title="The same prompts, two caches", title_justify="left", title_style="bold")
+        for column in ("", *BACKENDS, "ratio"):
+            table.add_column(column, justify="left" if not column else "right")
+        table.add_row(
+            "cache bytes", f"{self.stock_bytes:,}", f"{self.int8_bytes:,}", f"{self.int8_bytes / self.stock_bytes:.3f}x"
+        )
+        table.add_row(
+            "decode, tokens per second",
+            f"{self.stock_tokens_per_second:.1f}",
+            f"{self.int8_tokens_per_second:.1f}",
+            f"{self.int8_tokens_per_second / self.stock_tokens_per_second:.2f}x",
+        )
+        share = self.same / self.generated
+        table.add_row("generated tokens that agree", "", f"{self.same} of {self.generated}", f"{share:.1%}")
+        table.add_row("next tokens that agree, on the same text", "", "", f"{self.next_tokens:.1%}")
+        return table

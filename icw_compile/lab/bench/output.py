@@ -1,6 +1,6 @@
 """What a benchmark prints and writes: tables, and plots of time and memory against context."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,13 @@ def depth_table(result: DepthResult) -> Table:
     return table
 
 
-def plot_contexts(results: Sequence[ContextResult], title: str, file: Path) -> None:
+def plot_contexts(
+    results: Sequence[ContextResult], title: str, file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Decode latency, prefill latency and rise of memory against context; the suffix of ``file`` says which format.
+
+    Args:
+        metadata: what else the file says of itself; which names there are is up to the format.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -167,7 +172,7 @@ def plot_contexts(results: Sequence[ContextResult], title: str, file: Path) -> N
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, metadata=dict(metadata or {}))
 
 
 def plot_depths(results: Sequence[DepthResult], title: str, file: Path) -> None:
