@@ -1,4 +1,5 @@
 # make demo: see it work.  make test: everything that CI runs.  Both set up .venv first.
+# make docs: the figures of README.md and docs/ anew, from the result files that are committed.
 # make test-versions: the core of the tests with the oldest and the newest torch and transformers, a venv each. Their
 # torch is the registry's, with all of CUDA: 5 GB each.
 
@@ -18,7 +19,7 @@ CORE := tests/test_compat.py tests/test_tensor.py tests/test_ops.py tests/test_p
 # Two test workers and their thread pools share the cores: waiting threads must not spin.
 test test-all test-versions: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-all test-versions $(VERSIONS:%=test-%) lint types notebooks format clean
+.PHONY: demo test test-all test-versions $(VERSIONS:%=test-%) docs lint types notebooks format clean
 
 demo: $(VENV)/installed
 	$(BIN)/icw-compile demo
@@ -35,6 +36,9 @@ test-versions: $(VERSIONS:%=test-%)
 
 $(VERSIONS:%=test-%): test-%: .venv-%/installed
 	.venv-$*/bin/pytest -n 2 -m "not slow" $(CORE)
+
+docs: $(VENV)/requirements
+	$(BIN)/python -m icw_compile.lab.documents
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff format --check .

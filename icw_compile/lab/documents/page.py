@@ -37,7 +37,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A page: its text, and the names of its regions that have no result file yet."""
+    """A page: its text, and the names of its regions that are typed."""
 
     text: str
     typed: tuple[str, ...]
@@ -59,11 +59,13 @@ def render(root: Path, text: str, regions: Mapping[str, Region]) -> Rendered:
 
     def again(match: re.Match[str]) -> str:
         kind, name, body, end = match.groups()
-        if end != "end" or name not in regions:
-            raise ValueError(f"The region {name!r} " + ("has no end" if end != "end" else "is not known"))
-        region = regions[name]
-        if kind == "typed" and region.missing(root):
+        if end != "end":
+            raise ValueError(f"the region {name!r} has no end")
+        region = regions.get(name)
+        if kind == "typed" and (region is None or region.missing(root)):
             typed.append(name)
+        elif region is None:
+            raise ValueError(f"the region {name!r} is not known; there are: {', '.join(sorted(regions))}")
         else:
             kind, body = "result", region.text(root).strip("\n") + "\n"
         return f"<!-- {kind}: {name} -->\n{body}<!-- end"

@@ -95,9 +95,11 @@ def notes(*files: Data) -> str:
     model, rows = files[0]["settings"]["model"], next(case.rows for case in cases if case.name == AS_IT_IS)
     changed = {name: f"{1 - rows[name].total.top1_agreement:.2%}" for name in (*QUANTIZED, FLOAT_COMPILED)}
     closest = [min(QUANTIZED, key=lambda name, case=case: case.rows[name].total.kl_mean) for case in cases]  # type: ignore[misc]
+    apart = max(case.equivalence or 0.0 for case in cases)
     within = max(abs(case.rows[OURS].total.perplexity_ratio - 1) for case in cases)
     return (
-        f"`{model}`: over all {len(cases)} rows the perplexity of int8 is within {within:.2%} of the float cache's. As "
+        f"`{model}`: over all {len(cases)} rows the perplexity of int8 is within {within:.2%} of the float cache's. "
+        f"The hard models are the model itself: their logits are at a relative distance of {apart:g}, in float32. As "
         f"it is, another likeliest token than that of the float cache comes at {changed[OURS]} of the positions with "
         f"int8, {changed[CLOSEST]} with closest, {changed[HQQ]} with HQQ, {changed[FP8]} with fp8, and "
         f"{changed[FLOAT_COMPILED]} with the float cache of the compiled model. Closest has the smallest KL divergence "

@@ -41,9 +41,14 @@ def contexts(*files: Data) -> list[ContextResult]:
 
 def setup(file: Data) -> str:
     """What was run, and on what."""
-    settings, flags = file["settings"], [flag for flag in file["cpu_flags"] if flag.startswith(("amx", "avx512"))]
+    settings, flags = file["settings"], [flag for flag in file["cpu_flags"] if flag not in ("avx2", "avx512f")]
     layers = "all layers" if settings["layers"] is None else f"{settings['layers']} layers"
-    shape = f"the shape of `{settings['model']}`" if settings["model"] in SHAPES else f"`{settings['model']}`"
+    shape = f"`{settings['model']}`"
+    if settings["model"] in SHAPES:
+        sizes = SHAPES[settings["model"]].sizes
+        heads = sizes["num_attention_heads"]
+        head_dim = sizes.get("head_dim", sizes["hidden_size"] // heads)
+        shape = f"the shape of {shape} ({heads} heads on {sizes['num_key_value_heads']}, head_dim {head_dim})"
     return (
         f"{shape}, {layers}, {settings['dtype']}, batch {settings['batch']}, on "
         f"{file['device']} ({', '.join(flags)}), {versions(file)}"
@@ -265,7 +270,7 @@ def draw_picture(root: Path) -> bool:
     if file.exists() and said.encode() in file.read_bytes():
         return False
     data = [json.loads((root / each).read_text(encoding="utf-8")) for each in DECODE]
-    settings, where = data[0]["settings"], f"{data[0]['device']}, torch {data[0]['torch']}"
-    title = f"{settings['model']}, batch {settings['batch']}, {settings['dtype']}; {where}"
+    settings = data[0]["settings"]
+    title = f"{settings['model']}, {settings['dtype']}; {data[0]['device']}"
     plot_contexts(contexts(*data), title, file, {"Description": said})
     return True
