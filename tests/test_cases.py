@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoTokenizer,
     ContinuousBatchingConfig,
     DynamicCache,
     EncoderDecoderCache,
@@ -26,10 +27,12 @@ from transformers import (
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
+    pipeline,
 )
 from transformers.masking_utils import eager_mask
 
 from icw_compile import QuantizedKV, UnquantizedCacheWarning
+from icw_compile.lab.assets import MODEL
 from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize, store_quantized
 
 
@@ -247,6 +250,23 @@ def test_export() -> None:
     ):
         with pytest.raises((RuntimeError, TypeError, ValueError, BufferError)):
             refused()
+
+
+def test_pipeline() -> None:
+    """It calls ``generate`` of the model that it was given, or that it has: compiled in place, before or after."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    plain = tiny_model(num_hidden_layers=1, vocab_size=len(tokenizer))
+    asked = {"max_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    expected = plain.generate(
+        **tokenizer("And he said", return_tensors="pt", return_token_type_ids=False),
+        past_key_values=dynamic_reference_cache(plain), max_new_tokens=4, do_sample=False,
+    )  # fmt: skip
+    model = copy.deepcopy(plain)
+    answers = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    answers.model.compile(backend="icw_int8kv", options=EAGER)
+    (found,) = answers("And he said", return_tensors=True, **asked)
+    assert torch.equal(torch.as_tensor(found["generated_token_ids"]), expected[0])
+    assert graphs() and all(len(graph.sites) == 2 and not graph.skipped for graph in graphs())
 
 
 def test_sequences_leave_the_batch() -> None:

@@ -1,7 +1,9 @@
 """``icw-compile demo``, on a model small enough to compile quickly."""
 
+import json
 from pathlib import Path
 
+import torch
 from support import tiny_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -15,6 +17,7 @@ def test_demo_with_a_model_of_the_users_own(tmp_path: Path) -> None:
     tiny_model(num_hidden_layers=1, vocab_size=len(tokenizer), head_dim=64).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     arguments = ["--prompt", "And he said", "--prompt", "Then", "--max-new-tokens", "4", "--rounds", "1"]
+    arguments += ["--json", str(tmp_path / "demo.json")]
     result = CliRunner().invoke(app, ["demo", "--model", str(tmp_path), *arguments], catch_exceptions=False)
     assert result.exit_code == 0
     lines = result.output.splitlines()
@@ -24,6 +27,9 @@ def test_demo_with_a_model_of_the_users_own(tmp_path: Path) -> None:
     assert "0.587x" in cache_bytes  # of 14 tokens, beside which the shift of each channel counts
     assert "generated tokens that agree" in result.output and "of 8" in result.output
     assert "graph 1: 2 of 2 key/value sites in int8, llama" in result.output
+    data = json.loads((tmp_path / "demo.json").read_text())
+    assert (data["prompts"], data["new_tokens"], data["generated"], data["torch"]) == (2, 4, 8, torch.__version__)
+    assert round(data["int8_bytes"] / data["stock_bytes"], 3) == 0.587
 
 
 def test_help_names_every_option() -> None:
