@@ -39,12 +39,14 @@ def types(data: Data, *, task: str) -> str:
 
 
 def short(data: Data) -> str:
+    """A sentence for the README."""
     results = swept(data, "text")
     int8 = sum(result.status == "int8" for result in results)
     wrong = sum(result.status in ("wrong", "failed") for result in results)
     return (
         f"Of the {len(results)} types of causal language models that transformers knows, {int8} store and read every "
-        f"key and value as int8; {wrong} give a wrong answer or fail where stock `torch.compile` does not."
+        f"key and value as int8; {wrong} give a wrong answer or fail where stock `torch.compile` does not: "
+        "[Architectures](docs/models.md)."
     )
 
 
