@@ -12,6 +12,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -254,7 +256,8 @@ def run_model(model: PreTrainedModel, kind: Kind) -> Run:
     run.int8_layers = sum(len(names) == 2 for part in stored for names in part.values())
     reference = _stock_cache(model, kind, length)
     run.distance = _distance(logits, _reference_logits(model, reference, ids, inputs, stored, after=not from_prompt))
-    run.status, run.reason = _judge(run, graphs)
+    run.status, reason = _judge(run, graphs)
+    run.reason = _portable(reason)
     return run
 
 
@@ -399,7 +402,12 @@ def _distance(actual: Tensor | None, expected: Tensor) -> float:
 
 def _said(error: BaseException) -> str:
     text = str(error).strip().split("\n\nSet TORCHDYNAMO_VERBOSE")[0]
-    return f"{type(error).__name__}: {' '.join(text.split())}"[:400]
+    return _portable(f"{type(error).__name__}: {' '.join(text.split())}")[:400]
+
+
+def _portable(text: str) -> str:
+    """With files named as in their package, wherever that is installed."""
+    return re.sub(r"/\S*/site-packages/", "", text)
 
 
 _STYLES = {"int8": "green", "failed": "red", "wrong": "bold red", "partly int8": "yellow", "float": "yellow"}
@@ -410,7 +418,7 @@ def table(results: Iterable[Swept]) -> Table:
     """A rich table, one row for each model type."""
     made = Table(*_COLUMNS, title="int8 key/value caches by model type")
     for result in results:
-        made.add_row(*_row(result), style=_STYLES.get(result.status))
+        made.add_row(*map(escape, _row(result)), style=_STYLES.get(result.status))
     return made
 
 
