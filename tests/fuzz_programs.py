@@ -314,8 +314,8 @@ class Program:
         shares = [store for store in self.stores if any(store.shares(value) for value in values)]
         keeps = any(store.keeps for store in shares)
         store = Store(grown, self.shadows[name], not keeps, keeps, not self.has_caches)
-        # A cache that is appended to rounds what is new; whether others do is not said.
-        appended = dim == 2 and shadows[0] is not None
+        # A cache that is appended to rounds what is new; whether others do, or what was picked from one, is not said.
+        appended = dim == 2 and tensors[0] in self.caches
         if any(shadow is not None and shadow.any() for shadow in shadows) and not appended:
             self.within_one_rounding = True
         self._round(store)
