@@ -114,7 +114,15 @@ def test_a_region_without_an_end(tmp_path: Path, text: str) -> None:
 def swept() -> list[Swept]:
     """Made up."""
     good = Run("int8", kv_layers=2, int8_layers=2, graphs=2, sites=[4, 4], distance=1e-5)
-    part = Run("partly int8", "1 of 2 layers, a|b [/c.py:3 in forward]", kv_layers=2, int8_layers=1, graphs=2, sites=[2], distance=1e-5)
+    part = Run(
+        "partly int8",
+        "1 of 2 layers, a|b [/c.py:3 in forward]",
+        kv_layers=2,
+        int8_layers=1,
+        graphs=2,
+        sites=[2],
+        distance=1e-5,
+    )
     return [
         Swept("llama", "text", "LlamaForCausalLM", "sdpa", {"dynamic": good, "static": good}),
         Swept("other", "text", "OtherForCausalLM", "sdpa", {"dynamic": good, "static": part}),
