@@ -885,3 +885,32 @@ def test_heads_of_a_rank_are_those_of_transformers(plan):
         pytest.skip("this transformers has no function for it")
     model = SimpleNamespace(_tp_size=2, tp_plan=plan)
     assert hf.heads_of_rank(model, 4) == tensor_parallel.get_kv_heads_per_rank(plan, 4, 2)
+
+
+def test_a_model_without_storage_shows_what_it_caches():
+    from transformers import DeepseekV3Config, LlamaConfig, T5Config
+
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llama = LlamaConfig(**sizes, intermediate_size=64, vocab_size=50)
+    model = hf.meta_model(llama)
+    assert {each.device.type for each in model.parameters()} == {"meta"} and model.dtype == torch.bfloat16
+    assert type(hf.meta_model(model)) is type(model) and hf.splits_heads(model)
+    assert llama.dtype is None  # the caller's configuration stays as it was
+    assert hf.latent_ranks(llama) == [None, None]
+    for layer in hf.example_cache(model).layers:
+        assert layer.keys.shape == layer.values.shape == (1, 2, 1, 16) and list(hf.other_states(layer)) == []
+    assert hf.latent_ranks(DeepseekV3Config(**sizes, kv_lora_rank=32)) == [32, 32]
+    with pytest.raises(ValueError, match="t5 is no model that writes text"):
+        hf.meta_model(T5Config())
+    model.forward = lambda **kwargs: torch.ones(1).item()
+    with pytest.raises(ValueError, match="llama cannot be run without storage"):
+        hf.example_cache(model)
+
+
+def test_states_besides_keys_and_values():
+    recurrent = SimpleNamespace(conv_states={0: torch.ones(1, 3)}, recurrent_states={0: torch.ones(1), 1: None})
+    assert [(name, state.numel()) for name, state in hf.other_states(recurrent)] == [
+        ("conv_states", 3),
+        ("recurrent_states", 1),
+    ]
+    assert [name for name, _ in hf.other_states(SimpleNamespace(indexer_keys=torch.ones(1, 1, 8)))] == ["indexer_keys"]

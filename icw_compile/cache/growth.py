@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MIN_SPARE", "Claim", "Growth", "Room", "capacity_for", "growth", "reset_growth"]
+__all__ = ["MIN_SPARE", "Claim", "Growth", "Room", "capacity_after", "capacity_for", "growth", "reset_growth"]
 
 #: What compiled code returns has at least this many spare rows: the next step finds room without asking.
 MIN_SPARE = 64
@@ -41,12 +41,37 @@ class Growth:
     spare_bytes: int = 0
 
 
-def capacity_for(rows: int) -> int:
+def capacity_for(rows: int, largest: Callable[[Any, Any], Any] = max) -> int:
     """Rows to make room for where ``rows`` are needed: geometric, a quarter more once there are 1,024 of them.
 
-    A multiple of 64, so that kernels find every head of a part at an aligned address.
+    A multiple of 64, so that kernels find every head of a part at an aligned address. With ``largest=sympy.Max``,
+    ``rows`` may be a symbol.
     """
-    return (rows + max(256, rows // 4)) // 64 * 64
+    capacity: int = (rows + largest(256, rows // 4)) // 64 * 64
+    return capacity
+
+
+def capacity_after(tokens: int, first: int, kept: int | None = None) -> int:
+    """Rows of the room that a tensor is in after ``tokens`` tokens: ``first`` in one call, the others one by one.
+
+    Args:
+        tokens: at least 1.
+        first: at least 1; more than ``tokens`` are as many as those.
+        kept: how many of the last ones the tensor shows, those of a sliding window; ``None`` for all.
+
+    It moves where `MIN_SPARE` would no longer be left. At most ``capacity_for`` of the rows that it shows.
+    """
+    seen = min(first, tokens)
+    end = seen if kept is None else min(seen, kept)
+    capacity = capacity_for(end)
+    while end != kept:  # then every move is to as much room again
+        steps = capacity - MIN_SPARE - end + 1
+        if seen + steps > tokens:
+            break
+        seen += steps
+        end = seen if kept is None else min(seen, kept)
+        capacity = capacity_for(end)
+    return capacity
 
 
 def _nothing() -> None:

@@ -3,9 +3,13 @@
 Read and run in transformers 5.17, 5.23 and 5.24, unless a function says otherwise.
 """
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 __all__ = [
@@ -14,13 +18,18 @@ __all__ = [
     "StaticLayer",
     "StaticSlidingWindowLayer",
     "attention_implementation",
+    "example_cache",
     "generative_classes",
     "heads_of_rank",
     "initialize",
     "is_paged",
     "is_sliding",
+    "latent_ranks",
     "layer_sizes",
+    "meta_model",
+    "other_states",
     "sdpa_attention",
+    "splits_heads",
     "unregistered",
 ]
 
@@ -75,17 +84,86 @@ def heads_of_rank(model: Any, heads: int) -> int:
     Raises:
         ValueError: they cannot be split evenly.
     """
-    if (ranks := getattr(model, "_tp_size", None) or 1) == 1:
-        return heads
-    if not any(name.endswith(_KEY_PROJECTIONS) and how == "colwise" for name, how in model.tp_plan.items()):
+    if (ranks := getattr(model, "_tp_size", None) or 1) == 1 or not splits_heads(model):
         return heads
     if heads % ranks:
         raise ValueError(f"{heads} heads of keys and values cannot be split evenly over {ranks} ranks")
     return heads // ranks
 
 
+def splits_heads(model: Any) -> bool:
+    """Whether tensor parallelism splits the heads of keys and values; each rank has all of them if not."""
+    return any(name.endswith(_KEY_PROJECTIONS) and how == "colwise" for name, how in model.tp_plan.items())
+
+
 #: What makes the keys, in a plan for tensor parallelism.
 _KEY_PROJECTIONS = (".k_proj", ".qkv_proj", ".query_key_value")
+
+
+def latent_ranks(config: Any) -> list[int | None]:
+    """Of each layer of a decoder, the channels of its compressed keys and values, if it has latent attention (MLA).
+
+    ``PreTrainedConfig.per_layer_config``, as in `layer_sizes`.
+    """
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    return [getattr(layer, "kv_lora_rank", None) for layer in layers]
+
+
+def meta_model(model_or_config: Any) -> PreTrainedModel:
+    """The model, or the one that this configuration is of, in bfloat16 and without any storage.
+
+    Without storage, torch multiplies for experts in no other dtype. Its attention is the eager one, which never looks
+    at a mask's values. ``PreTrainedModel._from_config``,
+    ``AutoModelForCausalLM._model_mapping``.
+
+    Raises:
+        ValueError: it is the configuration of no model that writes text.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    made: PreTrainedModel
+    is_model = isinstance(model_or_config, PreTrainedModel)
+    config = copy.deepcopy(model_or_config.config if is_model else model_or_config)  # both makers write into it
+    arguments = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
+    with torch.device("meta"):
+        if is_model:
+            made = type(model_or_config)._from_config(config, **arguments)
+            return made.eval()
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            if type(config) in auto._model_mapping:
+                made = auto.from_config(config, **arguments)
+                return made.eval()
+    raise ValueError(f"{config.model_type} is no model that writes text, as far as transformers knows")
+
+
+def example_cache(model: PreTrainedModel) -> DynamicCache:
+    """The growing cache of a model of `meta_model`, after a call with one sequence of one token.
+
+    Raises:
+        ValueError: the model cannot be run without storage, since it looks at numbers.
+    """
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), torch.device("meta"):
+        token = torch.zeros(1, 1, dtype=torch.long)
+        try:
+            model(input_ids=token, attention_mask=torch.ones_like(token), past_key_values=cache, use_cache=True)
+        except (RuntimeError, ValueError, TypeError) as error:
+            kind = model.config.model_type
+            raise ValueError(f"{kind} cannot be run without storage, to see what it caches: {error}") from error
+    return cache
+
+
+def other_states(layer: CacheLayerMixin) -> Iterator[tuple[str, Tensor]]:
+    """What a layer of a cache keeps besides keys and values: the name of the attribute, and ``[B, ...]``.
+
+    ``LinearAttentionLayer.conv_states`` and ``.recurrent_states``, which have one size for all lengths, and
+    ``DynamicIndexedLayer.indexer_keys``, ``[B, T, D]``.
+    """
+    for name in ("conv_states", "recurrent_states", "indexer_keys"):
+        held = getattr(layer, name, None)
+        for state in held.values() if isinstance(held, dict) else [held]:
+            if isinstance(state, Tensor):
+                yield name, state
 
 
 def unregistered(layer_class: Any) -> Any:

@@ -1,12 +1,12 @@
-"""The evaluators of tensors: eager ones, and the fakes that stand for them while a compiler traces."""
+"""The evaluators of tensors: eager ones, the fakes that stand for them while a compiler traces, and sizes alone."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["EAGER", "SHAPES"]
+__all__ = ["EAGER", "SHAPES", "SIZES", "Allocation"]
 
 aten = torch.ops.aten
 
@@ -40,7 +40,25 @@ class _Shapes(_Eager):
     takes_effect = False
 
 
+class Allocation(NamedTuple):
+    """What stands for a tensor that would be made: sizes that may be symbols, and a dtype."""
+
+    size: tuple[Any, ...]
+    dtype: torch.dtype
+
+
+class _Sizes(_Shapes):
+    """For `icw_compile.formats.Format.empty` alone: no tensor is made, and the sizes may be symbols of sympy."""
+
+    def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Allocation:
+        if target not in (aten.zeros.default, aten.full.default, aten.empty.memory_format):
+            raise NotImplementedError(f"{target} makes no new storage: a format's `empty` calls zeros, full or empty")
+        return Allocation(tuple(args[0]), kwargs["dtype"])
+
+
 #: Runs each operation.
 EAGER = _Eager()
 #: Works out shapes.
 SHAPES = _Shapes()
+#: Gives an `Allocation` for each tensor that a format would make.
+SIZES = _Sizes()
