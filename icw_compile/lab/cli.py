@@ -165,6 +165,59 @@ def bench(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A hub id, a folder, or a shape: tinyllama-1.1b, llama-3-8b, mistral-7b, gemma-2-2b, phi-3-mini, "
+            "qwen2-1.5b. Only its configuration is read."
+        ),
+    ] = "tinyllama-1.1b",
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of one device, such as 24GiB: how long a context fits into it?")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each sequence: what do they take, and how many sequences fit?")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Devices that tensor parallelism splits the model over.")] = 1,
+    weights: Annotated[
+        Literal["float", "int8", "int4"], typer.Option(help="How the weights are stored; float is --dtype.")
+    ] = "float",
+    cache: Annotated[Literal["dynamic", "static"], typer.Option(help="The cache: one that grows, or a static one.")] = (
+        "dynamic"
+    ),
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of the first call, where the others come one by one. Left out: all come in one call, which "
+            "takes the most room in a growing cache.",
+        ),
+    ] = None,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens that a call takes at most, for the activations (prefill_chunk_size).")
+    ] = 2048,
+    option: Annotated[
+        str, typer.Option(help="Options of the backend, such as icw.recent_tokens=128, several with commas.")
+    ] = "",
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="The model's dtype.")] = "bfloat16",
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+) -> None:
+    """Say what the cache of a model takes, in float and as stored, and how much of it fits into a memory.
+
+    The cache is counted to the byte; weights and activations are estimates. Nothing is downloaded but a configuration.
+    """
+    from icw_compile.lab.plan import Settings, run_plan  # torch and transformers take seconds to import
+
+    settings = Settings(model, memory, batch, tokens, ranks, weights, cache, prompt, chunk, option, dtype)
+    try:
+        run_plan(settings, json_file=json)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
 def sweep(
     types: Annotated[str | None, typer.Option(help="Model types, separated by commas. Left out: all.")] = None,
     tasks: Annotated[
