@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import tiny_model, worker
+from support import relative_distance, tiny_model, worker
 from transformers.utils import is_hqq_available
 from typer.testing import CliRunner
 
@@ -25,7 +25,7 @@ from icw_compile.lab.bench.model import (
 )
 from icw_compile.lab.bench.operator import OPERATOR_CONTENDERS, Case, run_case
 from icw_compile.lab.bench.output import context_notes, depth_table, plot_contexts, plot_depths
-from icw_compile.lab.bench.shapes import SHAPES, build_model, load_config
+from icw_compile.lab.bench.shapes import SHAPES, build_model, load_config, quantize_weights, weights_bytes
 from icw_compile.lab.bench.startup import DepthResult, Start, contenders_to_start
 from icw_compile.lab.cli import app
 
@@ -110,7 +110,8 @@ def test_what_does_not_fit_is_not_started(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_contenders_are_checked() -> None:
-    assert set(choose_contenders(())) == set(CONTENDERS) - (set() if is_hqq_available() else {"hqq"})
+    hqq = set() if is_hqq_available() else {"hqq"}
+    assert set(choose_contenders(())) == set(CONTENDERS) - hqq - {"int8-static-float-weights"}
     with pytest.raises(ValueError, match="unknown contenders: fast; there are: eager, stock-static"):
         choose_contenders(("eager", "fast"))
 
@@ -252,3 +253,29 @@ def test_what_is_made_of_starts(tmp_path: Path) -> None:
     assert contenders_to_start(()) == ("stock-static", "int8-static", "stock-dynamic", "int8-dynamic")
     with pytest.raises(ValueError, match="nothing to start in eager"):
         contenders_to_start(("eager", "int8-static"))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_weights(weights: Any) -> None:
+    pytest.importorskip("torchao", reason="torchao has no build for this platform")
+    config = load_config("tinyllama-1.1b", layers=1)
+    config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim = 128, 256, 64, 64
+    config.num_attention_heads, config.num_key_value_heads = 2, 1
+    model = build_model("tinyllama-1.1b", config, torch.float32, "cpu")
+    ids = torch.arange(1, 9)[None]
+    whole, expected = weights_bytes(model, "float"), model(ids).logits
+    assert whole == sum(parameter.nbytes for parameter in model.parameters())
+    linear = sum(part.weight.nbytes for part in model.modules() if isinstance(part, torch.nn.Linear))
+    assert weights_bytes(model, weights) == whole - linear + linear // 4
+    quantize_weights(model, weights)
+    assert all(type(p.weight.data) is not torch.Tensor for p in model.modules() if isinstance(p, torch.nn.Linear))
+    assert 1e-4 < relative_distance(model(ids).logits, expected) < (0.02 if weights == "int8" else 0.3)
+
+
+def test_contenders_for_quantized_weights() -> None:
+    assert "int8-static-float-weights" in choose_contenders((), "int8")
+    assert "int8-static-float-weights" not in choose_contenders(())
+    with pytest.raises(ValueError, match="int8-static-float-weights is for --weights int8 or int4"):
+        choose_contenders(["int8-static-float-weights"])
+    assert settings(weights="int8").weights_of(CONTENDERS["int8-static"]) == "int8"
+    assert settings(weights="int8").weights_of(CONTENDERS["int8-static-float-weights"]) == "float"

@@ -130,9 +130,13 @@ def bench(
         str | None,
         typer.Option(
             help="Some of eager, stock-static, stock-static-gqa, stock-dynamic, int8-static, int8-dynamic, "
-            "hqq, separated by commas. Left out: all, hqq if it is installed."
+            "int8-static-float-weights, hqq, separated by commas. Left out: all, hqq if it is installed."
         ),
     ] = None,
+    weights: Annotated[
+        Literal["float", "int8", "int4"],
+        typer.Option(help="How torchao stores the weights of linear layers, of all contenders but one."),
+    ] = "float",
     steps: Annotated[int, typer.Option(min=2, help="Decode steps to time, or calls of an operator.")] = 16,
     prefill_rounds: Annotated[int, typer.Option(min=1, help="Prompts to time, or starts.")] = 3,
     max_prefill: Annotated[
@@ -155,7 +159,7 @@ def bench(
         raise typer.Exit(run_operator_bench(batch=batch, device=device, dtype=dtype, rounds=steps, json_file=json))
     settings = Settings(
         model, layers, batch, device, dtype, mode, tuple(contenders.split(",")) if contenders else (), steps,
-        prefill_rounds, max_prefill, time, memory,
+        prefill_rounds, max_prefill, time, memory, weights,
     )  # fmt: skip
     if startup:
         layer_counts = [int(depth) for depth in depths.split(",")]

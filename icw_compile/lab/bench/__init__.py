@@ -40,10 +40,12 @@ def run_model_bench(settings: Settings, contexts: Sequence[int], *, json_file: P
     Raises:
         ValueError: an unknown contender or model size.
     """
-    settings = replace(settings, contenders=choose_contenders(settings.contenders))
+    settings = replace(settings, contenders=choose_contenders(settings.contenders, settings.weights))
     about = environment(torch.device(settings.device))
     console = _console()
     shape = f"{settings.model}{f', {settings.layers} layers' if settings.layers else ''}"
+    if settings.weights != "float":
+        shape += f", {settings.weights} weights"
     title = f"{shape}, batch {settings.batch}, {settings.dtype}; {about['device']}, torch {about['torch']}"
     console.print(title, highlight=False)
     results = []

@@ -40,7 +40,7 @@ from icw_compile.lab.bench.measure import (
     seconds,
     take_turns,
 )
-from icw_compile.lab.bench.shapes import build_model, load_config
+from icw_compile.lab.bench.shapes import Weights, build_model, load_config, quantize_weights, weights_bytes
 
 __all__ = [
     "CONTENDERS",
@@ -68,12 +68,14 @@ class Contender:
         backend: of ``torch.compile``; ``None``: the model is not compiled.
         force_gqa: whether transformers is told to leave grouped heads to torch's attention, in place of its
             ``repeat_kv`` (``TRANSFORMERS_SDPA_FORCE_GQA``, which it reads when it is traced).
+        float_weights: whether it has float weights where those of the others are quantized.
     """
 
     what: str
     cache: Literal["dynamic", "static", "hqq"]
     backend: str | None = None
     force_gqa: bool = False
+    float_weights: bool = False
 
     @property
     def is_int8(self) -> bool:
@@ -87,6 +89,9 @@ CONTENDERS: dict[str, Contender] = {
     "stock-dynamic": Contender("torch.compile, DynamicCache", "dynamic", "inductor"),
     "int8-static": Contender("icw_int8kv, StaticCache", "static", "icw_int8kv"),
     "int8-dynamic": Contender("icw_int8kv, DynamicCache", "dynamic", "icw_int8kv"),
+    "int8-static-float-weights": Contender(
+        "icw_int8kv, StaticCache, float weights", "static", "icw_int8kv", float_weights=True
+    ),
     "hqq": Contender("not compiled, QuantizedCache, HQQ 8 bit", "hqq"),
 }
 #: The float contenders of which the fastest is what ours is compared with.
@@ -112,6 +117,7 @@ class Settings:
     max_prefill: int
     time: bool
     memory: bool
+    weights: Weights = "float"
 
     def prefills(self, context: int) -> bool:
         return context <= self.max_prefill
@@ -121,6 +127,9 @@ class Settings:
 
     def config(self) -> PreTrainedConfig:
         return load_config(self.model, self.layers)
+
+    def weights_of(self, contender: Contender) -> Weights:
+        return "float" if contender.float_weights else self.weights
 
 
 @dataclass
@@ -184,7 +193,11 @@ class ContextResult:
         return (rises[1] - rises[0]) / (self.float_cache_bytes - self.int8_cache_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and what is derived from them: medians with quartiles, every int8 contender over every other."""
+        """The fields, and what is derived from them.
+
+        That is medians with quartiles, and every contender with an int8 cache over every other, and over that with
+        float weights.
+        """
         data = asdict(self)
         for name, measured in self.measured.items():
             for what in ("prefill", "decode"):
@@ -199,7 +212,8 @@ class ContextResult:
             }
             for ours in self.measured
             for theirs in self.measured
-            if CONTENDERS[ours].is_int8 and not CONTENDERS[theirs].is_int8
+            if CONTENDERS[ours].is_int8 and not CONTENDERS[ours].float_weights
+            if CONTENDERS[theirs].float_weights or not CONTENDERS[theirs].is_int8
         }
         return data
 
@@ -234,7 +248,8 @@ def plan(settings: Settings, context: int) -> Plan:
     text = config.get_text_config(decoder=True)
     dtype = getattr(torch, settings.dtype)
     model = build_model(settings.model, config, dtype, "meta", meta=True)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    kinds = {settings.weights_of(CONTENDERS[name]) for name in settings.contenders}
+    weights = sum(weights_bytes(model, kind) for kind in kinds)
     cache = static_cache(config, settings.batch, settings.cache_len(context), dtype, "meta")
     # A `QuantizedKV` has the `nbytes` of the float tensor that it stands for.
     pairs = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
@@ -348,10 +363,11 @@ class Session:
             )
 
 
-def _set_up(settings: Settings) -> PreTrainedModel:
+def _set_up(settings: Settings, weights: Weights) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    return build_model(settings.model, settings.config(), getattr(torch, settings.dtype), settings.device)
+    dtype = getattr(torch, settings.dtype)
+    return quantize_weights(build_model(settings.model, settings.config(), dtype, settings.device), weights)
 
 
 # Every contender compiles the same code: prompts, steps and lengths of all of them count together.
@@ -359,8 +375,9 @@ def _set_up(settings: Settings) -> PreTrainedModel:
 def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, Measured], float]:
     """The worker for time: every contender in this process, in turn; also returns the load of other processes."""
     say("building the model")
-    model = _set_up(settings)
-    sessions = {name: Session(CONTENDERS[name], model, settings) for name in settings.contenders}
+    kinds = {name: settings.weights_of(CONTENDERS[name]) for name in settings.contenders}
+    models = {kind: _set_up(settings, kind) for kind in dict.fromkeys(kinds.values())}
+    sessions = {name: Session(CONTENDERS[name], models[kind], settings) for name, kind in kinds.items()}
     results = {name: Measured() for name in sessions}
     for name in settings.contenders:
         say(f"compiling {name}")
@@ -393,7 +410,8 @@ def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, 
 def memory_of(settings: Settings, context: int, name: str, say: Say) -> Measured:
     """The worker for memory: one contender, alone in this process."""
     say("building the model")
-    session = Session(CONTENDERS[name], _set_up(settings), settings)
+    contender = CONTENDERS[name]
+    session = Session(contender, _set_up(settings, settings.weights_of(contender)), settings)
     device = torch.device(settings.device)
 
     say(f"compiling {name}")
@@ -453,17 +471,21 @@ def measure_context(settings: Settings, context: int, say: Say) -> ContextResult
     return result
 
 
-def choose_contenders(names: Sequence[str]) -> tuple[str, ...]:
+def choose_contenders(names: Sequence[str], weights: Weights = "float") -> tuple[str, ...]:
     """The contenders to run: all that can run here if none is named.
 
     Raises:
-        ValueError: an unknown name, or ``hqq`` where it is not installed.
+        ValueError: an unknown name, one for quantized weights without any, or ``hqq`` where it is not installed.
     """
+    quantized = weights != "float"
     if not names:
-        return tuple(name for name in CONTENDERS if name != "hqq" or is_hqq_available())
+        runnable = [name for name in CONTENDERS if name != "hqq" or is_hqq_available()]
+        return tuple(name for name in runnable if quantized or not CONTENDERS[name].float_weights)
     unknown = [name for name in names if name not in CONTENDERS]
     if unknown:
         raise ValueError(f"unknown contenders: {', '.join(unknown)}; there are: {', '.join(CONTENDERS)}")
+    if not quantized and (same := [name for name in names if CONTENDERS[name].float_weights]):
+        raise ValueError(f"{', '.join(same)} is for --weights int8 or int4")
     if "hqq" in names and not is_hqq_available():
         raise ValueError("transformers' QuantizedCache needs hqq: pip install hqq")
     return tuple(names)

@@ -52,7 +52,12 @@ def context_notes(result: ContextResult) -> list[str]:
         f"{_mebibytes(result.int8_cache_bytes)} in int8, saving {_mebibytes(saving)}; "
         f"{result.float_cache_bytes / result.int8_cache_bytes:.3f} times the context in the same bytes"
     ]
-    for ours, theirs in (("int8-static", "stock-static"), ("int8-dynamic", "stock-dynamic"), ("int8-dynamic", "eager")):
+    for ours, theirs in (
+        ("int8-static", "stock-static"),
+        ("int8-dynamic", "stock-dynamic"),
+        ("int8-dynamic", "eager"),
+        ("int8-static", "int8-static-float-weights"),
+    ):
         if ours not in result.measured or theirs not in result.measured:
             continue
         parts = []

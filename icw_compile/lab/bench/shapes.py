@@ -6,14 +6,18 @@ downloaded. Times and bytes do not depend on what the weights are.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from icw_compile.frontend.families import FAMILIES
 
-__all__ = ["SHAPES", "Shape", "build_model", "load_config"]
+__all__ = ["SHAPES", "Shape", "Weights", "build_model", "load_config", "quantize_weights", "weights_bytes"]
+
+Weights = Literal["float", "int8", "int4"]
+#: Weights in one group of 4-bit ones, which share a scale and a zero point.
+GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -108,3 +112,31 @@ def build_model(
     else:
         model = AutoModelForCausalLM.from_pretrained(name, config=config, **arguments)
     return model.to(device).eval()
+
+
+def quantize_weights(model: PreTrainedModel, weights: Weights) -> PreTrainedModel:
+    """The model, with the weights of its linear layers as torchao stores them: it is changed.
+
+    ``"int8"``: a scale for each row (``Int8WeightOnlyConfig``). ``"int4"``: groups of `GROUP`
+    (``IntxWeightOnlyConfig``), each number in a byte of its own, which runs on every device and takes no time less.
+
+    Raises:
+        ValueError: torchao is not installed.
+    """
+    if weights == "float":
+        return model
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+    except ImportError as error:
+        raise ValueError("quantized weights need torchao: pip install torchao") from error
+    four_bits = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))  # type: ignore[attr-defined]
+    quantize_(model, Int8WeightOnlyConfig() if weights == "int8" else four_bits)
+    return model
+
+
+def weights_bytes(model: PreTrainedModel, weights: Weights) -> int:
+    """Bytes of its parameters after `quantize_weights`, but for scales."""
+    linear = sum(part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear))
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    return whole if weights == "float" else whole - linear * (model.dtype.itemsize - 1)
