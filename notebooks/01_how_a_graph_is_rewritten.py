@@ -126,7 +126,7 @@ print(first_cache(graph.passes[2].after))
 # On a CPU with a C++ compiler, a few query tokens go to a kernel of ours, `icw_int8kv_cpu.attention`, on the int8
 # parts. `multiply_channels` multiplies the query by what the keys were divided by, and the output by what the values
 # were. Elsewhere it would be `attention_decode`, whose two reductions Inductor fuses with the int8 loads. Neither has a
-# float copy of the cache. The attention of a prompt stays as it is: one layer is dequantized for torch's own kernels.
+# float copy of the cache. A prompt of more than 16 tokens attends to its own keys and values as they came.
 
 # %%
 print(first_cache(graph.passes[3].after))

@@ -26,7 +26,7 @@ from torch.fx import Node
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.passes.graph import args_of, arguments
 
-__all__ = ["Attention", "Bias", "match_attention", "strip_casts", "strip_merge", "strip_repeat_kv"]
+__all__ = ["Attention", "Bias", "match_attention", "repeats_heads", "strip_casts", "strip_merge", "strip_repeat_kv"]
 
 aten = torch.ops.aten
 
@@ -124,6 +124,12 @@ def strip_repeat_kv(node: Node) -> Node:
     expected = (base_shape[0], base_shape[1] * groups, *base_shape[2:])
     same = len(shape) == 4 and all(statically_known_true(a == b) for a, b in zip(shape, expected, strict=True))
     return base if same else node
+
+
+def repeats_heads(node: Node) -> bool:
+    """Whether ``node`` went through ``repeat_kv``, and was merged maybe."""
+    merged = strip_merge(node)
+    return strip_repeat_kv(merged) is not merged
 
 
 def _match_sdpa(node: Node) -> Attention | None:

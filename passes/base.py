@@ -41,10 +41,18 @@ def run_passes(graph: KVGraph, passes: Sequence[Pass], *, keep_text: bool = Fals
         started = time.perf_counter()
         matches = each.apply(graph)
         if matches:
-            # Attention counts as random for its dropout; a replaced one is dead all the same.
-            eliminate_dead_code(graph.graph, keep_random=False, keep=lambda node: "kept" in node.meta)
+            _clean_up(graph)
             graph.graph.lint()
             graph.module.recompile()
         seconds = time.perf_counter() - started
         results.append(PassResult(each.name, matches, seconds, before, graph.readable() if keep_text else None))
     return results
+
+
+def _clean_up(graph: KVGraph) -> None:
+    """Remove what nothing reads. Parts that the next pass is to carry on are not read yet.
+
+    Attention counts as random for its dropout; a replaced one is dead all the same.
+    """
+    parts = {part for storage in graph.storage.values() for part in storage.stored.parts}
+    eliminate_dead_code(graph.graph, keep_random=False, keep=lambda node: "kept" in node.meta or node in parts)

@@ -142,11 +142,16 @@ class Output:
 
 @dataclass
 class Storage:
-    """A value of the graph as it is stored, and the site that it belongs to."""
+    """A value of the graph as it is stored, and the site that it belongs to.
+
+    ``as_it_came``: the graph computes it in floats besides, and what reads it reads those: a prompt attends to its own
+    keys and values as they came.
+    """
 
     stored: Stored
     site: Site
     grows: bool = False
+    as_it_came: bool = False
 
 
 @dataclass
@@ -224,6 +229,7 @@ class KVGraph:
         storage: found by the ``storage`` pass for ``propagate``: the node that stands for a storage -> what it is.
         grown: found by the same: position of an output -> the input that it is, grown in place.
         decoded: made by ``propagate`` for ``reads``: the node that decodes a stored value -> what it decodes.
+        came: made by the same: a node that computes a stored value as it came -> what it is as it is stored.
         attentions: made by ``reads`` for ``lower``.
     """
 
@@ -260,6 +266,7 @@ class KVGraph:
         self.storage: dict[Node, Storage] = {}
         self.grown: dict[int, Grown] = {}
         self.decoded: dict[Node, Storage] = {}
+        self.came: dict[Node, Storage] = {}
         self.attentions: list[FusedAttention] = []
         self._results: dict[Any, Any] = {}
 

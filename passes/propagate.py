@@ -15,10 +15,11 @@
 
 What an operation does to the parts is `icw_compile.formats.rules.RULES`. An operation without a rule gets the
 dequantized value, taken right where it is used, so that it sees every write before it. Order and aliasing of writes are
-preserved.
+preserved. Where a storage is read as it came, its operations in floats stay besides, and see the same writes.
 """
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,9 @@ def propagate(graph: KVGraph) -> int:
                 pieces[node] = result
                 result = result[0]
             values[node] = _part_of(source, result)
+            if source.as_it_came:
+                _give_values(graph, node, values)
+                done.update([node] if is_mutation(node) else [])
             if is_mutation(node) or node.target in (aten.cat.default, aten.roll.default):
                 _note(source.site.writes, node)
         elif written := [n for n in written_by(node) if n in values]:
@@ -85,11 +89,13 @@ def propagate(graph: KVGraph) -> int:
     for node in reversed(values):
         if not node.users and node not in done:
             graph.graph.erase_node(node)
+        elif values[node].as_it_came:
+            graph.came[node] = values[node]
     return len(values)
 
 
 def _part_of(source: Storage, stored: Stored) -> Storage:
-    return Storage(stored, source.site, source.grows)
+    return replace(source, stored=stored)
 
 
 def _apply_rule(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> Stored | tuple[Stored, ...] | None:
@@ -111,10 +117,10 @@ def _with_parts(value: Any, values: dict[Node, Storage]) -> Any:
 
 
 def _give_values(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> dict[Node, Node]:
-    """Hand ``node`` the decoded value of each operand that is stored; returns which."""
+    """Hand ``node`` the decoded value of each operand that is stored, and not read as it came; returns which."""
     given = {}
     for operand in node.all_input_nodes:
-        if operand in values:
+        if operand in values and not values[operand].as_it_came:
             with graph.before(node):
                 given[operand] = graph.decode(values[operand])
             node.replace_input_with(operand, given[operand])
@@ -124,7 +130,7 @@ def _give_values(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> dic
 def _read_late(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> None:
     """A view that becomes a copy is made again for those who read it after a write that it would have shown."""
     viewed = next((each for each in viewed_by(node) if each in values), None)
-    if viewed is None:
+    if viewed is None or values[viewed].as_it_came:
         return
     root, write = root_of(viewed), node.next
     while write.op != "root" and not any(root_of(each) is root for each in written_by(write)):
@@ -158,9 +164,15 @@ def _view_again(graph: KVGraph, view: Node, first: Node, value: Node, viewed: No
 
 def _write_back(graph: KVGraph, node: Node, written: list[Node], values: dict[Node, Storage]) -> None:
     """An in-place operation without a rule: run it on the values, and store what came out in the same place."""
-    viewed = viewed_by(node)
+    viewed, after = viewed_by(node), node.next
+    args, kwargs = args_of(node), node.kwargs
+    operands = [each for each in node.all_input_nodes if each in values]
     given = _give_values(graph, node, values)
-    after = node.next
+    if len(given) < len(operands):  # it stays, for what is read as it came, and is done to what is stored besides
+        with graph.before(after):
+            given = {each: graph.decode(values[each]) for each in operands}
+            args, kwargs = torch.fx.map_arg((args, kwargs), lambda each: given.get(each, each))
+            graph.call(node.target, *args, **kwargs)
     for operand in written:
         with graph.before(after):
             overwrite(graph, values[operand].stored, given[operand])

@@ -23,6 +23,7 @@ from icw_compile.compat.fx import statically_known_true
 from icw_compile.passes.attention import (
     Attention,
     match_attention,
+    repeats_heads,
     strip_casts,
     strip_merge,
     strip_repeat_kv,
@@ -43,6 +44,9 @@ def fuse_reads(graph: KVGraph) -> int:
         if found is None:
             continue
         operands = [strip_casts(operand) for operand in (found.key, found.value)]
+        if all(operand in graph.came for operand in operands):
+            _share_heads(graph, found, operands)
+            continue
         if any(operand not in graph.decoded for operand in operands):
             continue
         repeated = [graph.decoded[operand] for operand in operands]
@@ -56,14 +60,28 @@ def fuse_reads(graph: KVGraph) -> int:
         ):
             continue
         with graph.before(node):
-            fused, replacement = _fuse(graph, found, key, value, heads=_heads(graph, repeated[0]))
-        merged = strip_merge(repeated[0].stored.parts[0])
-        form = found.form + (" + repeat_kv" if key.stored.parts[0] is not merged else "")
+            heads = _heads(graph, repeated[0].stored.parts[0])
+            fused, replacement = _fuse(graph, found, graph.decode(key), graph.decode(value), heads)
+        form = found.form + (" + repeat_kv" if repeats_heads(repeated[0].stored.parts[0]) else "")
         for each in repeated:
             each.site.reads.append(form)
         node.replace_all_uses_with(replacement)
         graph.attentions.append(FusedAttention(fused, key, value))
     return len(graph.attentions) - found_before
+
+
+def _share_heads(graph: KVGraph, found: Attention, operands: list[Node]) -> None:
+    """Let the heads of keys and values as they came, if they were repeated, be shared by each group of query heads."""
+    key, value = (strip_repeat_kv(strip_merge(operand)) for operand in operands)
+    heads = [graph.tensor(each).shape[1] for each in (key, value) if graph.tensor(each).dim() == 4]
+    if not any(map(repeats_heads, operands)) or len(heads) < 2 or not statically_known_true(heads[0] == heads[1]):
+        return
+    for operand, each in zip(operands, (key, value), strict=True):
+        if _is_written(root_of(each), each, found.node) or _is_written(root_of(operand), each, found.node):
+            return
+    with graph.before(found.node):
+        replacement = _fuse(graph, found, key, value, _heads(graph, operands[0]))[1]
+    found.node.replace_all_uses_with(replacement)
 
 
 def _same_heads(graph: KVGraph, key: Storage, value: Storage) -> bool:
@@ -72,9 +90,9 @@ def _same_heads(graph: KVGraph, key: Storage, value: Storage) -> bool:
     return statically_known_true(next(heads) == next(heads))
 
 
-def _heads(graph: KVGraph, value: Storage) -> int:
-    """The heads of keys or values where they meet the query."""
-    heads: int = graph.tensor(strip_merge(value.stored.parts[0])).shape[1]
+def _heads(graph: KVGraph, repeated: Node) -> int:
+    """The heads of keys or values, or of a part of them, where they meet the query."""
+    heads: int = graph.tensor(strip_merge(repeated)).shape[1]
     return heads
 
 
@@ -93,14 +111,14 @@ def _unrepeated(graph: KVGraph, value: Storage) -> Storage | None:
     return Storage(type(stored)(stored.format, tuple(parts)), value.site, value.grows)
 
 
-def _fuse(graph: KVGraph, found: Attention, key: Storage, value: Storage, heads: int) -> tuple[Node, Node]:
+def _fuse(graph: KVGraph, found: Attention, key: Node, value: Node, heads: int) -> tuple[Node, Node]:
     """``found`` in one operation, and that in the shape, the dtype and the memory layout of what it replaces."""
     query = found.query
     if found.merged:
         query = graph.call(aten.unflatten.int, query, 0, [-1, heads])
     sinks = () if found.sinks is None else (found.sinks,)
     mask = _one_mask(graph, found, heads)
-    operands = (query, graph.decode(key), graph.decode(value), mask)
+    operands = (query, key, value, mask)
     fused = graph.call(_ops.attention.default, *operands, found.is_causal, found.scale, found.softcap, *sinks)
     dtype = found.node.meta["val"].dtype
     result = fused if graph.tensor(fused).dtype == dtype else graph.call(aten.to.dtype, fused, dtype)
@@ -151,8 +169,13 @@ def _written_since(reader: Node, decoded: Node, repeated: Storage, unrepeated: S
     for part, copy in zip(parts, repeated.stored.parts, strict=True):
         while copy is not part:
             node, copy = min(node, copy), copy.args[0]
+    return any(_is_written(root, node, reader) for root in roots)
+
+
+def _is_written(root: Node, node: Node, reader: Node) -> bool:
+    """Whether what ``root`` stands for is written after ``node`` and before ``reader``."""
     while node is not reader:
-        if is_mutation(node) and any(root_of(each) in roots for each in written_by(node)):
+        if is_mutation(node) and any(root_of(each) is root for each in written_by(node)):
             return True
         node = node.next
     return False

@@ -25,8 +25,9 @@
 A cache is known by where the caller keeps it (`icw_compile.passes.graph.Endpoint`). Outside of transformers' caches it
 is what a recognised attention reads and the graph writes or returns. The node that decodes a storage only *stands for*
 it: nothing reads it in the end. ``propagate`` carries the parts to every operation that can use them, and replaces the
-rest. What looks like storage and is not taken is recorded with its reason. Meaning is preserved up to the quantization
-of what is written.
+rest. But a prompt, more query tokens than a few, reads its own keys and values *as they came*: there the floats stay,
+what was stored before is decoded for them, and the parts are only written. What looks like storage and is not taken is
+recorded with its reason. Meaning is preserved up to the quantization of what is written.
 """
 
 import operator
@@ -38,12 +39,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from icw_compile.compat.fx import statically_known_true
+from icw_compile.compat.fx import statically_known_true, true_here
 from icw_compile.formats import Format, Stored
+from icw_compile.formats.base import decode
 from icw_compile.formats.evaluate import SHAPES
 from icw_compile.formats.rules import RULES
 from icw_compile.formats.writes import append, can_join, encode_like
-from icw_compile.passes.attention import Attention, match_attention
+from icw_compile.kernels.interface import FEW_TOKENS
+from icw_compile.passes.attention import Attention, match_attention, repeats_heads, strip_casts
 from icw_compile.passes.graph import (
     Grown,
     Input,
@@ -232,6 +235,16 @@ class _AttentionUses:
                         return self.readers[node]
         return None
 
+    def as_they_come(self, storage: Node) -> bool:
+        """Whether ``storage`` is read by a prompt, which attends to its own keys and values as they came."""
+        use = self.of(storage)
+        return use is not None and true_here(use[0].query.meta["val"].shape[-2] > FEW_TOKENS)
+
+    def forms(self, storage: Node) -> list[str]:
+        """How each attention that reads ``storage`` is spelled."""
+        readers = [attention for attention, _, ancestors in self._ancestors if storage in ancestors]
+        return [each.form + " + repeat_kv" * repeats_heads(strip_casts(each.key)) for each in readers]
+
     def unquantized(self, taken: set[Node]) -> list[Skipped]:
         """The attentions that read something like a cache which was not taken, with the reason."""
         found = []
@@ -324,7 +337,8 @@ def _take_input(
         owner = end.source if end is not None else ""
         graph.inputs[node.name] = Input(names, written=written, adopted=adopted, owner=owner)
         cache = "static" if written else "dynamic"
-        _stand_for(graph, node, stored, uses, before=last.next, cache=cache, name=name, note=note)
+        before = _first_user(node) if uses.as_they_come(node) else last.next
+        _stand_for(graph, node, stored, uses, before=before, cache=cache, name=name, note=note)
         return
     length: Any = graph.number(value.shape[2])
     extra = None
@@ -338,12 +352,14 @@ def _take_input(
     if appends is not None:
         graph.grown[appends.output] = Grown(node.name, appends.keep)
         grown = _append(graph, appends, stored, length)
-        _stand_for(graph, appends.cat, grown, uses, before=appends.cat, cache="dynamic", name=name)
+        floats = appends.cat if uses.as_they_come(node) else None
+        before = appends.cat if floats is None else floats.next
+        _stand_for(graph, appends.cat, grown, uses, before=before, cache="dynamic", name=name, floats=floats)
         graph.sites[-1].writes.append("append")
     if appends is not None and not node.users:
         graph.graph.erase_node(node)
         return
-    first = last.next  # of the graph proper
+    first = _first_user(node) if uses.as_they_come(node) else last.next
     with graph.before(first):
         shown = stored.with_parts(
             **{each: graph.call(aten.narrow.default, part, 2, 0, length) for each, part in stored.rows.items()}
@@ -432,9 +448,13 @@ def _append(graph: KVGraph, found: _Append, stored: Stored, length: Any) -> Stor
 def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     value = node.meta["val"]
     size = list(arguments(node)["size"])
+    floats = node if uses.as_they_come(node) else None
     with graph.before(node):
         stored = _format_for(graph, node, uses).empty(graph, size, value.device)
-    _stand_for(graph, node, stored, uses, before=node, cache="static", note=", created here")
+    if floats is not None:  # no longer than its layer runs
+        _first_user(node).prepend(node)
+    before = node if floats is None else node.next
+    _stand_for(graph, node, stored, uses, before=before, cache="static", note=", created here", floats=floats)
 
 
 def _take_grown(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
@@ -447,8 +467,25 @@ def _take_grown(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
         if stored.kept:
             index = graph.call(aten.arange.default, graph.size(node, 2), device=value.device)
             stored = stored.with_parts(**layout.keep(graph, stored, node, index))
-    _stand_for(graph, node, stored, uses, before=after, cache="dynamic", note=", quantized here", readers=readers)
+    floats = _as_it_came(graph, node, stored, after) if uses.as_they_come(node) else None
+    note = ", quantized here"
+    _stand_for(graph, node, stored, uses, before=after, cache="dynamic", note=note, readers=readers, floats=floats)
     graph.sites[-1].writes.append("cat")
+
+
+def _as_it_came(graph: KVGraph, cat: Node, stored: Stored, before: Node) -> Node:
+    """``cat([previous, new], -2)`` of what is stored of the previous rows, if there are any."""
+    previous, *new = args_of(cat)[0]
+    if statically_known_true(previous.meta["val"].numel() == 0):
+        return cat
+    with graph.before(before):
+        old = graph.call(aten.narrow.default, decode(graph, stored), 2, 0, graph.size(previous, 2))
+        made: Node = graph.call(aten.cat.default, [old, *new], 2)
+    return made
+
+
+def _first_user(node: Node) -> Node:
+    return min(node.users)
 
 
 def _stand_for(
@@ -463,10 +500,12 @@ def _stand_for(
     note: str = "",
     readers: Collection[Node] | None = None,
     is_site: bool = True,
+    floats: Node | None = None,
 ) -> None:
     """Replace ``node`` by a node that stands for the storage, and record the site.
 
-    ``readers`` are the users that get the stand-in, where some of them make the parts.
+    ``readers`` are the users that get the stand-in, where some of them make the parts. ``floats`` is what they read,
+    where that is not what is stored.
     """
     use, end = uses.of(node), _endpoint(graph, node)
     value = node.meta["val"]
@@ -486,13 +525,18 @@ def _stand_for(
         float_tokens=kept[0] if kept else 0,
         float_tokens_bytes=int(heads * sum(kept) * head_dim * stored.dtype.itemsize),
     )
+    came = floats is not None or (is_site and node.op == "placeholder" and uses.as_they_come(node))
+    if came and (forms := uses.forms(node)):
+        site.reads, site.lowering = forms, "as it came"
     if is_site:
         graph.sites.append(site)
     with graph.before(before):
-        storage = Storage(stored, site if is_site else graph.sites[-1], grows=cache == "dynamic")
-        stand_in = graph.decode(storage)
-    del graph.decoded[stand_in]
+        storage = Storage(stored, site if is_site else graph.sites[-1], cache == "dynamic", came)
+        stand_in = graph.decode(storage) if floats is None else graph.call(aten.alias.default, floats)
+    graph.decoded.pop(stand_in, None)
     graph.storage[stand_in] = storage
-    node.replace_all_uses_with(stand_in, delete_user_cb=lambda user: readers is None or user in readers)
+    node.replace_all_uses_with(
+        stand_in, delete_user_cb=lambda user: user is not stand_in and (readers is None or user in readers)
+    )
     if not node.users:
         graph.graph.erase_node(node)

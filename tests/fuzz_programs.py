@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from icw_compile import QuantizedKV
+from icw_compile.kernels.interface import FEW_TOKENS
 
 __all__ = ["WITHOUT", "CacheInput", "Program", "channel_shift", "programs", "round_rows"]
 
@@ -190,13 +191,27 @@ class Program:
     outputs: list[str] = field(default_factory=list)
     writes: int = 0
     writes_cut_rows: bool = False
-    within_one_rounding: bool = False
+    is_ambiguous: bool = False
+    #: Whether a write to a cache that is given rounds something.
+    rounds: bool = False
     dynamic: bool = False
     count: int = 0
 
     @property
     def has_caches(self) -> bool:
         return not any(cache.stays_float for cache in self.caches.values())
+
+    @property
+    def within_one_rounding(self) -> bool:
+        """Whether one more rounding, or one less, is right too: a prompt reads its own keys and values as they came."""
+        prompts = any(name[0] == "q" and value.shape[-2] > FEW_TOKENS for name, value in self.inputs.items())
+        return self.is_ambiguous or (self.rounds and prompts)
+
+    @property
+    def largest(self) -> float:
+        """Of all numbers that the function is given."""
+        given = [*(cache.values for cache in self.caches.values()), *self.inputs.values()]
+        return max((float(x.abs().max()) for x in given if x.is_floating_point() and x.numel()), default=0.0)
 
     # Building. What is done is noted, so that it can be done again without some of it.
 
@@ -317,7 +332,7 @@ class Program:
         # A cache that is appended to rounds what is new; whether others do, or what was picked from one, is not said.
         appended = dim == 2 and tensors[0] in self.caches
         if any(shadow is not None and shadow.any() for shadow in shadows) and not appended:
-            self.within_one_rounding = True
+            self.is_ambiguous = True
         self._round(store)
         store.is_input = False
         self.stores.append(store)
@@ -345,10 +360,11 @@ class Program:
         exact = store.values.clone()
         rounded = round_rows(exact, store.shift)
         moved = (rounded - exact).abs().amax() > 1e-5 * exact.abs().amax()
+        self.rounds |= bool(moved)
         if moved and (store.keeps or not store.is_input):
-            self.within_one_rounding = True
+            self.is_ambiguous = True
         if not exact.ne(0).any(-1).any(-1).all():
-            self.within_one_rounding = True  # it is empty: the next write may settle another shift
+            self.is_ambiguous = True  # it is empty: the next write may settle another shift
         store.values.copy_(rounded)
 
     # Looking at it.
@@ -752,7 +768,7 @@ def step_attention(d: Draw, pending: list[Callable[[], None]]) -> None:
         return
     fitting = [o for o in program.cachelike(4) if fits(program.env[o], keys, 3)]
     v = d.one_of(*fitting)
-    tokens, groups = d.one_of(1, 1, 2, 4), d.one_of(1, 1, 2)
+    tokens, groups = d.one_of(1, 1, 2, 4, FEW_TOKENS + 1), d.one_of(1, 1, 2)
     spelling = d.form("sdpa", "sdpa", "eager", "eager", "merged", "einsum")
     query = program.give(values((batch, heads * groups, tokens, head_dim), d.integer(0, 3)), "q")
     if groups > 1 and spelling != "sdpa":

@@ -229,7 +229,7 @@ class QuantizedKV(TensorOfParts):
             return _on_values(func, args, kwargs)
         if schema.is_mutable:
             return return_and_correct_aliasing(func, args, kwargs, x)
-        if claim is not None and touches:
+        if touches and (claim is not None or (isinstance(x, QuantizedKV) and x.grows)):
             made = x._views(func, args, kwargs, results)
         elif isinstance(results, tuple):
             made = [cls.of(each) for each in results]
@@ -241,15 +241,14 @@ class QuantizedKV(TensorOfParts):
 
     def _views(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> Any:
         """The tensors of what a view of a growing tensor gives, with the strides of what they stand for."""
-        claim = self._claim
-        assert claim is not None
+        claim = self._claim  # a fake has none
         as_float = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
         views = func(as_float, *args[1:], **kwargs)
         if isinstance(results, tuple):
-            return [self.of(each, claim.of_view(None), view.stride()) for each, view in zip(results, views)]
-        rows = None if claim.is_view else _rows_of_slice(func, args)
-        if rows is None:
-            return self.of(results, claim.of_view(None), views.stride())
+            return [self.of(each, claim and claim.of_view(None), view.stride()) for each, view in zip(results, views)]
+        rows = None if claim is None or claim.is_view else _rows_of_slice(func, args)
+        if claim is None or rows is None:
+            return self.of(results, claim and claim.of_view(None), views.stride())
         return self._on(claim.of_view(rows), results, views.stride())
 
     def _batchwise(self, rule: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "QuantizedKV":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from icw_compile.errors import UnquantizedCacheWarning
+from icw_compile.kernels.interface import FEW_TOKENS
 
 __all__ = ["forget_reads", "note_read", "thread"]
 
@@ -38,9 +39,6 @@ _READS = frozenset(
 )
 #: Steps after which it is a generation, and not a look at some logits.
 _STEPS = 8
-#: More tokens than that at once are a prompt. A step has one, or some more with assisted decoding; torch's kernels
-#: take the heads of a group, at one token, for as many tokens of one head.
-_FEW = 16
 
 
 class _Thread(threading.local):
@@ -80,7 +78,7 @@ def note_read(func: Any, args: tuple[Any, ...]) -> None:
         return
     frame, module = _caller()
     whole = frame.f_locals.get("query", query)
-    if (whole if isinstance(whole, Tensor) and whole.dim() == 4 else query).shape[-2] > _FEW:
+    if (whole if isinstance(whole, Tensor) and whole.dim() == 4 else query).shape[-2] > FEW_TOKENS:
         return
     place = frame.f_code, frame.f_lineno
     with _lock:

@@ -43,6 +43,7 @@ __all__ = [
     "track",
     "tree_leaves",
     "tree_map",
+    "true_here",
     "values_of",
     "version_of",
     "viewed_values",
@@ -213,6 +214,14 @@ def statically_known_true(condition: Any) -> bool:
     ``torch.fx.experimental.symbolic_shapes.statically_known_true``.
     """
     return symbolic_shapes.statically_known_true(condition)
+
+
+def true_here(condition: Any) -> bool:
+    """Whether a condition on symbolic sizes holds, with a guard that it does or does not.
+
+    Taken as true where it depends on data. ``torch.fx.experimental.symbolic_shapes.guard_or_true``.
+    """
+    return symbolic_shapes.guard_or_true(condition)
 
 
 def expression_of(size: torch.SymInt) -> Any:

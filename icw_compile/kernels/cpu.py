@@ -36,12 +36,10 @@ from torch import Tensor
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.kernels.build import build
 from icw_compile.kernels.inductor import ATTENTION_ARGUMENTS
-from icw_compile.kernels.interface import AttentionCall, AttentionKernel, declines_int8
+from icw_compile.kernels.interface import FEW_TOKENS, AttentionCall, AttentionKernel, declines_int8
 
 __all__ = ["ENGINES", "KERNEL", "attention", "attention_lse", "engines", "is_available", "load"]
 
-#: Longest query that the kernel is meant for: beyond it, dequantizing once and a matrix multiplication win.
-MAX_TOKENS = 16
 #: Instructions that the kernel can use, by the value of ``engine`` that caps them.
 ENGINES = ("plain", "vnni", "amx")
 #: How long a failure to build or load is repeated before it is tried again: a full disk is not full forever.
@@ -54,9 +52,9 @@ def declines(call: AttentionCall) -> str | None:
         return reason
     tokens = call.query.shape[2]
     if not isinstance(tokens, int):
-        return f"a symbolic number of query tokens: the kernel is for at most {MAX_TOKENS}"
-    if tokens > MAX_TOKENS:
-        return f"a prompt: more than {MAX_TOKENS} query tokens"
+        return f"a symbolic number of query tokens: the kernel is for at most {FEW_TOKENS}"
+    if tokens > FEW_TOKENS:
+        return f"a prompt: more than {FEW_TOKENS} query tokens"
     return None
 
 

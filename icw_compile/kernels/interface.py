@@ -16,7 +16,11 @@ from torch import Tensor
 
 from icw_compile.compat.fx import statically_known_true
 
-__all__ = ["AttentionCall", "AttentionKernel", "StoredRows", "declines_int8", "unfit_tensor"]
+__all__ = ["FEW_TOKENS", "AttentionCall", "AttentionKernel", "StoredRows", "declines_int8", "unfit_tensor"]
+
+#: Query tokens that still are a decode step: their attention reads what is stored, and a kernel does so row by row.
+#: More are a prompt, which attends to its own keys and values as they came.
+FEW_TOKENS = 16
 
 
 @dataclass(frozen=True)

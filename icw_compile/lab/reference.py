@@ -4,6 +4,7 @@ Independent of the rest of the package on purpose: plain torch and transformers'
 ours. The tests, the sweep over model types and anyone who doubts a number compare with it.
 """
 
+import copy
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ __all__ = ["channel_shift", "dynamic_reference_cache", "quantize_dequantize", "r
 _NAMES = ("keys", "values")
 #: The largest number of 8 bits of which the range is symmetric.
 _LEVELS = 2.0**7 - 1.0
+#: A call of more tokens than these attends to its own keys and values as they came.
+_FEW_TOKENS = 16
 
 
 def channel_shift(x: Tensor) -> Tensor:
@@ -45,10 +48,13 @@ def quantize_dequantize(x: Tensor, shift: Tensor | None = None) -> Tensor:
     return (steps * scale * factor).to(x.dtype)
 
 
-def _storing_quantized(stock: Any, names: Collection[str], sink_tokens: int, recent_tokens: int) -> Any:
+def _storing_quantized(
+    stock: Any, names: Collection[str], sink_tokens: int, recent_tokens: int, own_as_they_came: bool
+) -> Any:
     """The cache layer class ``stock``, but those of its keys and values that ``names`` has are read back quantized.
 
-    The first ``sink_tokens`` and the last ``recent_tokens`` are read as they are.
+    The first ``sink_tokens`` and the last ``recent_tokens`` are read as they are, and with ``own_as_they_came`` those
+    of the call itself, if they are more than a few.
     """
 
     stock = unregistered(stock)
@@ -67,6 +73,7 @@ def _storing_quantized(stock: Any, names: Collection[str], sink_tokens: int, rec
             return quantize_dequantize(states, shifts[name])
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            own = key_states.shape[-2] if own_as_they_came and key_states.shape[-2] > _FEW_TOKENS else 0
             window = isinstance(self, StaticSlidingWindowLayer)
             overflows = window and self.cumulative_length_int == 0 and key_states.shape[-2] > self.max_cache_len
             if sink_tokens or recent_tokens:
@@ -76,10 +83,14 @@ def _storing_quantized(stock: Any, names: Collection[str], sink_tokens: int, rec
                 held = super().update(key_states, value_states, *args, **kwargs)
                 if overflows:
                     return held
-                return tuple(self.seen(name, states) for name, states in zip(_NAMES, held, strict=True))
+                return tuple(self.seen(name, states, own) for name, states in zip(_NAMES, held, strict=True))
             if not overflows:
+                before = copy.deepcopy(self) if own else None
                 stored = map(self.quantized, _NAMES, (key_states, value_states))
-                return super().update(*stored, *args, **kwargs)
+                held = super().update(*stored, *args, **kwargs)
+                if before is None:
+                    return held
+                return super(Reference, before).update(key_states, value_states, *args, **kwargs)
             # Attention sees a prompt longer than a static window as it came; only its tail is in the cache.
             states = super().update(key_states, value_states, *args, **kwargs)
             self.__dict__.pop("shifts", None)
@@ -87,7 +98,7 @@ def _storing_quantized(stock: Any, names: Collection[str], sink_tokens: int, rec
                 getattr(self, name).copy_(self.quantized(name, getattr(self, name)))
             return states
 
-        def seen(self, name: str, states: Tensor) -> Tensor:
+        def seen(self, name: str, states: Tensor, own: int) -> Tensor:
             if name not in names:
                 return states
             rows, total = states.shape[-2], int(self.get_seq_length())
@@ -95,7 +106,7 @@ def _storing_quantized(stock: Any, names: Collection[str], sink_tokens: int, rec
             if not (isinstance(self, StaticLayer) and total <= rows):
                 token = token + total - rows  # the last row is the last token
             sink = (token >= self.first) & (token < self.first + sink_tokens)
-            kept = sink | ((token >= total - recent_tokens) & (token < total))
+            kept = sink | ((token >= total - recent_tokens - own) & (token < total))
             return torch.where(kept.unsqueeze(-1), states, quantize_dequantize(states, self.shifts[name]))
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -149,12 +160,18 @@ def store_quantized(
     stored: Mapping[int, Collection[str]] | None = None,
     sink_tokens: int = 0,
     recent_tokens: int = 0,
+    *,
+    own_as_they_came: bool = True,
 ) -> Any:
-    """Make a float cache a reference from now on: what it holds is quantized and dequantized, and what it is given."""
+    """Make a float cache a reference from now on: what it holds is quantized and dequantized, and what it is given.
+
+    ``own_as_they_came``: a call of more than a few tokens attends to its own as they came. Of a cache for
+    cross-attention, these are not the tokens of the query: then it is for whoever knows how many those are.
+    """
     for i, layer in enumerate(cache.layers):
         names = _NAMES if stored is None else stored.get(i, ())
         if isinstance(layer, (DynamicLayer, StaticLayer)) and names:
-            layer.__class__ = _storing_quantized(type(layer), names, sink_tokens, recent_tokens)
+            layer.__class__ = _storing_quantized(type(layer), names, sink_tokens, recent_tokens, own_as_they_came)
             for name in names:
                 if not (sink_tokens or recent_tokens) and (held := getattr(layer, name)) is not None:
                     setattr(layer, name, layer.quantized(name, held))

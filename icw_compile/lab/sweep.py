@@ -351,8 +351,8 @@ def _reference_logits(
     """
 
     def quantize() -> None:
-        for part, names in zip(_parts(cache), stored, strict=True):
-            store_quantized(part, names)
+        for i, (part, names) in enumerate(zip(_parts(cache), stored, strict=True)):
+            store_quantized(part, names, own_as_they_came=i == 0)
 
     if not after:
         quantize()
