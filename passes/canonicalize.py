@@ -40,6 +40,8 @@ def canonicalize(graph: KVGraph) -> int:
     replaced = 0
     for node in list(graph.graph.nodes):
         if (by := _canonical(graph, node)) is not None:
+            if by not in node.all_input_nodes:
+                by.meta["val"] = node.meta["val"]  # the memory of which later views were found to be
             node.replace_all_uses_with(by)
             graph.graph.erase_node(node)
             replaced += 1

@@ -1017,11 +1017,20 @@ def the_interleaved_are_written(q: Tensor, keys: Tensor, values: Tensor, new: Te
     return sdpa(repeated(q), k, v)
 
 
+def a_view_of_the_repeated_is_written(q: Tensor, keys: Tensor, values: Tensor, new: Tensor) -> Tensor:
+    """The copy is found to be one, and what is viewed of it afterwards to be views of that."""
+    v = repeated(values)
+    v.reshape(-1, TOKENS, HEAD_DIM)[1:2] = new.expand(-1, -1, TOKENS, -1)[:1, 0]
+    v.contiguous().index_copy_(2, torch.tensor([2]), repeated(new))
+    return sdpa(repeated(q), repeated(keys), v)
+
+
 @WAYS
 @pytest.mark.parametrize("equalize", [False, True])
 @pytest.mark.parametrize(
     "function",
     [
+        a_view_of_the_repeated_is_written,
         written_after_repeat_kv,
         written_after_interleave,
         repeated_apart,
