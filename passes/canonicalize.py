@@ -15,6 +15,8 @@ A view or a copy is what tracing found, for the shapes and dtypes that the graph
 truth. Values stay as they are.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch.fx import Node
 
@@ -95,6 +97,8 @@ def _copy(graph: KVGraph, node: Node) -> Node:
             return graph.call(aten.clone.default, source, memory_format=torch.contiguous_format)
         if node.target in _RESHAPES:
             copied = graph.call(aten.clone.default, source, memory_format=torch.contiguous_format)
+            with graph.fake_mode or nullcontext():
+                copied.meta["val"] = result.view(source.meta["val"].shape)
             return graph.call(node.target, copied, *args_of(node)[1:], **node.kwargs)
         return graph.call(aten._to_copy.default, source, dtype=result.dtype, device=result.device)
 
