@@ -28,7 +28,7 @@ from icw_compile.passes.attention import (
     strip_merge,
     strip_repeat_kv,
 )
-from icw_compile.passes.graph import FusedAttention, KVGraph, Storage, is_mutation, root_of, written_by
+from icw_compile.passes.graph import FusedAttention, KVGraph, Storage, args_of, is_mutation, root_of, written_by
 
 __all__ = ["fuse_reads"]
 
@@ -37,15 +37,15 @@ _ops = torch.ops.icw_int8kv
 
 
 def fuse_reads(graph: KVGraph) -> int:
-    """Run the pass; returns the number of attentions that read what is stored."""
-    found_before = len(graph.attentions)
+    """Run the pass; returns the number of attentions that are one operation now."""
+    fused = 0
     for node in list(graph.graph.nodes):
         found = match_attention(node)
         if found is None:
             continue
         operands = [strip_casts(operand) for operand in (found.key, found.value)]
         if all(operand in graph.came for operand in operands):
-            _share_heads(graph, found, operands)
+            fused += _share_heads(graph, found, operands)
             continue
         if any(operand not in graph.decoded for operand in operands):
             continue
@@ -61,27 +61,32 @@ def fuse_reads(graph: KVGraph) -> int:
             continue
         with graph.before(node):
             heads = _heads(graph, repeated[0].stored.parts[0])
-            fused, replacement = _fuse(graph, found, graph.decode(key), graph.decode(value), heads)
+            made, replacement = _fuse(graph, found, graph.decode(key), graph.decode(value), heads)
         form = found.form + (" + repeat_kv" if repeats_heads(repeated[0].stored.parts[0]) else "")
         for each in repeated:
             each.site.reads.append(form)
         node.replace_all_uses_with(replacement)
-        graph.attentions.append(FusedAttention(fused, key, value))
-    return len(graph.attentions) - found_before
+        graph.attentions.append(FusedAttention(made, key, value))
+        fused += 1
+    return fused
 
 
-def _share_heads(graph: KVGraph, found: Attention, operands: list[Node]) -> None:
+def _share_heads(graph: KVGraph, found: Attention, operands: list[Node]) -> bool:
     """Let the heads of keys and values as they came, if they were repeated, be shared by each group of query heads."""
     key, value = (strip_repeat_kv(strip_merge(operand)) for operand in operands)
     heads = [graph.tensor(each).shape[1] for each in (key, value) if graph.tensor(each).dim() == 4]
     if not any(map(repeats_heads, operands)) or len(heads) < 2 or not statically_known_true(heads[0] == heads[1]):
-        return
+        return False
     for operand, each in zip(operands, (key, value), strict=True):
-        if _is_written(root_of(each), each, found.node) or _is_written(root_of(operand), each, found.node):
-            return
+        first = operand
+        while first is not each and args_of(first)[0] is not each:
+            first = args_of(first)[0]
+        if any(_is_written(root, first, found.node) for root in (root_of(each), root_of(operand))):
+            return False
     with graph.before(found.node):
         replacement = _fuse(graph, found, key, value, _heads(graph, operands[0]))[1]
     found.node.replace_all_uses_with(replacement)
+    return True
 
 
 def _same_heads(graph: KVGraph, key: Storage, value: Storage) -> bool:

@@ -145,6 +145,16 @@ def test_no_decoding_of_a_first_prompt() -> None:
         assert "dequantize" not in explained.graphs[0].rewritten
 
 
+@kinds
+def test_heads_are_not_repeated(kind: str) -> None:
+    model = tiny_model(attention="eager")
+    explained = icw_compile.explain(model, input_ids=tokens(24), past_key_values=KINDS[kind](model, 1), options=EAGER)
+    (graph,) = explained.graphs
+    assert graph.captured.count("aten.softmax") == 2 and graph.rewritten.count("icw_int8kv.attention.default") == 2
+    assert "aten.softmax" not in graph.rewritten
+    assert all(site.reads == ["eager + repeat_kv"] for site in graph.sites)
+
+
 def other_writes(keys: Tensor, values: Tensor, new: Tensor, query: Tensor) -> tuple[Tensor, ...]:
     """Beside the rows: an operation that no rule knows, a view, a read that is no attention."""
     keys[:, :, 3:40] = new
