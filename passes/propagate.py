@@ -168,10 +168,12 @@ def _write_back(graph: KVGraph, node: Node, written: list[Node], values: dict[No
     args, kwargs = args_of(node), node.kwargs
     operands = [each for each in node.all_input_nodes if each in values]
     given = _give_values(graph, node, values)
-    if len(given) < len(operands):  # it stays, for what is read as it came, and is done to what is stored besides
-        with graph.before(after):
+    if len(given) < len(operands):  # it stays, for what is read as it came, and is done to what is stored before
+        others = [each for each in written_by(node) if each not in given.values() and each not in operands]
+        with graph.before(node):
             given = {each: graph.decode(values[each]) for each in operands}
-            args, kwargs = torch.fx.map_arg((args, kwargs), lambda each: given.get(each, each))
+            copies = given | {each: graph.call(aten.clone.default, each) for each in others}
+            args, kwargs = torch.fx.map_arg((args, kwargs), lambda each: copies.get(each, each))
             graph.call(node.target, *args, **kwargs)
     for operand in written:
         with graph.before(after):

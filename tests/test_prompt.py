@@ -192,19 +192,19 @@ def halve_both(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::icw_compile.UnquantizedCacheWarning")
-@pytest.mark.parametrize("other_is_read", [False, True])
-def test_one_that_is_read_as_it_came_is_written_with_another(other_is_read: bool) -> None:
+@pytest.mark.parametrize("stored", [3, 2])
+def test_one_that_is_read_as_it_came_is_written_with_another(stored: int) -> None:
+    """With a cache that nothing reads so, and with a tensor that is none: what writes both is done once to each."""
+
     def function(keys: Tensor, values: Tensor, other: Tensor, query: Tensor) -> tuple[Tensor, ...]:
         halve_both(other, values)
+        torch._foreach_mul_([other, keys], 0.5)
         halve_both(b=other, a=keys)
-        attended = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
-        return attended, other * 2 if other_is_read else other
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, values), other * 2
 
     generator = torch.Generator().manual_seed(0)
-    floats = [
-        reference.quantize_dequantize(torch.randn(1, 2, tokens, 16, generator=generator)) for tokens in (20, 20, 5)
-    ]
-    ours = [QuantizedKV.quantize(x) for x in floats]
+    floats = [reference.quantize_dequantize(torch.randn(1, 2, n, 16, generator=generator)) for n in (20, 20, 5)]
+    ours = [QuantizedKV.quantize(x) if i < stored else x.clone() for i, x in enumerate(floats)]
     query = torch.randn(1, 2, FEW_TOKENS + 1, 16, generator=generator)
     with torch.no_grad():
         actual = torch.compile(function, backend="icw_int8kv", fullgraph=True, options=EAGER)(*ours, query)
