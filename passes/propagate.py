@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from icw_compile.compat.fx import is_operator, schema_of
+from icw_compile.compat.fx import is_operator, schema_of, storage_of
 from icw_compile.formats import Stored
 from icw_compile.formats.rules import RULES
 from icw_compile.formats.writes import overwrite
@@ -66,7 +66,7 @@ def propagate(graph: KVGraph) -> int:
         source = values[operands[0]]
         if node.op == "output":
             _return_parts(graph, node, values)
-        elif (result := _apply_rule(graph, node, values)) is not None:
+        elif (result := _apply_rule(graph, node, values)) is not None and not _parts_ways(graph, node, result, values):
             if isinstance(result, tuple):
                 pieces[node] = result
                 result = result[0]
@@ -104,6 +104,23 @@ def _apply_rule(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> Stor
         return None
     with graph.before(node):
         return rule(graph, *_with_parts(args_of(node), values), **_with_parts(node.kwargs, values))
+
+
+def _parts_ways(graph: KVGraph, node: Node, result: Stored | tuple[Stored, ...], values: dict[Node, Storage]) -> bool:
+    """Whether a view has to be a copy of the parts, as over spare rows, while one of the two is written afterwards."""
+    viewed = next((each for each in viewed_by(node) if each in values), None)
+    made = result[0] if isinstance(result, tuple) else result
+    if viewed is None or is_mutation(node):
+        return False
+    source, copy = (graph.tensor(each.parts[0]) for each in (values[viewed].stored, made))
+    if storage_of(source) == storage_of(copy):
+        return False
+    root, later = root_of(viewed), node.next
+    while later.op != "root":
+        if is_mutation(later) and any(root_of(each) is root for each in written_by(later)):
+            return True
+        later = later.next
+    return False
 
 
 def _with_parts(value: Any, values: dict[Node, Storage]) -> Any:
@@ -183,13 +200,14 @@ def _write_back(graph: KVGraph, node: Node, written: list[Node], values: dict[No
 
 
 def _refuse_writes_through(node: Node, values: dict[Node, Storage]) -> None:
-    """A view that cuts through head_dim becomes a copy: a write into it would be lost."""
+    """A view that cuts through head_dim, or goes over spare rows, becomes a copy: a write into it would be lost."""
     viewed = [each for each in viewed_by(node) if each in values]
     for view in aliases(node) if viewed else ():
         if view is not node and is_mutation(view):
             raise NotImplementedError(
-                f"icw_int8kv: `{view.format_node()}` writes into part of a head of {values[viewed[0]].site.name} "
-                f"through `{called(node)}`; a quantized cache is written in whole rows of head_dim."
+                f"icw_int8kv: `{view.format_node()}` writes into {values[viewed[0]].site.name} through "
+                f"`{called(node)}`, which has to be a copy of what is stored: the write would be lost. Write whole "
+                "rows of head_dim, into the cache itself."
             )
 
 

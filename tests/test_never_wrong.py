@@ -1118,3 +1118,27 @@ def test_symbolic_number_of_heads(equalize: bool) -> None:
     keys = torch.cat([QuantizedKV.quantize(rows[:, :, :-1], equalize=equalize), rows[:, :, -1:]], dim=2)
     compiled = torch.compile(function, backend="icw_int8kv", dynamic=True, fullgraph=True, options=EAGER)
     assert relative_distance(compiled(query(), keys), function(query(), keys.dequantize())) < CLOSE
+
+
+def written_through_a_merge(keys: Tensor, new: Tensor) -> Tensor:
+    keys.reshape(BATCH, -1, HEAD_DIM)[:, 1:2] = new[:, 0]
+    return keys * 1.0
+
+
+def merged_before_a_write(keys: Tensor, new: Tensor) -> Tensor:
+    merged = keys.reshape(-1, keys.shape[2], HEAD_DIM).flatten(0, 1)
+    keys[:, :, 1:2] = new
+    return merged * 1.0
+
+
+@pytest.mark.parametrize("function", [written_through_a_merge, merged_before_a_write])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_view_over_spare_rows(function: Callable[..., Any], dynamic: bool) -> None:
+    """It is one of what the cache stands for, and none of what is stored."""
+
+    def make() -> QuantizedKV:
+        return torch.cat([QuantizedKV.quantize(states()), states(2, seed=1)], dim=2)
+
+    torch._dynamo.reset()
+    step = torch.compile(function, backend="icw_int8kv", fullgraph=True, dynamic=dynamic, options=EAGER)
+    check_made(lambda _: torch.no_grad()(step), function, make, states(1, seed=2), close=CLOSE)
