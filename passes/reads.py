@@ -14,6 +14,7 @@ and biases become one tensor. The result is the same up to the order of floating
 past a write. What is stored, and how an attention reads it, is none of its business: that is ``lower``'s.
 """
 
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -41,7 +42,7 @@ def fuse_reads(graph: KVGraph) -> int:
     fused = 0
     for node in list(graph.graph.nodes):
         found = match_attention(node)
-        if found is None:
+        if found is None or _changes_meanwhile(found):
             continue
         operands = [strip_casts(operand) for operand in (found.key, found.value)]
         if all(operand in graph.came for operand in operands):
@@ -81,7 +82,7 @@ def _share_heads(graph: KVGraph, found: Attention, operands: list[Node]) -> bool
         first = operand
         while first is not each and args_of(first)[0] is not each:
             first = args_of(first)[0]
-        if any(_is_written(root, first, found.node) for root in (root_of(each), root_of(operand))):
+        if _is_written({root_of(each), root_of(operand)}, first, found.node):
             return False
     with graph.before(found.node):
         replacement = _fuse(graph, found, key, value, _heads(graph, operands[0]))[1]
@@ -174,13 +175,29 @@ def _written_since(reader: Node, decoded: Node, repeated: Storage, unrepeated: S
     for part, copy in zip(parts, repeated.stored.parts, strict=True):
         while copy is not part:
             node, copy = min(node, copy), copy.args[0]
-    return any(_is_written(root, node, reader) for root in roots)
+    return _is_written(roots, node, reader)
 
 
-def _is_written(root: Node, node: Node, reader: Node) -> bool:
-    """Whether what ``root`` stands for is written after ``node`` and before ``reader``."""
+def _changes_meanwhile(found: Attention) -> bool:
+    """Whether something that the attention is made of is written before its end, where one operation would read it."""
+    ends = {found.query, strip_casts(found.key), strip_casts(found.value), *(bias.node for bias in found.biases)}
+    if found.sinks is not None:
+        ends.add(found.sinks)
+    inside, pending = {found.node}, [found.node]
+    while pending:
+        pending += (new := {each for each in pending.pop().all_input_nodes if each not in ends | inside})
+        inside |= new
+    made: list[Node] = []  # of the ends; the rest are numbers
+    for node in sorted(inside):
+        if not (ends | set(made)).isdisjoint(node.all_input_nodes):
+            made.append(node)
+    return _is_written({root_of(each) for each in (*ends, *made)}, made[0], found.node)
+
+
+def _is_written(roots: Collection[Node], node: Node, reader: Node) -> bool:
+    """Whether what one of ``roots`` stands for is written after ``node`` and before ``reader``."""
     while node is not reader:
-        if is_mutation(node) and any(root_of(each) is root for each in written_by(node)):
+        if is_mutation(node) and any(root_of(each) in roots for each in written_by(node)):
             return True
         node = node.next
     return False

@@ -1142,3 +1142,70 @@ def test_view_over_spare_rows(function: Callable[..., Any], dynamic: bool) -> No
     torch._dynamo.reset()
     step = torch.compile(function, backend="icw_int8kv", fullgraph=True, dynamic=dynamic, options=EAGER)
     check_made(lambda _: torch.no_grad()(step), function, make, states(1, seed=2), close=CLOSE)
+
+
+def query_changes(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    scaled = q * 1.0
+    scores = scaled @ keys.transpose(2, 3)
+    scaled.zero_()
+    return softmax(scores, dim=-1) @ values
+
+
+def mask_changes(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    mask = torch.zeros(TOKENS)
+    scores = q @ keys.transpose(2, 3) + mask
+    mask[0] = -1e9
+    return softmax(scores, dim=-1) @ values
+
+
+def scores_change(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    scores = q @ keys.transpose(2, 3)
+    scores[..., 0] = -1e9
+    return softmax(scores, dim=-1) @ values
+
+
+def weights_change(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    weights = softmax(q @ keys.transpose(2, 3), dim=-1)
+    weights[..., 1] = 0.0
+    return weights @ values
+
+
+def copy_of_keys_changes(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    copied = keys.to(torch.float32, copy=True)
+    copied[:, :, 1] = 3.0
+    return sdpa(q, copied, values)
+
+
+def copy_of_values_changes(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    copied = values.to(torch.float32, copy=True)
+    scores = q @ keys.transpose(2, 3)
+    copied[:, :, 1] = 3.0
+    return softmax(scores, dim=-1) @ copied
+
+
+def mask_is_made_in_between(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As some do it: nothing that was read is written, and it may be one operation."""
+    scores = q @ keys.transpose(2, 3)
+    mask = torch.zeros(1, TOKENS)
+    mask[..., 2] = -1e9
+    return softmax(scores + mask, dim=-1) @ values
+
+
+@WAYS
+@pytest.mark.parametrize("length", [1, 17])
+@pytest.mark.parametrize(
+    "function",
+    [
+        query_changes,
+        mask_changes,
+        scores_change,
+        weights_change,
+        copy_of_keys_changes,
+        copy_of_values_changes,
+        mask_is_made_in_between,
+    ],
+)
+def test_what_attention_is_made_of_changes_before_its_end(
+    function: Callable[..., Any], length: int, way: Callable[..., Any]
+) -> None:
+    check(way, function, query(length), states(), states(seed=1), caches=(1, 2))
