@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch.fx import Node
 
-from icw_compile.compat.fx import statically_known_true
+from icw_compile.compat.fx import statically_known_true, true_here
 from icw_compile.passes.attention import (
     Attention,
     match_attention,
@@ -56,7 +56,7 @@ def fuse_reads(graph: KVGraph) -> int:
         if (
             key is None
             or value is None
-            or not _same_heads(graph, key, value)
+            or not _fit(graph, key, value)
             or any(map(partial(_written_since, node), operands, repeated, (key, value)))
         ):
             continue
@@ -90,10 +90,13 @@ def _share_heads(graph: KVGraph, found: Attention, operands: list[Node]) -> bool
     return True
 
 
-def _same_heads(graph: KVGraph, key: Storage, value: Storage) -> bool:
-    """Whether both are stored with as many heads: one may have been repeated in a way that is not recognised."""
-    heads = (graph.tensor(each.stored.parts[0]).shape[1] for each in (key, value))
-    return statically_known_true(next(heads) == next(heads))
+def _fit(graph: KVGraph, key: Storage, value: Storage) -> bool:
+    """Whether both are stored with as many heads, as one may have been repeated in a way that is not recognised.
+
+    And with as many tokens, which is not known of those that a mask picks.
+    """
+    heads, tokens = zip(*(graph.tensor(each.stored.parts[0]).shape[1:3] for each in (key, value)), strict=True)
+    return statically_known_true(heads[0] == heads[1]) and not true_here(tokens[0] != tokens[1])
 
 
 def _heads(graph: KVGraph, repeated: Node) -> int:

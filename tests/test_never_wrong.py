@@ -1087,8 +1087,9 @@ def test_graph_that_breaks_at_a_cache(function: Callable[..., Any]) -> None:
         lambda keys, mask: keys[:, :, mask.nonzero()[:, 0]] * 2,
         lambda keys, mask: keys[mask.expand(*keys.shape[:3])] * 2,
         lambda keys, mask: torch.masked_select(keys, mask[:, None]),
+        lambda keys, mask: (keys[:, :, :3] @ keys[:, :, mask].mT).softmax(dim=-1) @ keys[:, :, mask],
     ],
-    ids=["read", "returned", "by number", "of all heads", "elements"],
+    ids=["read", "returned", "by number", "of all heads", "elements", "attention"],
 )
 def test_rows_picked_by_a_mask_in_one_graph(pick: Callable[..., Any], grows: bool) -> None:
     """Their number is known to nobody before the graph runs."""
