@@ -226,6 +226,7 @@ def test_operator_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert json.loads(file.read_text())["cases"][0]["over_int8"]["int8"] == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_startup_command(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     arguments = ["--depths", "1", "--contenders", "int8-static", "--prefill-rounds", "1", "--json", str(file)]

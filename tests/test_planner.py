@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import MODELS, WINDOW, compiled, tiny_model, tokens
-from test_recipes import PackedRows
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from typer.testing import CliRunner
 
@@ -20,7 +19,6 @@ import icw_compile.options
 from icw_compile import QuantizedKV, cache_bytes
 from icw_compile.cache.growth import capacity_after, capacity_for
 from icw_compile.compat.transformers import meta_model, other_states
-from icw_compile.formats import Equalized, KeepsRows
 from icw_compile.frontend.families import FAMILIES
 from icw_compile.lab.bench.shapes import load_config
 from icw_compile.lab.cli import app
@@ -260,15 +258,6 @@ def test_expression() -> None:
         .evaluate(tokens=100)
         .bytes
     )
-
-
-def test_a_new_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two channels in a byte, which the planner was never told of."""
-    layout = KeepsRows(Equalized(PackedRows(torch.float32)), 2, 3)
-    monkeypatch.setattr(icw_compile.options, "make_format", lambda dtype, **kwargs: layout)
-    expected = plan(tiny_model("llama")).evaluate(tokens=20, batch=3)
-    made = QuantizedKV.growing(QuantizedKV.encode(torch.randn(3, 2, 20, 64), layout).value).with_spare()
-    assert expected.bytes == 4 * made.stored_bytes
 
 
 @pytest.mark.filterwarnings("ignore::icw_compile.UnquantizedCacheWarning")

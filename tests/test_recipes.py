@@ -203,3 +203,12 @@ def test_model_with_a_new_kernel(options: dict[str, int], monkeypatch: pytest.Mo
     lowerings = [{site.lowering for site in graph.sites} for graph in made]
     assert lowerings[0] == {"inductor prefill"} and lowerings[-1] == {"toy"}
     assert {site.declined for site in made[0].sites} == {"the toy takes one query token"}
+
+
+def test_the_planner_knows_a_new_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two channels in a byte, which the planner was never told of."""
+    layout = KeepsRows(Equalized(PackedRows(torch.float32)), 2, 3)
+    monkeypatch.setattr(icw_compile.options, "make_format", lambda dtype, **kwargs: layout)
+    expected = icw_compile.plan(tiny_model("llama")).evaluate(tokens=20, batch=3)
+    made = QuantizedKV.growing(QuantizedKV.encode(torch.randn(3, 2, 20, 64), layout).value).with_spare()
+    assert expected.bytes == 4 * made.stored_bytes
