@@ -37,6 +37,7 @@ __all__ = [
     "args_of",
     "arguments",
     "called",
+    "first_write",
     "held",
     "is_mutation",
     "layer_of",
@@ -439,6 +440,16 @@ def root_of(node: Node) -> Node:
     while viewed := viewed_by(node):
         node = viewed[0]
     return node
+
+
+def first_write(roots: Collection[Node], start: Node, end: Node | None = None) -> Node | None:
+    """The first node from ``start`` on, and before ``end``, that writes into what one of ``roots`` stands for."""
+    node = start
+    while node is not end and node.op != "root":
+        if is_mutation(node) and any(root_of(each) in roots for each in written_by(node)):
+            return node
+        node = node.next
+    return None
 
 
 def held(graph: KVGraph) -> dict[Node, Skipped]:

@@ -37,6 +37,7 @@ from icw_compile.passes.graph import (
     aliases,
     args_of,
     called,
+    first_write,
     is_mutation,
     layer_of,
     root_of,
@@ -115,12 +116,7 @@ def _parts_ways(graph: KVGraph, node: Node, result: Stored | tuple[Stored, ...],
     source, copy = (graph.tensor(each.parts[0]) for each in (values[viewed].stored, made))
     if storage_of(source) == storage_of(copy):
         return False
-    root, later = root_of(viewed), node.next
-    while later.op != "root":
-        if is_mutation(later) and any(root_of(each) is root for each in written_by(later)):
-            return True
-        later = later.next
-    return False
+    return first_write({root_of(viewed)}, node.next) is not None
 
 
 def _with_parts(value: Any, values: dict[Node, Storage]) -> Any:
@@ -149,10 +145,8 @@ def _read_late(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> None:
     viewed = next((each for each in viewed_by(node) if each in values), None)
     if viewed is None or values[viewed].as_it_came:
         return
-    root, write = root_of(viewed), node.next
-    while write.op != "root" and not any(root_of(each) is root for each in written_by(write)):
-        write = write.next
-    if write.op == "root":
+    write = first_write({root_of(viewed)}, node.next)
+    if write is None:
         return
     views = list(aliases(node))
     for view in views:

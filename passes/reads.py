@@ -14,7 +14,6 @@ and biases become one tensor. The result is the same up to the order of floating
 past a write. What is stored, and how an attention reads it, is none of its business: that is ``lower``'s.
 """
 
-from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -29,7 +28,7 @@ from icw_compile.passes.attention import (
     strip_merge,
     strip_repeat_kv,
 )
-from icw_compile.passes.graph import FusedAttention, KVGraph, Storage, args_of, is_mutation, root_of, written_by
+from icw_compile.passes.graph import FusedAttention, KVGraph, Storage, args_of, first_write, root_of
 
 __all__ = ["fuse_reads"]
 
@@ -82,7 +81,7 @@ def _share_heads(graph: KVGraph, found: Attention, operands: list[Node]) -> bool
         first = operand
         while first is not each and args_of(first)[0] is not each:
             first = args_of(first)[0]
-        if _is_written({root_of(each), root_of(operand)}, first, found.node):
+        if first_write({root_of(each), root_of(operand)}, first, found.node) is not None:
             return False
     with graph.before(found.node):
         replacement = _fuse(graph, found, key, value, _heads(graph, operands[0]))[1]
@@ -178,7 +177,7 @@ def _written_since(reader: Node, decoded: Node, repeated: Storage, unrepeated: S
     for part, copy in zip(parts, repeated.stored.parts, strict=True):
         while copy is not part:
             node, copy = min(node, copy), copy.args[0]
-    return _is_written(roots, node, reader)
+    return first_write(roots, node, reader) is not None
 
 
 def _changes_meanwhile(found: Attention) -> bool:
@@ -192,15 +191,7 @@ def _changes_meanwhile(found: Attention) -> bool:
         inside |= new
     made: list[Node] = []  # of the ends; the rest are numbers
     for node in sorted(inside):
-        if not (ends | set(made)).isdisjoint(node.all_input_nodes):
+        if not ends.isdisjoint(node.all_input_nodes):
             made.append(node)
-    return _is_written({root_of(each) for each in (*ends, *made)}, made[0], found.node)
-
-
-def _is_written(roots: Collection[Node], node: Node, reader: Node) -> bool:
-    """Whether what one of ``roots`` stands for is written after ``node`` and before ``reader``."""
-    while node is not reader:
-        if is_mutation(node) and any(root_of(each) in roots for each in written_by(node)):
-            return True
-        node = node.next
-    return False
+            ends.add(node)
+    return first_write({root_of(each) for each in ends}, made[0], found.node) is not None
