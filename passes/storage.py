@@ -532,8 +532,7 @@ def _stand_for(
         graph.sites.append(site)
     with graph.before(before):
         storage = Storage(stored, site if is_site else graph.sites[-1], cache == "dynamic", came)
-        stand_in = graph.decode(storage) if floats is None else graph.call(aten.alias.default, floats)
-    graph.decoded.pop(stand_in, None)
+        stand_in = decode(graph, stored) if floats is None else graph.call(aten.alias.default, floats)
     graph.storage[stand_in] = storage
     node.replace_all_uses_with(
         stand_in, delete_user_cb=lambda user: user is not stand_in and (readers is None or user in readers)

@@ -63,9 +63,8 @@ def layer_sizes(config: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     Layers may differ, and latent attention, once expanded, has other channels in its keys than in its values.
     ``PreTrainedConfig.per_layer_config``, since 5.19; before, all layers of a configuration are alike.
     """
-    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
     found = []
-    for layer in layers:
+    for layer in _configs_of_layers(config):
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         if (key_size := getattr(layer, "qk_head_dim", None)) and getattr(layer, "v_head_dim", None):
@@ -73,6 +72,10 @@ def layer_sizes(config: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         else:
             found.append(((heads, size), (heads, size)))
     return found
+
+
+def _configs_of_layers(config: Any) -> list[Any]:
+    return getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
 
 
 def heads_of_rank(model: Any, heads: int) -> int:
@@ -105,8 +108,7 @@ def latent_ranks(config: Any) -> list[int | None]:
 
     ``PreTrainedConfig.per_layer_config``, as in `layer_sizes`.
     """
-    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
-    return [getattr(layer, "kv_lora_rank", None) for layer in layers]
+    return [getattr(layer, "kv_lora_rank", None) for layer in _configs_of_layers(config)]
 
 
 def meta_model(model_or_config: Any) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from icw_compile.compat.transformers import meta_model
-from icw_compile.lab.bench.shapes import load_config
+from icw_compile.lab.bench.shapes import Weights, load_config
 from icw_compile.lab.evaluation.command import parse_options
 from icw_compile.planner import BATCH, RANKS, TOKENS, Plan, plan
 
@@ -40,7 +40,7 @@ class Settings:
     batch: int
     tokens: int | None
     ranks: int
-    weights: Literal["float", "int8", "int4"]
+    weights: Weights
     cache: Literal["dynamic", "static"]
     prompt: int | None
     chunk: int
@@ -60,7 +60,7 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def estimated_weights(model: PreTrainedModel, dtype: torch.dtype, stored: Literal["float", "int8", "int4"]) -> Any:
+def estimated_weights(model: PreTrainedModel, dtype: torch.dtype, stored: Weights) -> Any:
     """Bytes of the weights on one rank, an expression in `RANKS`.
 
     All parameters of the model, tied ones once, in ``dtype``. With ``"int8"``, matrices but for embeddings and what
