@@ -22,8 +22,8 @@ from icw_compile.frontend.capture import (
     source_name,
     works_on_a_cache,
 )
-from icw_compile.layers import check_skipped_layers, layers_to_skip, model_name
-from icw_compile.options import Options, split_options
+from icw_compile.layers import check_listed_layers, listed_layers, model_name
+from icw_compile.options import LAYER_OPTIONS, Options, split_options
 from icw_compile.passes import KVGraph, Skipped
 from icw_compile.passes.graph import layer_of
 from icw_compile.pipeline import rewrite
@@ -60,7 +60,8 @@ def icw_int8kv(
     if not may_have_a_cache(dynamo_graph):
         return _compile_unchanged(dynamo_graph, inputs, _unread(""), ours, inductor_options)
     try:
-        rewritten = rewrite(dynamo_graph, ours, skip_layers=layers_to_skip(ours), why_it_ends=watch.why_graph_ends())
+        listed = {option: listed_layers(ours, option) for option in LAYER_OPTIONS}
+        rewritten = rewrite(dynamo_graph, ours, listed, why_it_ends=watch.why_graph_ends())
     except NotCapturedError as error:
         skipped = _unread(f"{error}, and is compiled as it is")
         return _compile_unchanged(dynamo_graph, inputs, skipped, ours, inductor_options)
@@ -73,7 +74,7 @@ def icw_int8kv(
     report = GraphReport.of(next_name(), rewritten)
     report.model = model_name()
     watch.complain(report.skipped, ours)
-    check_skipped_layers(ours, graph.sites)
+    check_listed_layers(ours, graph.sites)
     started = time.perf_counter()
     if graph.sites:
         if _asks_for_cuda_graphs(ours, inductor_options) and (reason := _why_no_cuda_graphs(graph)):

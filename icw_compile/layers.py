@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat import watch as compat
-from icw_compile.options import Options
+from icw_compile.options import LAYER_OPTIONS, LayerOption, Options
 from icw_compile.passes import Site
 from icw_compile.report import on_reset
 
@@ -23,12 +23,12 @@ __all__ = [
     "ModelLayers",
     "asked_float",
     "caches_in",
-    "check_skipped_layers",
+    "check_listed_layers",
     "float_layers",
     "layer_index",
     "layer_indices",
     "layers_of_model",
-    "layers_to_skip",
+    "listed_layers",
     "model_name",
 ]
 
@@ -87,15 +87,15 @@ def layer_index(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def layers_to_skip(options: Options) -> frozenset[int | str]:
-    """What ``icw.skip_layers`` lists, ``"first"`` and ``"last"`` as the indices of these layers of the whole model.
+def listed_layers(options: Options, option: LayerOption) -> frozenset[int | str]:
+    """What an option lists, ``"first"`` and ``"last"`` as the indices of these layers of the whole model.
 
     Says once which of them the model does not have.
 
     Raises:
         ValueError: there are some, with ``icw.strict``.
     """
-    wanted, layers = options.skipped_layers, layers_of_model()
+    wanted, layers = options.layers(option), layers_of_model()
     if not wanted or layers is None:
         return wanted
     problems = [
@@ -104,37 +104,39 @@ def layers_to_skip(options: Options) -> frozenset[int | str]:
     ]
     if "sliding" in wanted and layers.sliding is not None and not layers.sliding:
         problems.append("'sliding' is no layer of the model: it has no sliding windows")
-    _object(problems, options)
+    _object(option, problems, options)
     named = {"first": 0, "last": layers.number - 1}
     return frozenset(named.get(each, each) if isinstance(each, str) else each for each in wanted)
 
 
-def check_skipped_layers(options: Options, sites: Sequence[Site]) -> None:
-    """Say that ``icw.skip_layers`` could not be followed, since it is not known which layer a storage belongs to.
+def check_listed_layers(options: Options, sites: Sequence[Site]) -> None:
+    """Say that an option that lists layers could not be followed: it is not known which one a storage belongs to.
 
     Args:
         options: of this graph.
-        sites: the storage in it that becomes int8.
+        sites: the storage in it that is quantized.
 
     Raises:
         ValueError: the same, with ``icw.strict``.
     """
-    if not options.skipped_layers:
+    listed = [option for option in LAYER_OPTIONS if options.layers(option)]
+    if not listed:
         return
     unknown = [site.name for site in sites if layer_index(site.name) is None and layer_index(site.layer) is None]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        _object([f"it is not known which layer `{unknown[0]}`{more} belongs to; it becomes int8"], options)
+        for option in listed:
+            _object(option, [f"it is not known which layer `{unknown[0]}`{more} belongs to; it is quantized"], options)
 
 
-def _object(problems: Sequence[str], options: Options) -> None:
+def _object(option: LayerOption, problems: Sequence[str], options: Options) -> None:
     name = model_name()
     with _lock:
-        new = [problem for problem in problems if options.strict or (name, problem) not in _said]
-        _said.update((name, problem) for problem in problems)
+        new = [problem for problem in problems if options.strict or (name, f"{option} {problem}") not in _said]
+        _said.update((name, f"{option} {problem}") for problem in problems)
     if not new:
         return
-    message = f"icw_int8kv: option 'icw.skip_layers': {'; '.join(new)}."
+    message = f"icw_int8kv: option 'icw.{option}': {'; '.join(new)}."
     if options.strict:
         raise ValueError(message)
     warnings.warn(message, UserWarning, stacklevel=3)
@@ -183,7 +185,7 @@ def layer_indices(module: nn.Module | None) -> set[int]:
 
 def asked_float(options: Options, call: compat.CompiledCall) -> set[int]:
     """The layers that ``icw.skip_layers`` leaves float."""
-    wanted = options.skipped_layers
+    wanted = options.layers("skip_layers")
     found = {n for n in wanted if isinstance(n, int)}
     if "first" in wanted:
         found.add(0)

@@ -8,10 +8,12 @@ import torch
 
 from icw_compile.formats import Format, make_format
 
-__all__ = ["Options", "split_options"]
+__all__ = ["LAYER_OPTIONS", "LayerOption", "Options", "split_options"]
 
 PREFIX = "icw."
-#: Layers that `Options.skip_layers` takes by name.
+#: The options that list layers, and what such a list may name.
+LayerOption = Literal["skip_layers", "eight_bit_layers"]
+LAYER_OPTIONS: tuple[LayerOption, ...] = get_args(LayerOption)
 LAYER_NAMES = ("first", "last", "sliding")
 
 
@@ -27,6 +29,11 @@ class Options:
         keys, values: whether outlier channels of the keys, or of the values, are divided by a power of two before they
             are quantized (``"equalized"``) or not (``"plain"``); ``"auto"`` is ``"equalized"``. For caches that the
             compiled code makes int8; one that was made beforehand stays as it is.
+        bits: of each stored number: 8, or 4, which takes half of the bytes and is less close. For caches that the
+            compiled code makes.
+        key_bits, value_bits: the same of the keys, or the values, alone; ``"auto"`` is what ``bits`` says. Values bear
+            4 bits better than keys.
+        eight_bit_layers: layers that are stored in 8 bits in any case, as `skip_layers` lists them.
         skip_layers: layers whose cache stays as it is, in the model's dtype: an index, ``"first"``, ``"last"``,
             ``"sliding"``, or a list of these. Storage that is int8 already stays int8.
         sink_tokens, recent_tokens: how many tokens at the start of the cache, and of those written last, attention
@@ -43,27 +50,42 @@ class Options:
     attention: Literal["auto", "inductor", "cpu", "triton"] = "auto"
     keys: Literal["auto", "equalized", "plain"] = "auto"
     values: Literal["auto", "equalized", "plain"] = "auto"
+    bits: Literal[8, 4] = 8
+    key_bits: Literal["auto", 8, 4] = "auto"
+    value_bits: Literal["auto", 8, 4] = "auto"
+    eight_bit_layers: int | str | Sequence[int | str] = ()
     skip_layers: int | str | Sequence[int | str] = ()
     sink_tokens: int = 0
     recent_tokens: int = 0
     strict: bool = False
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
 
-    def format_for(self, dtype: torch.dtype, role: Literal["key", "value"] | None) -> Format:
+    def format_for(
+        self, dtype: torch.dtype, role: Literal["key", "value"] | None, *, in_eight_bits: bool = False
+    ) -> Format:
         """How keys or values of ``dtype`` are to be stored; ``None`` where it is not known which of them they are.
+
+        ``in_eight_bits``: they are of one of the `eight_bit_layers`.
 
         Raises:
             TypeError: that dtype cannot be stored.
         """
         plain = {"key": self.keys == "plain", "value": self.values == "plain"}
         equalize = not (any(plain.values()) if role is None else plain[role])
-        return make_format(dtype, equalize=equalize, sink_tokens=self.sink_tokens, recent_tokens=self.recent_tokens)
+        asked = {"key": self.key_bits, "value": self.value_bits}
+        bits = max(self.bits if of == "auto" else of for name, of in asked.items() if role is None or role == name)
+        return make_format(
+            dtype,
+            bits=8 if in_eight_bits else bits,
+            equalize=equalize,
+            sink_tokens=self.sink_tokens,
+            recent_tokens=self.recent_tokens,
+        )
 
-    @property
-    def skipped_layers(self) -> frozenset[int | str]:
-        """What `skip_layers` lists."""
-        several = not isinstance(self.skip_layers, (int, str))
-        return frozenset(self.skip_layers if several else (self.skip_layers,))  # type: ignore[arg-type]
+    def layers(self, option: LayerOption) -> frozenset[int | str]:
+        """What `skip_layers` or `eight_bit_layers` lists."""
+        listed = getattr(self, option)
+        return frozenset((listed,) if isinstance(listed, (int, str)) else listed)
 
 
 def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[Options, dict[str, Any]]:
@@ -86,7 +108,7 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
         ours[field] = value
     for field, value in ours.items():
         name = "mode" if field == "mode" and mode is not None else PREFIX + field
-        if field == "skip_layers":
+        if field in LAYER_OPTIONS:
             _check_layers(name, value)
         elif types[field] is int:
             if not _is_count(value):

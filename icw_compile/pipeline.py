@@ -1,6 +1,7 @@
 """From Dynamo's graph to the one that is compiled: the one pipeline, behind the backend and behind `explain`."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.fx import GraphModule, Node
 from icw_compile.frontend.capture import capture, forward_dynamo_metadata
 from icw_compile.frontend.families import family_of
 from icw_compile.kernels import AttentionKernel, find_kernel
-from icw_compile.options import Options
+from icw_compile.options import LAYER_OPTIONS, LayerOption, Options
 from icw_compile.passes import PASSES, KVGraph, PassResult, run_passes
 from icw_compile.passes.graph import arguments
 
@@ -47,8 +48,8 @@ class Rewritten:
 def rewrite(
     dynamo_graph: GraphModule,
     options: Options,
+    layers: Mapping[LayerOption, frozenset[int | str]] | None = None,
     *,
-    skip_layers: frozenset[int | str] | None = None,
     why_it_ends: str = "",
     keep_text: bool = False,
 ) -> Rewritten:
@@ -57,7 +58,7 @@ def rewrite(
     Args:
         dynamo_graph: what Dynamo hands to a backend; it is left as it is.
         options: as the user gave them.
-        skip_layers: the layers that stay float, where more is known of the model than in ``options``.
+        layers: what each of the options that list layers lists, where more is known of the model than in ``options``.
         why_it_ends: why the graph ends before the frame does, in words.
         keep_text: keep the readable text of the graph at every step.
 
@@ -83,7 +84,8 @@ def rewrite(
 
     graph.find_kernel = timed_find_kernel
     graph.format_for, graph.why_it_ends = options.format_for, why_it_ends
-    graph.skip_layers = options.skipped_layers if skip_layers is None else skip_layers
+    layers = {option: options.layers(option) for option in LAYER_OPTIONS} if layers is None else layers
+    graph.skip_layers, graph.eight_bit_layers = layers["skip_layers"], layers["eight_bit_layers"]
     ready = time.perf_counter()
     passes = run_passes(graph, PASSES, keep_text=keep_text)
     done = time.perf_counter()

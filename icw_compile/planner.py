@@ -36,7 +36,7 @@ from icw_compile.compat.transformers import (
 from icw_compile.formats import Format
 from icw_compile.formats.evaluate import SIZES
 from icw_compile.frontend.families import FAMILIES
-from icw_compile.options import Options, split_options
+from icw_compile.options import LAYER_OPTIONS, LayerOption, Options, split_options
 
 __all__ = ["BATCH", "RANKS", "TOKENS", "CacheBytes", "Plan", "plan"]
 
@@ -236,8 +236,8 @@ class _Counted:
     windows: Mapping[int, Symbol]
 
     def plan(self, config: PreTrainedConfig, layers: list[CacheLayerMixin], title: str) -> Plan:
-        skipped = self._skipped(layers)
-        kept = [self._kept(i, layer, i in skipped) for i, layer in enumerate(layers)]
+        skipped, in_eight_bits = (self._listed(layers, option) for option in ("skip_layers", "eight_bit_layers"))
+        kept = [self._kept(i, layer, i in skipped, i in in_eight_bits) for i, layer in enumerate(layers)]
         everything = [each for of_layer in kept for each in of_layer]
         reasons = (", ".join(sorted({each.reason for each in of_layer if each.reason})) for of_layer in kept)
         return Plan(
@@ -251,35 +251,41 @@ class _Counted:
         )
 
     def _notes(self, config: PreTrainedConfig, layers: list[CacheLayerMixin]) -> list[str]:
-        wanted = self.options.skipped_layers
-        missing = sorted(each for each in wanted if isinstance(each, int) and each >= len(layers))
-        notes = [f"icw.skip_layers: the model has no layer {each}" for each in missing]
-        if "sliding" in wanted and not self.windows:
-            notes.append("icw.skip_layers: the model has no sliding windows")
+        notes = []
+        for option in LAYER_OPTIONS:
+            wanted = self.options.layers(option)
+            missing = sorted(each for each in wanted if isinstance(each, int) and each >= len(layers))
+            notes += [f"icw.{option}: the model has no layer {each}" for each in missing]
+            if "sliding" in wanted and not self.windows:
+                notes.append(f"icw.{option}: the model has no sliding windows")
         if config.model_type not in FAMILIES:
             notes.append(f"{config.model_type} is none of the tested families: icw_compile.report() says what is int8")
         return notes
 
-    def _skipped(self, layers: list[CacheLayerMixin]) -> set[int]:
+    def _listed(self, layers: list[CacheLayerMixin], option: LayerOption) -> set[int]:
+        """The layers that an option lists."""
         sliding = {i for i, layer in enumerate(layers) if is_sliding(type(layer))}
         named = {"first": {0}, "last": {len(layers) - 1}, "sliding": sliding}
-        skipped = self.options.skipped_layers
-        return set().union(*(named[each] if isinstance(each, str) else {each} for each in skipped))
+        listed = self.options.layers(option)
+        return set().union(*(named[each] if isinstance(each, str) else {each} for each in listed))
 
-    def _kept(self, index: int, layer: CacheLayerMixin, skipped: bool) -> list[_Kept]:
+    def _kept(self, index: int, layer: CacheLayerMixin, skipped: bool, in_eight_bits: bool) -> list[_Kept]:
         kept = []
         if (keys := getattr(layer, "keys", None)) is not None:
             window = getattr(layer, "sliding_window", None)
             is_latent = keys.shape[1] == 1 and keys.shape[-1] == self.latent[index]
             reason = "a latent cache" if is_latent else "icw.skip_layers" if skipped else ""
-            kept = [self._states("key", keys, window, reason), self._states("value", layer.values, window, reason)]
+            states: tuple[tuple[Literal["key", "value"], Tensor], ...] = (("key", keys), ("value", layer.values))
+            kept = [self._states(role, each, window, reason, in_eight_bits) for role, each in states]
         for name, state in other_states(layer):  # [B, ...], but indexer_keys [B, T, D]; seen with one token
             per_token = state.numel() * self._dtype_of(state).itemsize
             bytes_ = BATCH * per_token * (TOKENS if name == "indexer_keys" else 1)
             kept.append(_Kept(bytes_, bytes_, f"{name} {_short(self._dtype_of(state))}", name))
         return kept
 
-    def _states(self, role: Literal["key", "value"], states: Tensor, window: int | None, reason: str) -> _Kept:
+    def _states(
+        self, role: Literal["key", "value"], states: Tensor, window: int | None, reason: str, in_eight_bits: bool
+    ) -> _Kept:
         """Keys or values, seen as ``[1, H, 1, D]``; they stay float if there is a reason."""
         heads, channels, dtype = states.shape[1], states.shape[-1], self._dtype_of(states)
         splits = self.splits and reason != "a latent cache"
@@ -289,7 +295,7 @@ class _Counted:
         text = f"{role}s {heads} x {channels}" + (f" of {self.windows[window]}" if window is not None else "")
         if reason:
             return _Kept(as_float, as_float, f"{text}, {_short(dtype)}", reason, heads * splits)
-        layout = self.options.format_for(dtype, role)
+        layout = self.options.format_for(dtype, role, in_eight_bits=in_eight_bits)
         stored = _allocated(layout, mine, self._room(rows, window), channels)
         return _Kept(as_float, stored, f"{text}, {layout}", "", heads * splits)
 

@@ -215,9 +215,10 @@ class KVGraph:
         adoptable: the placeholders of float tensors that their owner would let us replace by stored ones.
 
     Attributes:
-        format_for: ``(dtype, role)`` -> the format of storage that this graph makes. Storage that there is already
-            stays as its maker wanted it.
+        format_for: ``(dtype, role, in_eight_bits=...)`` -> the format of storage that this graph makes. Storage that
+            there is already stays as its maker wanted it.
         skip_layers: the layers whose cache stays float: indices, ``"first"``, ``"last"``, ``"sliding"``.
+        eight_bit_layers: those that are stored in 8 bits in any case, named alike.
         why_it_ends: why the graph ends before the frame does, in words; empty if it does not.
         find_kernel: device type -> the attention kernel there, or why there is none (empty: none is wanted). Set it to
             offer kernels to the ``lower`` pass.
@@ -254,8 +255,9 @@ class KVGraph:
         self.endpoints = endpoints or {}
         self.returned_to = returned_to or {}
         self.adoptable = adoptable
-        self.format_for: Callable[[torch.dtype, Role | None], Format] = lambda dtype, role: make_format(dtype)
+        self.format_for: Callable[..., Format] = lambda dtype, role, *, in_eight_bits=False: make_format(dtype)
         self.skip_layers: frozenset[int | str] = frozenset()
+        self.eight_bit_layers: frozenset[int | str] = frozenset()
         self.why_it_ends = ""
         self.find_kernel: Callable[[str], AttentionKernel | str] = _no_kernel
         self.sites: list[Site] = []

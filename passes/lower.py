@@ -15,6 +15,7 @@ multiplied for the keys and the output for the values. Rows that are kept in the
 kernel's attention and merged with its output. All compute the same function (`icw_compile.kernels.inductor`).
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats import Stored
 from icw_compile.formats.base import decode
 from icw_compile.formats.rules import RULES
-from icw_compile.kernels.inductor import attention_decode_declines
 from icw_compile.kernels.interface import AttentionCall, StoredRows
 from icw_compile.passes.graph import FusedAttention, KVGraph, Skipped, Storage, args_of, called, layer_of
 
@@ -36,6 +36,7 @@ _ops = torch.ops.icw_int8kv
 
 def lower(graph: KVGraph) -> int:
     """Run the pass; returns the number of attentions lowered."""
+    _load_what_writes(graph)
     attentions, graph.attentions = graph.attentions, []
     for attention in attentions:
         lowering, declined = _lower(graph, attention)
@@ -49,19 +50,39 @@ def lower(graph: KVGraph) -> int:
     return len(attentions)
 
 
+def _load_what_writes(graph: KVGraph) -> None:
+    """Ask for the kernel where a write uses an operation that its library has too, faster: a prompt has no other."""
+    written = (_ops.settle_shift.default, _ops.quantize_halves_cpu.default)
+    for device in sorted(
+        {graph.tensor(node.args[0]).device.type for node in graph.graph.nodes if node.target in written}
+    ):
+        graph.find_kernel(device)
+
+
 def _lower(graph: KVGraph, attention: FusedAttention) -> tuple[str, str]:
     """How it is computed, and why not by a kernel."""
     query, call = graph.tensor(args_of(attention.node)[0]), _attention_call(graph, attention)
     kernel = graph.find_kernel(query.device.type)
     reason = kernel if isinstance(kernel, str) else kernel.declines(call)
+    stored = [_base(value.stored) for value in (attention.key, attention.value)]
     if not isinstance(kernel, str) and reason is None:
-        _call(graph, attention, kernel.operator, kernel.with_lse)
+        named = {
+            f"{role}_{name}": part
+            for role, value in zip(("key", "value"), stored, strict=True)
+            for name, part in list(value.named.items())[2:]
+        }
+        rows = [part for value in stored for part in value.parts[:2]]
+        _call(graph, attention, kernel.operator, kernel.with_lse, rows, named)
         return kernel.name, ""
-    form = "prefill"
-    if statically_known_true(query.shape[2] == 1) and attention_decode_declines(call) is None:
-        form = "decode"
-        _call(graph, attention, _ops.attention_decode.default, _ops.attention_decode_lse.default)
-    return f"inductor {form}", reason or ""
+    if statically_known_true(query.shape[2] == 1):
+        with graph.before(attention.node):
+            scaled = [value.format.scaled_rows(graph, value) for value in stored]
+        if None not in scaled:
+            rows = [part for pair in scaled if pair is not None for part in pair]
+            decode_step = (_ops.attention_decode.default, _ops.attention_decode_lse.default)
+            _call(graph, attention, *decode_step, rows, {})
+            return "inductor decode", reason or ""
+    return "inductor prefill", reason or ""
 
 
 def _attention_call(graph: KVGraph, attention: FusedAttention) -> AttentionCall:
@@ -91,22 +112,31 @@ def _base(stored: Stored) -> Stored:
     return stored
 
 
-def _call(graph: KVGraph, attention: FusedAttention, operator: Any, with_lse: Any) -> None:
-    """Let ``operator`` compute the attention, or, where rows are kept besides, ``with_lse`` and what merges them."""
+def _call(
+    graph: KVGraph,
+    attention: FusedAttention,
+    operator: Any,
+    with_lse: Any,
+    rows: Sequence[Node],
+    named: Mapping[str, Node],
+) -> None:
+    """Let ``operator`` compute the attention, or, where rows are kept besides, ``with_lse`` and what merges them.
+
+    ``rows`` are two of the keys and two of the values, ``named`` what else it reads of them.
+    """
     node, key, value = attention.node, attention.key.stored, attention.value.stored
     query, _, _, mask, is_causal, scale, softcap, *sinks = args_of(node)
     rest = (is_causal, scale, softcap)
     with graph.before(node):
-        rows = (*_base(key).parts, *_base(value).parts)
         inner_query = key.format.into_query(graph, query, key)
         if not key.kept and not value.kept:
-            output = graph.call(operator, inner_query, *rows, mask, *rest, *sinks)
+            output = graph.call(operator, inner_query, *rows, mask, *rest, *sinks, **named)
             output = value.format.into_output(graph, output, value)
         else:
             position = _kept_positions(graph, key, value)
             tokens = graph.size(rows[0], 2)
             others = graph.call(_ops.without_rows.default, mask, position, tokens)
-            output, lse = graph.call(with_lse, inner_query, *rows, others, *rest, *sinks)
+            output, lse = graph.call(with_lse, inner_query, *rows, others, *rest, *sinks, **named)
             output = value.format.into_output(graph, output, value)
             exact = [_rows_at(graph, stored, position) for stored in (key, value)]
             output = graph.call(_ops.merge_rows.default, output, lse, query, *exact, position, mask, *rest, tokens)

@@ -153,10 +153,21 @@ def _endpoint(graph: KVGraph, node: Node) -> Any:
 
 def _stays_float(graph: KVGraph, node: Node, uses: "_AttentionUses") -> bool:
     """Whether the caller wants this storage to stay float (``icw.skip_layers``); recorded if so."""
-    if not graph.skip_layers:
+    if not _is_of(graph, node, uses, graph.skip_layers):
         return False
-    name, end = _name_of(graph, node, uses), _endpoint(graph, node)
-    index = end.layer if end is not None else _layer_index(name)
+    value = node.meta["val"]
+    size = int(value.shape[1] * value.shape[3] * value.dtype.itemsize)
+    name = _name_of(graph, node, uses)
+    graph.asked_float.append(Skipped("", name, f"icw.skip_layers: {size:,} bytes per token"))
+    return True
+
+
+def _is_of(graph: KVGraph, node: Node, uses: "_AttentionUses", layers: frozenset[int | str]) -> bool:
+    """Whether this is storage of one of these layers: indices, ``"first"``, ``"last"``, ``"sliding"``."""
+    if not layers:
+        return False
+    end = _endpoint(graph, node)
+    index = end.layer if end is not None else _layer_index(_name_of(graph, node, uses))
     if index is None:
         return False
     kinds: set[int | str] = {index}
@@ -167,12 +178,7 @@ def _stays_float(graph: KVGraph, node: Node, uses: "_AttentionUses") -> bool:
         kinds.add("last")
     if end is not None and end.is_sliding:
         kinds.add("sliding")
-    if not kinds & graph.skip_layers:
-        return False
-    value = node.meta["val"]
-    size = int(value.shape[1] * value.shape[3] * value.dtype.itemsize)
-    graph.asked_float.append(Skipped("", name, f"icw.skip_layers: {size:,} bytes per token"))
-    return True
+    return bool(kinds & layers)
 
 
 def _name_of(graph: KVGraph, storage: Node, uses: "_AttentionUses") -> str:
@@ -307,7 +313,8 @@ def _adopt_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
 
 def _format_for(graph: KVGraph, node: Node, uses: _AttentionUses) -> Format:
     use = uses.of(node)
-    return graph.format_for(node.meta["val"].dtype, use[1] if use else None)
+    in_eight_bits = _is_of(graph, node, uses, graph.eight_bit_layers)
+    return graph.format_for(node.meta["val"].dtype, use[1] if use else None, in_eight_bits=in_eight_bits)
 
 
 def _take_input(

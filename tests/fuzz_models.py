@@ -41,7 +41,7 @@ class Case:
         batch, padding: sequences, and how many tokens of the first are padding on the left.
         cache: ``dynamic``, ``static``, ``made`` by `icw_compile.static_cache`, or ``filled dynamic`` and
             ``filled static``: with floats, by a prompt that is not compiled.
-        sinks, recent, skip, plain: the options.
+        sinks, recent, skip, plain, key_bits, value_bits: the options.
         dynamic: ``torch.compile``'s.
         steps: numbers of tokens to feed, and ``reorder``, ``reset``, ``copy``, ``crop`` in between.
     """
@@ -61,6 +61,8 @@ class Case:
     recent: int = 0
     skip: Any = ()
     plain: bool = False
+    key_bits: int = 8
+    value_bits: int = 8
     dynamic: bool | None = None
     steps: tuple[int | str, ...] = (3, 1)
 
@@ -92,6 +94,10 @@ class Case:
         return sum(step for step in self.steps if isinstance(step, int))
 
     @property
+    def bits(self) -> dict[str, int]:
+        return {"key_bits": self.key_bits, "value_bits": self.value_bits}
+
+    @property
     def keep(self) -> dict[str, int]:
         return {"sink_tokens": self.sinks, "recent_tokens": self.recent}
 
@@ -101,6 +107,7 @@ class Case:
             options |= {f"icw.{name}": count for name, count in self.keep.items() if count}
             options |= {"icw.skip_layers": self.skip} if self.skip != () else {}
             options |= {"icw.keys": "plain", "icw.values": "plain"} if self.plain else {}
+            options |= {f"icw.{name}": bits for name, bits in self.bits.items() if bits != 8}
         return options
 
     def floats(self) -> set[int]:
@@ -112,7 +119,8 @@ class Case:
 
     def new_cache(self, model: PreTrainedModel) -> Any:
         if self.cache == "made":
-            return icw_compile.static_cache(model, self.batch, MOST_TOKENS, equalize=not self.plain, **self.keep)
+            kinds = {"equalize": not self.plain, **self.keep, **self.bits}
+            return icw_compile.static_cache(model, self.batch, MOST_TOKENS, **kinds)
         if self.cache.endswith("static"):
             return StaticCache(model.config, max_cache_len=MOST_TOKENS)
         return DynamicCache(config=model.config)
@@ -122,8 +130,8 @@ class Case:
         if self.cache.startswith("filled"):
             return stored
         if self.cache == "dynamic":
-            return reference.dynamic_reference_cache(model, stored, **self.keep)
-        return reference.reference_cache(model, MOST_TOKENS, stored, **self.keep)
+            return reference.dynamic_reference_cache(model, stored, **self.keep, **self.bits)
+        return reference.reference_cache(model, MOST_TOKENS, stored, **self.keep, **self.bits)
 
     @torch.no_grad()
     def run(self, model: PreTrainedModel, call: Callable[..., Any], cache: Any, stored: Any = None) -> list[Tensor]:
@@ -143,7 +151,7 @@ class Case:
                 step_call = model if filled and i == 0 else call
                 logits.append(step_call(ids[:, start:end], past_key_values=cache, **arguments).logits)
                 if filled and i == 0 and stored is not None:
-                    cache = reference.store_quantized(cache, stored)
+                    cache = reference.store_quantized(cache, stored, **self.bits)
                 start = end
             elif step == "reorder":
                 cache.reorder_cache(torch.arange(self.batch).flip(0))
@@ -232,6 +240,8 @@ def cases(draw: Any) -> Case:
         recent=draw(st.integers(0, 4)) if keeps else 0,
         skip=one_of((), (), (), "first", "last", 0),
         plain=cache == "filled dynamic" or draw(st.integers(0, 4)) == 4,
+        key_bits=one_of(8, 8, 4),
+        value_bits=one_of(8, 4),
         dynamic=one_of(None, None, None, True),
         steps=tuple(steps),
     )

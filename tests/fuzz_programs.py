@@ -170,6 +170,8 @@ class Store:
     is_input: bool
     keeps: bool = False
     stays_float: bool = False
+    #: How far its elements were moved at most by all that was rounded so far: by so much may one be off that was not.
+    moved: float = 0.0
 
     def shares(self, other: Tensor) -> bool:
         return self.values.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
@@ -359,6 +361,7 @@ class Program:
             return
         exact = store.values.clone()
         rounded = round_rows(exact, store.shift)
+        store.moved += float((rounded - exact).abs().amax())
         moved = (rounded - exact).abs().amax() > 1e-5 * exact.abs().amax()
         self.rounds |= bool(moved)
         if moved and (store.keeps or not store.is_input):
@@ -368,6 +371,10 @@ class Program:
         store.values.copy_(rounded)
 
     # Looking at it.
+
+    def moved(self, name: str) -> float:
+        """How far what is stored of this variable was moved by rounding, at most."""
+        return max((store.moved for store in self.stores if store.shares(self.env[name])), default=0.0)
 
     def cachelike(self, rank: int | None = None) -> list[str]:
         return [name for name in self.shadows if rank is None or self.env[name].dim() == rank]

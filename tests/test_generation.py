@@ -8,6 +8,7 @@ import copy
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,11 +35,13 @@ class Side:
     kind: str
     reference: bool = False
     assistant: PreTrainedModel | None = None
+    bits: int = 8
 
     def generate(self, ids: Tensor, cache: Any = None, **arguments: Any) -> Any:
         if cache is None and self.reference:
-            dynamic = self.kind == "dynamic"
-            cache = dynamic_reference_cache(self.model) if dynamic else reference_cache(self.model, LENGTH)
+            dynamic, bits = self.kind == "dynamic", {"key_bits": self.bits, "value_bits": self.bits}
+            make = dynamic_reference_cache if dynamic else partial(reference_cache, max_cache_len=LENGTH)
+            cache = make(self.model, **bits)
         if cache is not None:
             arguments["past_key_values"] = cache
         elif self.kind == "static":
@@ -120,11 +123,15 @@ CASES = [
         name,
         kind,
         mode,
+        bits,
         marks=()
-        if (name, kind) == ("llama", "dynamic") or (name, mode) == ("mistral", "assisted")
+        if (bits == 8 and ((name, kind) == ("llama", "dynamic") or (name, mode) == ("mistral", "assisted")))
+        or (name, kind, mode, bits) == ("mistral", "dynamic", "beams", 4)
         else pytest.mark.slow,
     )
+    for bits in (8, 4)
     for name in (*MODELS, "trained")
+    if bits == 8 or name in ("llama", "mistral", "gemma3_text", "trained")
     for kind in ("dynamic", "static")
     for mode in MODES
     if kind == "dynamic" or mode not in DYNAMIC_ONLY
@@ -146,12 +153,12 @@ def assistant_for(name: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(("name", "kind", "mode"), CASES)
-def test_tokens_of_the_reference(name: str, kind: str, mode: str) -> None:
+@pytest.mark.parametrize(("name", "kind", "mode", "bits"), CASES)
+def test_tokens_of_the_reference(name: str, kind: str, mode: str, bits: int) -> None:
     assistant = assistant_for(name) if mode == "assisted" else None
-    expected = MODES[mode](Side(model_for(name), kind, True, assistant))
+    expected = MODES[mode](Side(model_for(name), kind, True, assistant, bits))
     model = model_for(name)
-    model.compile(backend="icw_int8kv", fullgraph=True, options=EAGER)
+    model.compile(backend="icw_int8kv", fullgraph=True, options={**EAGER, "icw.bits": bits})
     actual = MODES[mode](Side(model, kind, assistant=assistant))
     for ours, reference in zip(actual, expected, strict=True):
         assert torch.equal(ours.sequences, reference.sequences)

@@ -346,8 +346,8 @@ def test_declines_by_choice():
     assert cpu.declines(call(on_meta)) == "the query is on meta, and the kernel is for cpu"
     assert "attn_mask on meta" in cpu.declines(call(tensors, torch.zeros(1, 1, 1, 100, device="meta")))
     query, key = tensors[0], StoredRows.int8(*tensors[1:3])
-    packed = StoredRows("int4", {"qdata": tensors[3], "scale": tensors[4]})
-    assert "values are stored as int4" in cpu.declines(AttentionCall(query, key, packed))
+    packed = StoredRows("fp8", {"qdata": tensors[3], "scale": tensors[4]})
+    assert "values are stored as fp8" in cpu.declines(AttentionCall(query, key, packed))
     zeros = StoredRows("int8", {**key.parts, "zero_point": tensors[2]})
     assert "keys are not rows with one scale each: zero_point" in cpu.declines(AttentionCall(query, zeros, key))
 

@@ -35,6 +35,8 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"icw.sink_tokens": 2, "icw.recent_tokens": 3},
         {"sink_tokens": 2, "recent_tokens": 3},
     ),
+    "4 bits": ({"icw.bits": 4}, {"bits": 4}),
+    "4-bit values": ({"icw.value_bits": 4}, {"value_bits": 4}),
 }
 #: What only the backend can be asked for.
 BACKEND_ONLY: dict[str, dict[str, Any]] = {
@@ -42,6 +44,7 @@ BACKEND_ONLY: dict[str, dict[str, Any]] = {
     "first float": {"icw.skip_layers": "first"},
     "sliding float": {"icw.skip_layers": "sliding", "icw.recent_tokens": 4},
     "both float": {"icw.skip_layers": [0, "last"]},
+    "first in 8 bits": {"icw.bits": 4, "icw.eight_bit_layers": "first"},
 }
 #: Below, at and above the window, and where a static cache is longer than the model has seen.
 AROUND = (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW)
@@ -109,6 +112,8 @@ def test_float_caches(name: str) -> None:
         slow("gemma2", "dynamic", BACKEND_ONLY["first float"], WINDOW + 1, 2, WINDOW - 2),
         ("gemma2", "static", BACKEND_ONLY["sliding float"], WINDOW + 1, 1, WINDOW),
         ("gpt_oss", "dynamic", FORMATS["equalized"][0], WINDOW - 1, 1, WINDOW - 1),
+        ("llama", "dynamic", FORMATS["4 bits"][0], 40, 2, 39),
+        slow("llama", "dynamic", BACKEND_ONLY["first in 8 bits"], 40, 1, 30),
         slow("gemma4_text", "dynamic", FORMATS["equalized"][0], 14, 2, 13),
         slow("falcon", "dynamic", FORMATS["equalized"][0], 3, 2, 2),
     ],

@@ -21,7 +21,7 @@ from icw_compile import QuantizedKV
 from icw_compile.formats import Equalized, Evaluator, Format, KeepsRows, Part, Stored
 from icw_compile.kernels import AttentionCall, AttentionKernel
 from icw_compile.kernels.inductor import ATTENTION_ARGUMENTS, attention_decode_lse
-from icw_compile.kernels.interface import declines_int8
+from icw_compile.kernels.interface import declines_rows
 
 aten = torch.ops.aten
 #: A step of 4 bits is a seventh of a row's largest value: random rows are that far off.
@@ -173,7 +173,7 @@ torch.library.register_fake(
 
 
 def toy_declines(call: AttentionCall) -> str | None:
-    if reason := declines_int8(call, ("cpu",)):
+    if reason := declines_rows(call, ("cpu",)):
         return reason
     return None if call.query.shape[2] == 1 else "the toy takes one query token"
 

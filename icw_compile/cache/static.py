@@ -1,4 +1,4 @@
-"""Int8 caches made before the first compiled call, and the size of any cache."""
+"""Quantized caches made before the first compiled call, and the size of any cache."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,11 +22,14 @@ def static_cache(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     *,
+    bits: int = 8,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
     equalize: bool = True,
     sink_tokens: int = 0,
     recent_tokens: int = 0,
 ) -> StaticCache:
-    """A transformers `StaticCache` whose layers already hold int8 zeros.
+    """A transformers `StaticCache` whose layers already hold quantized zeros.
 
     Use it to allocate the cache once: to reuse it with ``reset()``, to start with a prefill that is not compiled, or
     to know beforehand that it fits.
@@ -38,12 +41,14 @@ def static_cache(
         max_cache_len: tokens that a full-attention layer holds; a sliding layer holds at most its window.
         dtype: the dtype of the model: float32, bfloat16 or float16. Taken from the model or configuration if left out.
         device: where to put it. Taken from the model if left out, else the CPU.
+        bits: of each stored number, 8 or 4; ``key_bits`` and ``value_bits`` the same of the keys or the values alone.
         equalize: shift outlier channels; see `QuantizedKV`.
         sink_tokens, recent_tokens: how many of the first tokens, and of the last, are kept in ``dtype`` besides.
 
     Raises:
         TypeError: the dtype is not one of the three.
-        ValueError: the model has a layer whose state is no key/value cache, or heads that do not divide among ranks.
+        ValueError: other numbers of bits, the model has a layer whose state is no key/value cache, or heads that do not
+            divide among ranks.
     """
     if isinstance(model_or_config, PreTrainedModel):
         config = model_or_config.config
@@ -54,7 +59,10 @@ def static_cache(
     config = config.get_text_config(decoder=True)
     dtype = dtype or config.dtype or torch.get_default_dtype()
     cache = StaticCache(config, max_cache_len=max_cache_len)
-    layout = make_format(dtype, equalize=equalize, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+    layouts = [
+        make_format(dtype, bits=own or bits, equalize=equalize, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+        for own in (key_bits, value_bits)
+    ]
     sizes = layer_sizes(config)
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, StaticLayer):
@@ -65,17 +73,17 @@ def static_cache(
             torch.empty(batch_size, heads_of_rank(model_or_config, heads), 0, size, dtype=dtype, device=device or "cpu")
             for heads, size in sizes[i]
         ]
-        _initialize(layer, states, layout)
+        _initialize(layer, states, layouts)
     return cache
 
 
-def _initialize(layer: StaticLayer, states: Sequence[Tensor], layout: Format) -> None:
+def _initialize(layer: StaticLayer, states: Sequence[Tensor], layouts: Sequence[Format]) -> None:
     """Let transformers set up the layer, with `QuantizedKV` in place of the float tensors that it makes."""
     device = states[0].device
     counters = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
     initialize(layer, *(torch.empty_like(each, device="meta") for each in states))  # no float storage is made
     layer.device = device
-    for name, like in zip(("keys", "values"), states, strict=True):
+    for name, like, layout in zip(("keys", "values"), states, layouts, strict=True):
         setattr(layer, name, QuantizedKV.empty(getattr(layer, name).shape, layout, like.device))
     for name, value in counters.items():
         value = value.to(device)

@@ -4,6 +4,7 @@ import torch
 
 from icw_compile.formats.base import AXES, Evaluator, Format, Part, Stored, Wrapper
 from icw_compile.formats.equalized import Equalized
+from icw_compile.formats.int4 import Int4Rows
 from icw_compile.formats.int8 import Int8Rows
 from icw_compile.formats.kept import KeepsRows
 
@@ -13,6 +14,7 @@ __all__ = [
     "Equalized",
     "Evaluator",
     "Format",
+    "Int4Rows",
     "Int8Rows",
     "KeepsRows",
     "Part",
@@ -22,21 +24,31 @@ __all__ = [
 ]
 
 #: Every format and wrapper.
-FORMATS = (Int8Rows, Equalized, KeepsRows)
+FORMATS = (Int8Rows, Int4Rows, Equalized, KeepsRows)
 
 
-def make_format(dtype: torch.dtype, *, equalize: bool = False, sink_tokens: int = 0, recent_tokens: int = 0) -> Format:
+#: Bits of a stored number -> the format of its rows.
+_ROWS = {8: Int8Rows, 4: Int4Rows}
+
+
+def make_format(
+    dtype: torch.dtype, *, bits: int = 8, equalize: bool = False, sink_tokens: int = 0, recent_tokens: int = 0
+) -> Format:
     """The format for keys or values of ``dtype``.
 
     Args:
         dtype: float32, bfloat16 or float16.
+        bits: of each number, 8 or 4.
         equalize: divide channels that are outliers.
         sink_tokens, recent_tokens: how many of the first rows, and of those written last, to keep in ``dtype`` besides.
 
     Raises:
         TypeError: for another ``dtype``.
+        ValueError: for other ``bits``.
     """
-    made: Format = Int8Rows(dtype)
+    if bits not in _ROWS:
+        raise ValueError(f"{bits!r} bits: keys and values are stored in {' or '.join(map(str, _ROWS))}")
+    made: Format = _ROWS[bits](dtype)
     if equalize:
         made = Equalized(made)
     return KeepsRows(made, sink_tokens, recent_tokens) if sink_tokens or recent_tokens else made

@@ -9,6 +9,7 @@ that axis, and on no others (`icw_compile.formats.rules`).
 ::
 
     int8 rows            qdata: B H T D    scale: B H T 1
+    int4 rows            packed: B H T D   scale: B H T 1   codes: B H T 1   (two channels in a byte)
     shifted channels     ... of the inner format, shift: B H 1 D
     rows kept besides    ... of the inner format, exact: B H K D, position: K
 
@@ -186,6 +187,13 @@ class Format(ABC):
     @abstractmethod
     def decode(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Any:
         """The value that ``x`` stands for, in ``dtype``."""
+
+    def scaled_rows(self, run: Evaluator, x: Stored) -> tuple[Any, Any] | None:
+        """A number for each channel, and what all of its row is multiplied by; ``None`` if it is not stored so.
+
+        For attention that reads rows inside of its own sums. Of the innermost format alone.
+        """
+        return None
 
     @abstractmethod
     def written(self, x: Stored) -> Any:

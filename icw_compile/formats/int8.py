@@ -122,6 +122,9 @@ class Int8Rows(Format):
     def decode(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Any:
         return run.call(_ops.dequantize_per_head.default, *x.parts, dtype)
 
+    def scaled_rows(self, run: Evaluator, x: Stored) -> tuple[Any, Any] | None:
+        return x["qdata"], x["scale"]
+
     def cast(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Stored:
         other, (qdata, scale) = Int8Rows(dtype), x.parts
         if other.scale_dtype in (torch.float32, self.scale_dtype):

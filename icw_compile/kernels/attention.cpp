@@ -11,6 +11,8 @@
 //   block's softmax weights (value scale included) become two or three unsigned digits over the block's largest. The
 //   digits of several rows fill the 16 rows or columns of one AMX tile, so an integer tile multiplication per digit
 //   costs nothing extra, no int8 row is ever converted to floating point, and the sums are exact.
+// * Rows of 4 bits become rows of 8 in a block's buffer, which stays in the first- or second-level cache: a shuffle looks
+//   up 64 of them at once. From there on they are rows of 8 bits.
 // * A block whose mask leaves nothing is skipped before its rows, or their scales, are read.
 //
 // Tried and not taken: three weight digits for 16-bit models (0-9 % slower, the error is the output's rounding either
@@ -37,6 +39,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #define ICW_VNNI 1
@@ -164,6 +168,67 @@ inline float tanh_accurate(float y) {
   return std::copysign(magnitude < 0.25f ? small : large, y);
 }
 
+// ------------------------------------------------------------------------------------------------------- rows of 4 bits
+
+// The tables of icw_compile/formats/int4.py: 16 levels for each code, in multiples of the row's scale.
+constexpr int kUnit = 11, kLeastMiddle = -8, kMostMiddle = 7;
+
+inline int table_width(int i) { return 32 - i - std::max(i - 8, 0); }
+
+struct Tables {
+  alignas(64) int8_t levels[256][16];
+  Tables() {
+    for (int code = 0; code < 256; ++code)
+      for (int index = 0; index < 16; ++index)
+        levels[code][index] =
+            int8_t(((2 * index - 15 + (code & 15) + kLeastMiddle) * table_width(code >> 4) * kUnit + 32) >> 6);
+  }
+};
+
+const Tables& tables() {
+  static const Tables made;
+  return made;
+}
+
+// One row of `half` bytes to 2 * half levels: those of the low bits first, each half by its table.
+inline void unpack_row(const uint8_t* packed, const int8_t* low, const int8_t* high, int64_t half, int8_t* out) {
+  int64_t d = 0;
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  const __m512i low_table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(low)));
+  const __m512i high_table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(high)));
+  const __m512i mask = _mm512_set1_epi8(15);
+  for (; d < half; d += 64) {
+    const __mmask64 lanes = half - d >= 64 ? ~uint64_t(0) : ~uint64_t(0) >> (64 - (half - d));
+    const __m512i bytes = _mm512_maskz_loadu_epi8(lanes, packed + d);
+    _mm512_mask_storeu_epi8(out + d, lanes, _mm512_shuffle_epi8(low_table, _mm512_and_si512(bytes, mask)));
+    _mm512_mask_storeu_epi8(out + half + d, lanes,
+                            _mm512_shuffle_epi8(high_table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)));
+  }
+#elif defined(__AVX2__)
+  const __m256i low_table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)));
+  const __m256i high_table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high)));
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (; d + 32 <= half; d += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + d));
+    const __m256i above = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d),
+                        _mm256_shuffle_epi8(low_table, _mm256_and_si256(bytes, mask)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + half + d), _mm256_shuffle_epi8(high_table, above));
+  }
+#elif defined(__aarch64__)
+  const int8x16_t low_table = vld1q_s8(low), high_table = vld1q_s8(high);
+  for (; d + 16 <= half; d += 16) {
+    const uint8x16_t bytes = vld1q_u8(packed + d);
+    vst1q_s8(out + d, vqtbl1q_s8(low_table, vandq_u8(bytes, vdupq_n_u8(15))));
+    vst1q_s8(out + half + d, vqtbl1q_s8(high_table, vshrq_n_u8(bytes, 4)));
+  }
+#endif
+  for (; d < half; ++d) {
+    out[d] = low[packed[d] & 15];
+    out[half + d] = high[packed[d] >> 4];
+  }
+}
+
 // -------------------------------------------------------------------------------------------------------- the problem
 
 struct Strided {
@@ -175,6 +240,7 @@ struct Strided {
 struct Problem {
   int64_t batch, query_heads, heads, tokens, length, head_dim, value_dim;  // tokens: T, length: S.
   Strided query, key, key_scale, value, value_scale, mask;
+  Strided key_codes, value_codes;  // Of rows of 4 bits: no data if they are of 8.
   bool mask_by_head = false, mask_by_token = false, is_causal = false;
   bool has_softcap = false;
   float scale = 1.0f, softcap = 0.0f;
@@ -187,6 +253,10 @@ struct Problem {
   int64_t groups, rows;          // Query heads per head; query rows per head: row = group * tokens + token.
   int64_t key_width, value_width;  // head_dim and value_dim, padded as the buffers hold them.
   int64_t chunk, chunks;
+
+  // Where rows of 4 bits lie in a workspace, their rows follow one another there.
+  int64_t key_stride() const { return key_codes.data ? key_width : key.row; }
+  int64_t value_stride() const { return value_codes.data ? value_width : value.row; }
 };
 
 // Query rows that share a tile of 16 columns: three digits of each, a 128-bit lane per digit.
@@ -199,7 +269,7 @@ struct Workspace {
   float *query, *query_scale, *scores, *largest, *sum, *correction, *weight_scale, *accumulated;
   float *key_scale, *value_scale, *mask;
   uint8_t *query_broken, *mask_live;
-  int8_t *query_digits, *interleaved, *tail;
+  int8_t *query_digits, *interleaved, *tail, *keys, *values;
   int32_t *query_offsets, *products;
   uint8_t* weight_digits;
 
@@ -234,6 +304,8 @@ struct Workspace {
       place(query_offsets, query_tiles * 16);
       place(interleaved, kBlock * 64);
       place(tail, 16 * p.key_width);
+      place(keys, p.key_codes.data ? kBlock * p.key_width : 0);
+      place(values, p.value_codes.data ? kBlock * p.value_width : 0);
       place(products, std::max(kBlock * 16, int64_t(16 * 64)));
       place(weight_digits, weight_tiles * 16 * kBlock);
       if (pass == 0 && used + 64 > capacity) {
@@ -401,7 +473,7 @@ inline void score_rows_portable(const Problem& p, const float* query, const int8
 // scores[row][i] = query[row] . key[i], four rows at a time so that a key is converted once for them.
 void scores_portable(const Problem& p, Workspace& w, const int8_t* key, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const int8_t* k = key + i * p.key.row;
+    const int8_t* k = key + i * p.key_stride();
     int64_t row = 0;
     for (; row + 4 <= p.rows; row += 4)
       score_rows_portable<4>(p, w.query + row * p.key_width, k, w.scores + row * kBlock + i);
@@ -413,7 +485,7 @@ void scores_portable(const Problem& p, Workspace& w, const int8_t* key, int64_t 
 // accumulated[row] = accumulated[row] * correction[row] + weights[row] . value; the weights are in `scores`. Eight
 // value rows are converted once for all query rows.
 void values_portable(const Problem& p, Workspace& w, const int8_t* value, int64_t count) {
-  const int64_t stride = p.value.row;
+  const int64_t stride = p.value_stride();
   for (int64_t row = 0; row < p.rows; ++row) {
     if (w.correction[row] == 1.0f) continue;
     float* out = w.accumulated + row * p.value_width;
@@ -538,7 +610,7 @@ inline void interleave_rows(__m512i r0, __m512i r1, __m512i r2, __m512i r3, int8
 // i & ring: what is used once fits a ring of 8 KiB that stays in the first-level cache.
 inline void interleave_values(const Problem& p, Workspace& w, const int8_t* value, int64_t d, int64_t begin,
                               int64_t end, int64_t ring) {
-  const int64_t width = std::min<int64_t>(64, p.value_dim - d), stride = p.value.row;
+  const int64_t width = std::min<int64_t>(64, p.value_dim - d), stride = p.value_stride();
   int8_t* const out = w.interleaved;
   int64_t i = begin;
   if (width == 64) {
@@ -633,7 +705,7 @@ void scores_vnni(const Problem& p, Workspace& w, const int8_t* key, int64_t coun
       __m512i r[16];
       for (int j = 0; j < 16; ++j)
         r[j] = _mm512_xor_si512(
-            _mm512_maskz_loadu_epi8(i + j < count ? lanes : 0, i + j < count ? key + (i + j) * p.key.row + d : key),
+            _mm512_maskz_loadu_epi8(i + j < count ? lanes : 0, i + j < count ? key + (i + j) * p.key_stride() + d : key),
             _mm512_set1_epi8(-128));
       transpose_16x16(r);
       for (int j = 0; j < 16; ++j) _mm512_store_si512(transposed + d * 4 + j * 16, r[j]);
@@ -772,7 +844,7 @@ inline void prefetch_rows(const int8_t* row, int64_t stride, int64_t count, int6
 // block's values are on their way.
 template <int kSlices>
 void scores_amx(const Problem& p, Workspace& w, const int8_t* key, const int8_t* value, int64_t count) {
-  const int64_t stride = p.key.row, full = count / 16, groups = (count + 15) / 16;
+  const int64_t stride = p.key_stride(), full = count / 16, groups = (count + 15) / 16;
   if (full < groups) {
     // A tile reads 16 rows, which may not all exist.
     for (int64_t i = full * 16; i < count; ++i)
@@ -790,7 +862,7 @@ void scores_amx(const Problem& p, Workspace& w, const int8_t* key, const int8_t*
     _tile_loadd(7, digits + (kSlices - 1) * 1024, 64);
     int64_t group = 0, finished = 0;
     for (; group + 2 <= full; group += 2) {
-      if (row == 0) prefetch_rows(value + group * 16 * p.value.row, p.value.row, 32, p.value_dim);
+      if (row == 0) prefetch_rows(value + group * 16 * p.value_stride(), p.value_stride(), 32, p.value_dim);
       int32_t* products = w.products + group % 4 * 256;
       ICW_SCORE_TILE(0, key + group * 16 * stride, stride, products);
       ICW_SCORE_TILE(1, key + (group + 1) * 16 * stride, stride, products + 256);
@@ -840,7 +912,7 @@ void values_amx(const Problem& p, Workspace& w, const int8_t* value, const int8_
       for (int64_t i = 0; i < count; i += 64) {
         value_tiles(digits + i, w.interleaved + (i & ring) * 64);
         if (row == 0 && next_key != nullptr && d < p.head_dim)
-          prefetch_rows(next_key + i * p.key.row + d, p.key.row, 64, 1);
+          prefetch_rows(next_key + i * p.key_stride() + d, p.key_stride(), 64, 1);
         if (row == 0 && i + 64 < count)
           interleave_values(p, w, value, d, i + 64, std::min<int64_t>(count, i + 128), ring);
       }
@@ -944,6 +1016,20 @@ bool load_scales(const Problem& p, Workspace& w, const MaskRows& masks, int64_t 
   return smallest >= 0.0f;
 }
 
+// Rows of 8 bits [position, position + count): where they are, or of 4 bits unpacked to `buffer`.
+const int8_t* rows_of(const Strided& rows, const Strided& codes, int64_t size, int64_t b, int64_t h, int64_t position,
+                      int64_t count, int8_t* buffer) {
+  const int64_t first = b * rows.batch + h * rows.head + position * rows.row;
+  if (codes.data == nullptr) return static_cast<const int8_t*>(rows.data) + first;
+  const uint8_t* packed = static_cast<const uint8_t*>(rows.data) + first;
+  const uint8_t* code = static_cast<const uint8_t*>(codes.data) + b * codes.batch + h * codes.head + position * codes.row;
+  const auto& levels = tables().levels;
+  const int64_t width = round_up(size, 64);
+  for (int64_t i = 0; i < count; ++i, packed += rows.row, code += codes.row)
+    unpack_row(packed, levels[code[0]], levels[code[1]], size / 2, buffer + i * width);
+  return buffer;
+}
+
 bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t start, int64_t end) {
   const MaskRows masks = mask_rows(p);
   find_live_masks(p, w, masks, b, h);
@@ -962,10 +1048,8 @@ bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t star
       prepared = true;
     }
     if (!load_scales(p, w, masks, b, h, position, count) && p.engine != Engine::kPortable) return false;
-    const int8_t* key =
-        static_cast<const int8_t*>(p.key.data) + b * p.key.batch + h * p.key.head + position * p.key.row;
-    const int8_t* value =
-        static_cast<const int8_t*>(p.value.data) + b * p.value.batch + h * p.value.head + position * p.value.row;
+    const int8_t* key = rows_of(p.key, p.key_codes, p.head_dim, b, h, position, count, w.keys);
+    const int8_t* value = rows_of(p.value, p.value_codes, p.value_dim, b, h, position, count, w.values);
     switch (p.engine) {
       case Engine::kPortable: scores_portable(p, w, key, count); break;
 #ifdef ICW_VNNI
@@ -992,7 +1076,8 @@ bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t star
       p.weight_digits == 2 ? values_vnni<2>(p, w, value, count) : values_vnni<3>(p, w, value, count);
 #ifdef ICW_AMX
     if (p.engine == Engine::kAmx) {
-      const int8_t* next_key = position + 2 * kBlock <= end ? key + kBlock * p.key.row : nullptr;
+      const bool is_ahead = position + 2 * kBlock <= end && p.key_codes.data == nullptr;
+      const int8_t* next_key = is_ahead ? key + kBlock * p.key.row : nullptr;
       p.weight_digits == 2 ? values_amx<2>(p, w, value, next_key, count) : values_amx<3>(p, w, value, next_key, count);
     }
 #endif
@@ -1142,6 +1227,111 @@ void run(Problem& p, int threads, int engine) {
   if (done.load() != units) throw std::bad_alloc();
 }
 
+// ------------------------------------------------------------------------------------------------------ packing a row
+
+// `quantize_halves` of icw_compile/formats/int4.py, for one row. Whole numbers but for the scale: every engine finds the
+// same. The temporaries are those of one half.
+struct PackRow {
+  int64_t half;
+  std::vector<float> values, units, index, best;  // Whole numbers all but the first.
+
+  explicit PackRow(int64_t half)
+      : half(half), values(2 * half), units(round_up(half, kLanes)), index(units), best(units) {}
+
+  // Rounds a scale to what it is stored as.
+  template <typename Round>
+  float operator()(const Strided& x, int64_t offset, const Round& stored, uint8_t* packed, uint8_t* codes) {
+    load_run(x.data, offset, x.last, 2 * half, x.type, values.data());
+    float needed = 0.0f, broken = 0.0f;
+    for (const float* begin = values.data(); begin < values.data() + 2 * half; begin += half) {
+      float least = kInf, most = -kInf;
+#pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : broken)
+      for (int64_t d = 0; d < half; ++d) {
+        broken += begin[d] * 0.0f;
+        least = begin[d] < least ? begin[d] : least;
+        most = begin[d] > most ? begin[d] : most;
+      }
+      needed = std::max({needed, (most - least) / 165.0f, std::max(most, -least) / 121.0f});
+    }
+    const float scale = broken != 0.0f ? kNaN : stored(needed);
+    const float inverse = scale > 0.0f ? 64.0f / scale : 0.0f;
+    codes[0] = pack_half(values.data(), inverse);
+    for (int64_t d = 0; d < half; ++d) packed[d] = uint8_t(best[d]);
+    codes[1] = pack_half(values.data() + half, inverse);
+    for (int64_t d = 0; d < half; ++d) packed[d] |= uint8_t(int(best[d]) << 4);
+    return scale;
+  }
+
+ private:
+  // The indices, to `best`; returns the code.
+  uint8_t pack_half(const float* x, float inverse) {
+    float smallest_unit = kInf, largest_unit = -kInf;
+    float* __restrict unit = units.data();
+#pragma omp simd reduction(min : smallest_unit) reduction(max : largest_unit)
+    for (int64_t d = 0; d < half; ++d) {
+      float scaled = x[d] * inverse;
+      scaled = scaled == scaled ? scaled : 0.0f;
+      scaled = scaled < -16384.0f ? -16384.0f : scaled > 16384.0f ? 16384.0f : scaled;
+      unit[d] = std::nearbyint(scaled);
+      smallest_unit = unit[d] < smallest_unit ? unit[d] : smallest_unit;
+      largest_unit = unit[d] > largest_unit ? unit[d] : largest_unit;
+    }
+    const int32_t least = int32_t(smallest_unit), most = int32_t(largest_unit);
+    const int32_t largest = std::max(most, -least);
+    int32_t width = std::max((most - least + 30 * kUnit - 1) / (30 * kUnit), (largest + 22 * kUnit - 1) / (22 * kUnit));
+    width = std::min(std::max(width, 10), 32);
+    const int first = width >= 24 ? 32 - width : 8 + (24 - width) / 2;
+    int64_t smallest = std::numeric_limits<int64_t>::max();
+    uint8_t code = 0;
+    for (int i = first; i < first + 5; ++i) {
+      const int clamped = std::min(i, 15), step = table_width(clamped) * 2 * kUnit;
+      const int nearest = int(std::floor((float(least + most + step / 2) + 0.5f) / float(step)));
+      for (int side = -1; side <= 1; ++side) {
+        const int middle = std::min(std::max(nearest + side, kLeastMiddle), kMostMiddle);
+        const int64_t error = try_table(step, middle);
+        if (error >= smallest) continue;
+        smallest = error;
+        code = uint8_t(clamped * 16 + middle - kLeastMiddle);
+        best.swap(index);
+      }
+    }
+    return code;
+  }
+
+  // The nearest indices, to `index`; returns the sum of squares of what is left. Vectors by hand: see `Floats`.
+  int64_t try_table(int32_t step, int32_t middle) {
+    const float inverse = 1.0f / float(step), half_step = float(step / 2);
+    // The half keeps the product off the whole numbers, so that it is rounded down as the quotient is.
+    const Floats from = Floats{} + (float((16 - middle) * (step / 2)) + 0.5f);
+    // A level and 128: what is positive is rounded down by leaving its fraction out.
+    const float slope = half_step / 32.0f, shift = (float(middle - 15) * half_step + 32.0f) / 64.0f + 128.0f;
+    const Floats zero = {}, last = zero + 15.0f, farthest = zero + 2047.0f;
+    int64_t error = 0;
+    for (int64_t begin = 0; begin < half; begin += 256) {  // As many squares as 32 bits hold.
+      Words sum = {};
+      const int64_t end = std::min(begin + 256, half);
+      for (int64_t d = begin; d < end; d += kLanes) {
+        const Floats unit = load_floats(units.data() + d);
+        Floats at = (unit + from) * inverse;
+        at = at < zero ? zero : at;
+        at = at > last ? last : at;
+        at = __builtin_convertvector(__builtin_convertvector(at, Words), Floats);
+        const Words level = __builtin_convertvector(at * slope + shift, Words) - 128;
+        Floats off = __builtin_convertvector(level * 64, Floats) - unit;
+        off = off < -farthest ? -farthest : off;
+        off = off > farthest ? farthest : off;
+        Words whole = __builtin_convertvector(off, Words);
+        if (end - d < kLanes)
+          for (int64_t lane = end - d; lane < kLanes; ++lane) whole[lane] = 0;
+        sum += whole * whole;
+        std::memcpy(index.data() + d, &at, sizeof(at));
+      }
+      for (int lane = 0; lane < kLanes; ++lane) error += sum[lane];
+    }
+    return error;
+  }
+};
+
 // -------------------------------------------------------------------------------- the shift of channels that are outliers
 
 // log2(x) of a positive normal x, to about one unit in the last place of the larger of the result and 1.
@@ -1250,7 +1440,7 @@ Type type_of(const Tensor& tensor, const char* name) {
   }
 }
 
-Strided strided(const Tensor& tensor, const char* name, bool is_int8) {
+Strided strided(const Tensor& tensor, const char* name, bool is_stored, bool is_packed = false) {
   STD_TORCH_CHECK(tensor.dim() == 4, "icw_int8kv_cpu::attention: ", name, " must have 4 dimensions, got ", tensor.dim());
   const auto strides = tensor.strides();
   Strided out;
@@ -1259,10 +1449,11 @@ Strided strided(const Tensor& tensor, const char* name, bool is_int8) {
   out.head = strides[1];
   out.row = strides[2];
   out.last = strides[3];
-  if (!is_int8) {
+  if (!is_stored) {
     out.type = type_of(tensor, name);
   } else {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Char, "icw_int8kv_cpu::attention: ", name, " must be int8");
+    STD_TORCH_CHECK(tensor.scalar_type() == (is_packed ? ScalarType::Byte : ScalarType::Char),
+                    "icw_int8kv_cpu::attention: ", name, " must be ", is_packed ? "uint8" : "int8");
     STD_TORCH_CHECK(out.last == 1 || tensor.size(3) == 1, "icw_int8kv_cpu::attention: the channels of ", name,
                     " must be contiguous, got stride ", out.last);
   }
@@ -1289,12 +1480,14 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
 // `lse`, unless null, becomes the logarithm of the sum of exponentials of each query row's scores, its sink included.
 Tensor compute(Tensor* lse, const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
                  const Tensor& value_scale, const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
-                 std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine) {
+                 std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine,
+                 const std::optional<Tensor>& key_codes, const std::optional<Tensor>& value_codes) {
+  const int64_t in_key = key_codes ? 2 : 1, in_value = value_codes ? 2 : 1;  // Channels in a byte.
   Problem p;
   p.query = strided(query, "query", false);
-  p.key = strided(key_qdata, "key_qdata", true);
+  p.key = strided(key_qdata, "key_qdata", true, key_codes.has_value());
   p.key_scale = strided(key_scale, "key_scale", false);
-  p.value = strided(value_qdata, "value_qdata", true);
+  p.value = strided(value_qdata, "value_qdata", true, value_codes.has_value());
   p.value_scale = strided(value_scale, "value_scale", false);
   const auto sizes = query.sizes();
   p.batch = sizes[0];
@@ -1303,11 +1496,20 @@ Tensor compute(Tensor* lse, const Tensor& query, const Tensor& key_qdata, const 
   p.head_dim = sizes[3];
   p.heads = key_qdata.size(1);
   p.length = key_qdata.size(2);
-  p.value_dim = value_qdata.size(3);
-  check_shape(key_qdata, "key_qdata", p.batch, p.heads, p.length, p.head_dim);
-  check_shape(value_qdata, "value_qdata", p.batch, p.heads, p.length, p.value_dim);
+  p.value_dim = value_qdata.size(3) * in_value;
+  STD_TORCH_CHECK(p.head_dim % in_key == 0, "icw_int8kv_cpu::attention: packed keys have an even size, not ", p.head_dim);
+  check_shape(key_qdata, "key_qdata", p.batch, p.heads, p.length, p.head_dim / in_key);
+  check_shape(value_qdata, "value_qdata", p.batch, p.heads, p.length, p.value_dim / in_value);
   check_shape(key_scale, "key_scale", p.batch, p.heads, p.length, 1);
   check_shape(value_scale, "value_scale", p.batch, p.heads, p.length, 1);
+  if (key_codes) {
+    check_shape(*key_codes, "key_codes", p.batch, p.heads, p.length, 2);
+    p.key_codes = strided(*key_codes, "key_codes", true, true);
+  }
+  if (value_codes) {
+    check_shape(*value_codes, "value_codes", p.batch, p.heads, p.length, 2);
+    p.value_codes = strided(*value_codes, "value_codes", true, true);
+  }
   STD_TORCH_CHECK(p.heads > 0 && p.query_heads % p.heads == 0, "icw_int8kv_cpu::attention: ", p.query_heads,
                   " query heads cannot be grouped on ", p.heads, " key/value heads");
   STD_TORCH_CHECK(p.query.type != Type::kBool && p.query.type != Type::kFloat64,
@@ -1353,19 +1555,21 @@ Tensor compute(Tensor* lse, const Tensor& query, const Tensor& key_qdata, const 
 
 Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
                  const Tensor& value_scale, const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
-                 std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine) {
+                 std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine,
+                 const std::optional<Tensor>& key_codes, const std::optional<Tensor>& value_codes) {
   return compute(nullptr, query, key_qdata, key_scale, value_qdata, value_scale, attn_mask, is_causal, scale, softcap,
-                 sinks, engine);
+                 sinks, engine, key_codes, value_codes);
 }
 
 std::tuple<Tensor, Tensor> attention_lse(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale,
                                          const Tensor& value_qdata, const Tensor& value_scale,
                                          const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
                                          std::optional<double> softcap, const std::optional<Tensor>& sinks,
-                                         int64_t engine) {
+                                         int64_t engine, const std::optional<Tensor>& key_codes,
+                                         const std::optional<Tensor>& value_codes) {
   Tensor lse;
   Tensor out = compute(&lse, query, key_qdata, key_scale, value_qdata, value_scale, attn_mask, is_causal, scale,
-                       softcap, sinks, engine);
+                       softcap, sinks, engine, key_codes, value_codes);
   return {out, lse};
 }
 
@@ -1432,6 +1636,53 @@ Tensor settle_shift(const Tensor& x, const Tensor& written, const Tensor& shift)
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor> quantize_halves(const Tensor& x, ScalarType scale_dtype) {
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims >= 1 && x.size(dims - 1) % 2 == 0, "icw_int8kv::quantize_halves: the rows must have an even size");
+  const bool is_float = scale_dtype == ScalarType::Float;
+  STD_TORCH_CHECK(is_float || scale_dtype == ScalarType::BFloat16,
+                  "icw_int8kv::quantize_halves: scales are float32 or bfloat16");
+  const auto sizes = x.sizes(), strides = x.strides();
+  std::vector<int64_t> of_packed(sizes.begin(), sizes.end());
+  const int64_t half = of_packed.back() / 2, rows = half ? x.numel() / (2 * half) : 0;
+  of_packed.back() = half;
+  std::vector<int64_t> of_scale = of_packed, of_codes = of_packed;
+  of_scale.back() = 1;
+  of_codes.back() = 2;
+  Tensor packed = empty(of_packed, aoti_torch_dtype_uint8());
+  Tensor scale = empty(of_scale, is_float ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
+  Tensor codes = empty(of_codes, aoti_torch_dtype_uint8());
+  Strided in;
+  in.data = x.data_ptr();
+  in.last = strides[dims - 1];
+  in.type = type_of(x, "x");
+  uint8_t* packed_data = static_cast<uint8_t*>(packed.data_ptr());
+  uint8_t* codes_data = static_cast<uint8_t*>(codes.data_ptr());
+  void* scale_data = scale.data_ptr();
+  auto stored = [&](float value) { return is_float ? value : bf16_to_float(float_to_bf16(value)); };
+  constexpr int64_t kRows = 64;  // Rows that are drawn at once.
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  if (rows * half < 4 * 1024) threads = 1;
+  std::atomic<int64_t> next{0}, done{0};
+  const int64_t units = (rows + kRows - 1) / kRows;
+  in_parallel(int(std::min<int64_t>(threads, std::max<int64_t>(units, 1))), [&] {
+    PackRow pack(half);
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
+      for (int64_t row = unit * kRows; row < std::min(rows, (unit + 1) * kRows); ++row) {
+        int64_t offset = 0, rest = row;
+        for (int64_t i = dims - 1; i-- > 0; rest /= sizes[i]) offset += rest % sizes[i] * strides[i];
+        const float value = pack(in, offset, stored, packed_data + row * half, codes_data + row * 2);
+        if (is_float) static_cast<float*>(scale_data)[row] = value;
+        else static_cast<uint16_t*>(scale_data)[row] = float_to_bf16(value);
+      }
+      done.fetch_add(1, std::memory_order_relaxed);
+    }
+  });
+  if (done.load() != units) throw std::bad_alloc();
+  return {packed, scale, codes};
+}
+
 int64_t engine(int64_t head_dim) { return int64_t(best_engine(head_dim)); }
 
 }  // namespace
@@ -1443,4 +1694,7 @@ STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) {
   m.impl("attention_lse", TORCH_BOX(&attention_lse));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(icw_int8kv, CPU, m) { m.impl("settle_shift", TORCH_BOX(&settle_shift)); }
+STABLE_TORCH_LIBRARY_IMPL(icw_int8kv, CPU, m) {
+  m.impl("settle_shift", TORCH_BOX(&settle_shift));
+  m.impl("quantize_halves_cpu", TORCH_BOX(&quantize_halves));
+}

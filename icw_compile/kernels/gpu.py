@@ -37,7 +37,7 @@ from torch import Tensor
 
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.kernels.inductor import ATTENTION_ARGUMENTS
-from icw_compile.kernels.interface import AttentionCall, AttentionKernel, declines_int8
+from icw_compile.kernels.interface import AttentionCall, AttentionKernel, declines_rows
 
 __all__ = [
     "KERNEL",
@@ -74,7 +74,7 @@ class Tiles(NamedTuple):
 
 def declines(call: AttentionCall) -> str | None:
     """Why the kernels do not take this call, or ``None`` if they do: `AttentionKernel.declines`."""
-    if reason := declines_int8(call, KERNEL.devices):
+    if reason := declines_rows(call, KERNEL.devices):
         return reason
     for name, stored in (("keys", call.key), ("values", call.value)):
         size = stored.parts["qdata"].shape[3]

@@ -14,9 +14,9 @@ cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
     it, and then one layer is decoded for torch's own attention kernels.
 ``attention_decode(query[B, Hq, 1, D], key_rows[B, H, S, D], key_scale[B, H, S, 1], value_rows[B, H, S, Dv],
 value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None) -> [B, Hq, 1, Dv]``, ``attention_decode_lse``
-    The same of one query token and rows with a scale each, of any dtype. They are read inside two reductions: there is
-    no decoded intermediate. The second returns besides ``lse``, float32 ``[B, Hq, T]``: the logarithm of the sum of
-    exponentials of scores, sinks included.
+    The same of one query token and rows with a scale each, of any dtype (`Format.scaled_rows`). They are read inside
+    two reductions: there is no decoded intermediate. The second returns besides ``lse``, float32 ``[B, Hq, T]``: the
+    logarithm of the sum of exponentials of scores, sinks included.
 ``unite_positions(a[K], b[L]) -> [K + L]``
     The rows ``a`` and then ``b``, -1 in place of those of ``b`` that are in ``a``.
 ``without_rows(attn_mask, position[E], S) -> [..., S]`` and
@@ -34,12 +34,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icw_compile.kernels.interface import AttentionCall
-
 __all__ = [
     "ATTENTION_ARGUMENTS",
     "attention",
-    "attention_decode_declines",
     "attention_decode_lse",
     "merge_rows",
     "without_rows",
@@ -115,14 +112,6 @@ def attention_decode_lse(
     weights = weights.squeeze(-2) * value_scale.float().view(batch, heads, 1, tokens)
     output = (weights.unsqueeze(-1) * value_rows.unsqueeze(2).float()).sum(dim=-2)
     return output.reshape(batch, query_heads, 1, -1).to(query.dtype), lse.reshape(batch, query_heads, 1)
-
-
-def attention_decode_declines(call: AttentionCall) -> str | None:
-    """Why ``attention_decode`` does not take a call of one query token; ``None`` if it does."""
-    for name, rows in (("keys", call.key), ("values", call.value)):
-        if set(rows.parts) != {"qdata", "scale"}:
-            return f"the {name} are stored as {rows.format}, not as rows with a scale each"
-    return None
 
 
 def _attention_decode(*arguments: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from icw_compile.compat.fx import statically_known_true
 
-__all__ = ["FEW_TOKENS", "AttentionCall", "AttentionKernel", "StoredRows", "declines_int8", "unfit_tensor"]
+__all__ = ["FEW_TOKENS", "AttentionCall", "AttentionKernel", "StoredRows", "declines_rows", "unfit_tensor"]
 
 #: Query tokens that still are a decode step: their attention reads what is stored, and a kernel does so row by row.
 #: More are a prompt, which attends to its own keys and values as they came.
@@ -28,9 +28,10 @@ class StoredRows:
     """The keys or the values of a call, as they are stored.
 
     Attributes:
-        format: the name of the format, ``"int8"``.
+        format: the name of the format, ``"int8"`` or ``"int4"``.
         parts: what the attention reads, by name. Of int8: ``qdata``, int8 ``[B, H, S, D]``, and ``scale``, of a float
-            dtype, ``[B, H, S, 1]``. A part that the graph deals with itself, as the shift of the channels with which it
+            dtype, ``[B, H, S, 1]``. Of int4: ``packed``, uint8 ``[B, H, S, D / 2]``, ``scale``, and ``codes``, uint8
+            ``[B, H, S, 2]``. A part that the graph deals with itself, as the shift of the channels with which it
             multiplies the query, is none of these.
     """
 
@@ -78,7 +79,8 @@ class AttentionKernel:
         devices: the device types that it runs on.
         load: make it ready to run, built if need be. Raises `KernelUnavailableError`.
         declines: why it does not take a call, a sentence that is never empty; ``None`` if it does. Does not load it.
-        operator: ``icw_int8kv::attention``'s arguments to ``[B, Hq, T, Dv]`` in the query's dtype.
+        operator: ``icw_int8kv::attention``'s arguments to ``[B, Hq, T, Dv]`` in the query's dtype. The first two parts
+            of keys and values take the place of decoded ones; others follow by name, as ``key_codes``.
         with_lse: the same, and the logarithm of the sum of exponentials of each row's scores, its sink included:
             float32 ``[B, Hq, T]``.
     """
@@ -97,10 +99,24 @@ _QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FLOAT_DTYPES = (*_QUERY_DTYPES, torch.float64)
 
 
-def declines_int8(call: AttentionCall, devices: Iterable[str]) -> str | None:
-    """Why a call is not one of int8 rows that fit together, on one of ``devices``; ``None`` if it is.
+#: The parts of each format that a kernel may read, the rows first: dtypes and the size of the last dimension, of a head
+#: size ``D``.
+_PARTS: dict[str, dict[str, tuple[tuple[torch.dtype, ...], Callable[[Any], Any]]]] = {
+    "int8": {"qdata": ((torch.int8,), lambda size: size), "scale": (_FLOAT_DTYPES, lambda size: 1)},
+    "int4": {
+        "packed": ((torch.uint8,), lambda size: size // 2),
+        "scale": (_FLOAT_DTYPES, lambda size: 1),
+        "codes": ((torch.uint8,), lambda size: 2),
+    },
+}
+#: What the parts that are no rows are called in a reason.
+_NAMES = {"scale": "scales", "codes": "codes"}
 
-    What both kernels ask for. Sizes that are symbolic are taken to fit, as what was traced with them did.
+
+def declines_rows(call: AttentionCall, devices: Iterable[str], formats: Iterable[str] = ("int8",)) -> str | None:
+    """Why a call is not one of stored rows that fit together, on one of ``devices``; ``None`` if it is.
+
+    What all kernels ask for. Sizes that are symbolic are taken to fit, as what was traced with them did.
     """
     query = call.query
     if query.device.type not in devices:
@@ -111,27 +127,25 @@ def declines_int8(call: AttentionCall, devices: Iterable[str]) -> str | None:
         return f"queries of dtype {query.dtype} are not supported"
     batch, query_heads, tokens, head_dim = query.shape
     for name, stored in (("keys", call.key), ("values", call.value)):
-        if stored.format != "int8":
-            return f"the {name} are stored as {stored.format}, and the kernel reads int8"
-        if unread := sorted(stored.parts.keys() ^ {"qdata", "scale"}):
-            return f"the {name} are not rows with one scale each: {', '.join(unread)}"
-    qdata, scale = call.key.parts["qdata"], call.key.parts["scale"]
-    if qdata.dim() != 4:
-        return f"the keys have {qdata.dim()} dimensions, and not 4"
-    heads, length = qdata.shape[1:3]
-    value_qdata, value_scale = call.value.parts["qdata"], call.value.parts["scale"]
-    rows = (batch, heads, length)
-    for name, tensor, shape, dtypes in (
-        ("the keys", qdata, (*rows, head_dim), (torch.int8,)),
-        ("the scales of the keys", scale, (*rows, 1), _FLOAT_DTYPES),
-        ("the values", value_qdata, (*rows, value_qdata.shape[-1]), (torch.int8,)),
-        ("the scales of the values", value_scale, (*rows, 1), _FLOAT_DTYPES),
-    ):
-        if reason := unfit_tensor(name, tensor, shape, dtypes, query.device):
-            return reason
-    for name, tensor in (("keys", qdata), ("values", value_qdata)):
-        if not statically_known_true(tensor.stride(3) == 1):
-            return f"the channels of the {name} are not contiguous"
+        if stored.format not in formats:
+            return f"the {name} are stored as {stored.format}, and the kernel reads {' and '.join(formats)}"
+        if unread := sorted(stored.parts.keys() ^ _PARTS[stored.format].keys()):
+            return f"the {name} are not {stored.format} rows: {', '.join(unread)}"
+    first = next(iter(call.key.parts.values()))
+    if first.dim() != 4:
+        return f"the keys have {first.dim()} dimensions, and not 4"
+    heads, length = first.shape[1:3]
+    for name, stored, size in (("keys", call.key, head_dim), ("values", call.value, None)):
+        for of, (dtypes, last) in _PARTS[stored.format].items():
+            tensor = stored.parts[of]
+            # Values have a head size of their own, which their rows say.
+            channels = tensor.shape[-1] if size is None and of == next(iter(stored.parts)) else last(size)
+            shape = (batch, heads, length, channels)
+            what = f"the {_NAMES[of]} of the {name}" if of in _NAMES else f"the {name}"
+            if reason := unfit_tensor(what, tensor, shape, dtypes, query.device):
+                return reason
+            if of != "scale" and not statically_known_true(tensor.stride(3) == 1):
+                return f"the channels of the {name} are not contiguous"
     if statically_known_true(heads == 0) or statically_known_true(query_heads % heads != 0):
         return f"{query_heads} query heads cannot be grouped on {heads} key/value heads"
     if call.sinks is not None and (

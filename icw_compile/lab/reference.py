@@ -38,20 +38,48 @@ def channel_shift(x: Tensor) -> Tensor:
     return torch.where((least >= math.log2(3.0)) & (rows > 1), least.floor().clamp(max=7.0), torch.zeros_like(least))
 
 
-def quantize_dequantize(x: Tensor, shift: Tensor | None = None) -> Tensor:
-    """What the cache stores of ``x``: int8 with a scale for each row of the last dimension. No operation of ours."""
+def quantize_dequantize(x: Tensor, shift: Tensor | None = None, bits: int = 8) -> Tensor:
+    """What the cache stores of ``x``, with a scale for each row of the last dimension. No operation of ours."""
     factor = 1.0 if shift is None else 2.0**shift
     rows = x.float() / factor
     scale_dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    if bits == 4:
+        return (four_bits(rows, scale_dtype) * factor).to(x.dtype)
     scale = (rows.abs().max(dim=-1, keepdim=True).values / _LEVELS).to(scale_dtype).float()
     steps = torch.round(rows / torch.where(scale > 0, scale, torch.ones_like(scale))).clamp(-_LEVELS, _LEVELS)
     return (steps * scale * factor).to(x.dtype)
 
 
+def four_bits(rows: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Finite float32 ``rows`` as they are read back from 4 bits: 16 levels for each half, of the nearest of 15 tables.
+
+    A table has levels 22 * width apart, in 64ths of the row's scale, with their middle at 11 * width * middle.
+    """
+    halves = rows.unflatten(-1, (2, -1))
+    least, most = halves.amin(-1, keepdim=True), halves.amax(-1, keepdim=True)
+    scale = torch.maximum((most - least) / 165, torch.maximum(most, -least) / 121).amax(-2, keepdim=True)
+    scale = scale.to(scale_dtype).float()
+    units = (halves * torch.where(scale > 0, 64 / scale, 0.0)).round().double()
+    least, most = units.amin(-1, keepdim=True), units.amax(-1, keepdim=True)
+    needed = torch.maximum(((most - least) / 330).ceil(), (torch.maximum(most, -least) / 242).ceil())
+    widths = torch.tensor([32.0 - i for i in range(9)] + [22.0 - 2 * i for i in range(7)]).double()
+    first = (widths >= needed.clamp(max=32)).sum(-1, keepdim=True) - 1
+    best, smallest = torch.zeros_like(units), torch.full_like(least, math.inf)
+    for i in range(5):
+        width = widths[(first + i).clamp(max=15)]
+        for side in (-1, 0, 1):
+            middle = (((least + most) / (22 * width) + 0.5).floor() + side).clamp(-8, 7)
+            index = ((units / (11 * width) + 16 - middle) / 2).floor().clamp(0, 15)
+            level = (((2 * index - 15 + middle) * 11 * width + 32) / 64).floor()
+            error = (64 * level - units).clamp(-2047, 2047).square().sum(-1, keepdim=True)
+            best, smallest = torch.where(error < smallest, level, best), torch.minimum(error, smallest)
+    return (best.float() * scale).flatten(-2)
+
+
 def _storing_quantized(
-    stock: Any, names: Collection[str], sink_tokens: int, recent_tokens: int, own_as_they_came: bool
+    stock: Any, bits: Mapping[str, int], sink_tokens: int, recent_tokens: int, own_as_they_came: bool
 ) -> Any:
-    """The cache layer class ``stock``, but those of its keys and values that ``names`` has are read back quantized.
+    """The cache layer class ``stock``, but those of its keys and values that ``bits`` has are read back quantized.
 
     The first ``sink_tokens`` and the last ``recent_tokens`` are read as they are, and with ``own_as_they_came`` those
     of the call itself, if they are more than a few.
@@ -61,7 +89,7 @@ def _storing_quantized(
 
     class Reference(stock):
         def quantized(self, name: str, states: Tensor) -> Tensor:
-            if name not in names:
+            if name not in bits:
                 return states
             shifts = self.__dict__.setdefault("shifts", {})
             new, held = channel_shift(states), getattr(self, name, None)
@@ -70,7 +98,7 @@ def _storing_quantized(
             elif isinstance(self, StaticLayer) and states.shape[-2] > 1:  # as after a reset
                 empty = (held == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
                 shifts[name] = torch.where(empty, new, shifts[name])
-            return quantize_dequantize(states, shifts[name])
+            return quantize_dequantize(states, shifts[name], bits[name])
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             own = key_states.shape[-2] if own_as_they_came and key_states.shape[-2] > _FEW_TOKENS else 0
@@ -99,7 +127,7 @@ def _storing_quantized(
             return states
 
         def seen(self, name: str, states: Tensor, own: int) -> Tensor:
-            if name not in names:
+            if name not in bits:
                 return states
             rows, total = states.shape[-2], int(self.get_seq_length())
             token = torch.arange(rows, device=states.device)
@@ -107,7 +135,8 @@ def _storing_quantized(
                 token = token + total - rows  # the last row is the last token
             sink = (token >= self.first) & (token < self.first + sink_tokens)
             kept = sink | ((token >= total - recent_tokens - own) & (token < total))
-            return torch.where(kept.unsqueeze(-1), states, quantize_dequantize(states, self.shifts[name]))
+            stored = quantize_dequantize(states, self.shifts[name], bits[name])
+            return torch.where(kept.unsqueeze(-1), states, stored)
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
             super().reorder_cache(beam_idx)
@@ -134,6 +163,8 @@ def reference_cache(
     *,
     sink_tokens: int = 0,
     recent_tokens: int = 0,
+    key_bits: int = 8,
+    value_bits: int = 8,
 ) -> StaticCache:
     """A float `StaticCache` in which every stored key and value has been quantized and dequantized.
 
@@ -141,7 +172,8 @@ def reference_cache(
     says which to quantize: the index of a layer -> ``"keys"``, ``"values"`` or both. ``sink_tokens`` and
     ``recent_tokens``, at the start and at the end, are left as they are.
     """
-    return store_quantized(StaticCache(model.config, max_cache_len=max_cache_len), stored, sink_tokens, recent_tokens)
+    cache = StaticCache(model.config, max_cache_len=max_cache_len)
+    return store_quantized(cache, stored, sink_tokens, recent_tokens, key_bits=key_bits, value_bits=value_bits)
 
 
 def dynamic_reference_cache(
@@ -150,9 +182,12 @@ def dynamic_reference_cache(
     *,
     sink_tokens: int = 0,
     recent_tokens: int = 0,
+    key_bits: int = 8,
+    value_bits: int = 8,
 ) -> DynamicCache:
     """A float `DynamicCache` in which every key and value has been quantized and dequantized; the rest as above."""
-    return store_quantized(DynamicCache(config=model.config), stored, sink_tokens, recent_tokens)
+    cache = DynamicCache(config=model.config)
+    return store_quantized(cache, stored, sink_tokens, recent_tokens, key_bits=key_bits, value_bits=value_bits)
 
 
 def store_quantized(
@@ -162,6 +197,8 @@ def store_quantized(
     recent_tokens: int = 0,
     *,
     own_as_they_came: bool = True,
+    key_bits: int = 8,
+    value_bits: int = 8,
 ) -> Any:
     """Make a float cache a reference from now on: what it holds is quantized and dequantized, and what it is given.
 
@@ -171,7 +208,8 @@ def store_quantized(
     for i, layer in enumerate(cache.layers):
         names = _NAMES if stored is None else stored.get(i, ())
         if isinstance(layer, (DynamicLayer, StaticLayer)) and names:
-            layer.__class__ = _storing_quantized(type(layer), names, sink_tokens, recent_tokens, own_as_they_came)
+            bits = {name: of for name, of in zip(_NAMES, (key_bits, value_bits), strict=True) if name in names}
+            layer.__class__ = _storing_quantized(type(layer), bits, sink_tokens, recent_tokens, own_as_they_came)
             for name in names:
                 if not (sink_tokens or recent_tokens) and (held := getattr(layer, name)) is not None:
                     setattr(layer, name, layer.quantized(name, held))
