@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from icw_compile.cache.binding import bind
+from icw_compile.drawing import Drawing, draw
 from icw_compile.frontend.capture import NotCapturedError
 from icw_compile.options import split_options
 from icw_compile.passes import PassResult, Site, Skipped
@@ -20,12 +21,21 @@ __all__ = ["ExplainedGraph", "Explanation", "explain"]
 
 @dataclass(frozen=True)
 class ExplainedGraph:
-    """One captured graph: its text as captured, what each pass did to it, and the key/value sites."""
+    """One captured graph.
+
+    Attributes:
+        captured: its text as captured.
+        passes: what each pass did to it.
+        sites: the key/value storages, how each is written and read.
+        skipped: what stays float, or is read dequantized, and why.
+        drawings: what it does with its cache, as captured and after each pass: for each kind of cache layer one.
+    """
 
     captured: str
     passes: tuple[PassResult, ...]
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
+    drawings: tuple[tuple[Drawing, ...], ...] = ()
 
     @property
     def rewritten(self) -> str:
@@ -60,7 +70,7 @@ def explain(
         options: as for ``torch.compile``.
 
     Returns:
-        the text of each graph as captured and after each pass.
+        the text of each graph as captured and after each pass, and drawings of what it does with its cache.
 
     Raises:
         ValueError: an unknown ``icw.`` option or a wrong value.
@@ -69,14 +79,17 @@ def explain(
     graphs: list[ExplainedGraph] = []
 
     def backend(dynamo_graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        drawings: list[tuple[Drawing, ...]] = []
         try:
-            found = rewrite(dynamo_graph, ours, keep_text=True)
+            found = rewrite(dynamo_graph, ours, keep_text=True, look=lambda graph: drawings.append(draw(graph)))
         except NotCapturedError as error:
             text = dynamo_graph.print_readable(print_output=False, include_stride=False)
             graphs.append(ExplainedGraph(text, (), (), (Skipped("", "this graph", f"{error}; it is left as it is"),)))
             return dynamo_graph.forward
         graph = found.graph
-        graphs.append(ExplainedGraph(found.captured, found.passes, tuple(graph.sites), tuple(graph.skipped)))
+        graphs.append(
+            ExplainedGraph(found.captured, found.passes, tuple(graph.sites), tuple(graph.skipped), tuple(drawings))
+        )
         return bind(graph, graph.module.forward) if graph.sites else dynamo_graph.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
 """From Dynamo's graph to the one that is compiled: the one pipeline, behind the backend and behind `explain`."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ def rewrite(
     *,
     why_it_ends: str = "",
     keep_text: bool = False,
+    look: Callable[[KVGraph], None] = lambda graph: None,
 ) -> Rewritten:
     """Capture a graph and run the passes.
 
@@ -61,6 +62,7 @@ def rewrite(
         layers: what each of the options that list layers lists, where more is known of the model than in ``options``.
         why_it_ends: why the graph ends before the frame does, in words.
         keep_text: keep the readable text of the graph at every step.
+        look: called with the graph as captured and after each pass, to look at.
 
     Raises:
         NotCapturedError: the graph holds something that cannot be retraced.
@@ -86,8 +88,12 @@ def rewrite(
     graph.format_for, graph.why_it_ends = options.format_for, why_it_ends
     layers = {option: options.layers(option) for option in LAYER_OPTIONS} if layers is None else layers
     graph.skip_layers, graph.eight_bit_layers = layers["skip_layers"], layers["eight_bit_layers"]
+    look(graph)
     ready = time.perf_counter()
-    passes = run_passes(graph, PASSES, keep_text=keep_text)
+    passes: list[PassResult] = []
+    for each in PASSES:
+        passes += run_passes(graph, (each,), keep_text=keep_text)
+        look(graph)
     done = time.perf_counter()
     if graph.sites:
         forward_dynamo_metadata(dynamo_graph, graph)
