@@ -1,5 +1,6 @@
 # make demo: see it work.  make test: everything that CI runs.  Both set up .venv first.
 # make docs: the figures of README.md and docs/ anew, from the result files that are committed.
+# make write-notebooks: the outputs of the notebooks anew.
 # make test-versions: the core of the tests with the oldest and the newest torch and transformers, a venv each. Their
 # torch is the registry's, with all of CUDA: 5 GB each.
 
@@ -19,7 +20,7 @@ CORE := tests/test_compat.py tests/test_tensor.py tests/test_ops.py tests/test_p
 # Two test workers and their thread pools share the cores: waiting threads must not spin.
 test test-all test-versions: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-all test-versions $(VERSIONS:%=test-%) docs lint types notebooks format clean
+.PHONY: demo test test-all test-versions $(VERSIONS:%=test-%) docs lint types notebooks write-notebooks format clean
 
 demo: $(VENV)/installed
 	$(BIN)/icw-compile demo
@@ -49,7 +50,11 @@ types: $(VENV)/requirements
 
 notebooks: $(VENV)/installed
 	$(BIN)/jupytext --test --to py:percent notebooks/*.ipynb
-	$(BIN)/pytest --nbmake --nbmake-timeout=600 notebooks
+	$(BIN)/pytest --nbmake --nbmake-timeout=120 notebooks
+
+write-notebooks: $(VENV)/installed
+	$(BIN)/jupytext --sync notebooks/*.py
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 format: $(VENV)/requirements
 	$(BIN)/ruff check --fix .

@@ -156,7 +156,7 @@ def _roots(graph: KVGraph) -> dict[int | None, dict[Node, str]]:
         for position in positions:
             if isinstance(position, int) and position >= 0 and isinstance(returned[position], Node):
                 of_layer = found.setdefault(endpoint.layer if endpoint is not None else None, {})
-                of_layer[returned[position]] = endpoint.name if endpoint is not None else "the caller"
+                of_layer[returned[position]] = _place(endpoint)
     return dict(sorted(found.items(), key=lambda item: (item[0] is None, item[0] or 0)))
 
 
@@ -166,6 +166,12 @@ class _Attention(NamedTuple):
     nodes: set[Node]
     reads: set[Node]
     uses: dict[Node, str]
+
+
+def _place(endpoint: Endpoint | None) -> str:
+    if endpoint is None:
+        return "the caller"
+    return f"{'new ' if endpoint.name.startswith('new ') else ''}{endpoint.role}s"
 
 
 @dataclass
@@ -308,15 +314,17 @@ def _role(node: Node, part: _Part, from_storage: bool) -> Role:
         return "storage"
     if _is_ours(node):
         return "write" if _called(node).startswith(("quantize", "settle", "divide")) else "read"
-    if is_mutation(node) or _called(node) == "cat":
+    if (is_mutation(node) and from_storage) or (
+        _called(node) == "cat" and (from_storage or any(map(_is_empty, node.all_input_nodes)))
+    ):
         return "write"
     return "read" if from_storage and _carries(node) else "other"
 
 
 def _is_empty(node: Node) -> bool:
-    """Whether it is what transformers begins a growing cache with: a tensor without elements."""
+    """Whether it is what transformers begins a growing cache with: ``[0]``, without elements."""
     value = _value(node)
-    return isinstance(value, torch.Tensor) and statically_known_true(value.numel() == 0)
+    return isinstance(value, torch.Tensor) and value.dim() == 1 and statically_known_true(value.shape[0] == 0)
 
 
 def _use(node: Node, part: _Part) -> str:

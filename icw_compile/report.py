@@ -171,7 +171,7 @@ class Report:
             )
 
     def __str__(self) -> str:
-        console = Console(width=140, color_system=None)
+        console = Console(width=140, color_system=None, force_jupyter=False)  # or a notebook shows it, emptily, besides
         with console.capture() as captured:
             console.print(self)
         return captured.get()

@@ -17,21 +17,20 @@
 # `torch.compile(model, backend="icw_int8kv")` hands us a graph in which keys and values go into a float cache and
 # attention reads them from there. We hand Inductor a graph in which the cache is int8. This notebook takes the decode
 # step of a two-layer Llama and looks at its graph after each pass. Nothing is compiled: `icw_compile.explain`
-# captures, rewrites, and keeps the text.
+# captures, rewrites, and keeps each step as text and as a drawing.
 
 # %%
-import re
+import logging
 import warnings
 
+logging.disable(logging.WARNING)  # what the libraries beneath say of this machine as they are imported
 warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, about a widget that is not used here
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 import icw_compile
 
-logging.set_verbosity_error()
 torch.manual_seed(0)
 config = LlamaConfig(
     hidden_size=256,
@@ -52,64 +51,64 @@ cache = icw_compile.static_cache(model, batch_size=1, max_cache_len=512)
 token = torch.tensor([[7]])
 (graph,) = icw_compile.explain(model, input_ids=token, past_key_values=cache).graphs
 for step in graph.passes:
-    print(f"{step.name:10} {step.matches:3} matches")
+    print(f"{step.name:12} {step.matches:3} matches")
 
 # %% [markdown]
-# A whole graph is long, and most of it is of no interest here. This keeps the lines of the first layer's cache: the
-# placeholders, and whatever is computed from them, up to the attention.
-
+# A whole graph is long, and most of it is no concern of ours: here are its size, and how much of it a drawing keeps.
+# A drawing follows what is stored, forward to what reads it and backward to what is written. Layers that look alike
+# share one.
 
 # %%
-def first_cache(text: str) -> str:
-    """The lines of a printed graph in which the first layer's keys and values, or what came from them, occur."""
-    follow = {name for name in re.findall(r"\w+", text) if re.match(r"past_key_values_layers_0_(keys|values)", name)}
-    kept = [f"inputs: {', '.join(sorted(follow))}"]
-    for line in text.splitlines():
-        # name: "type[shape]" = torch.ops.namespace.operation(...);  last uses of other names
-        found = re.match(r"\s+(\w+)(?:: \"(.*)\")? = (?:torch\.ops\.)?(.*)", line.split(";  ")[0])
-        if not found:
-            continue
-        name, kind, call = found.groups()
-        used = set(re.findall(r"\w+", call))
-        if not follow & used and not call.startswith("icw_int8kv.quantize_per_head"):
-            continue
-        kept.append(f"{name}: {kind or 'both parts'} = {call}")
-        if "attention" in call:
-            break
-        follow.add(name)
-    return "\n".join(kept)
-
+names = ["captured", *(step.name for step in graph.passes)]
+drawings = dict(zip(names, (of_step[0] for of_step in graph.drawings)))
+print(f"{len(graph.captured.splitlines())} lines of graph, {len(drawings['captured'].boxes)} operations drawn")
 
 # %% [markdown]
 # ## As captured
 #
-# Dynamo's graph, retraced into ATen before autograd's decompositions. Writes are in-place (`index_copy_`), attention is
+# Dynamo's graph, retraced into ATen before autograd's decompositions. Writes are in place (`index_copy_`), attention is
 # one operation, and the cache is a bfloat16 tensor: that is what `QuantizedKV` presents to everybody. Before attention,
 # transformers expands the two key/value heads to four (`unsqueeze`, `expand`, `reshape`).
 
 # %%
-print(first_cache(graph.captured))
+drawings["captured"]
+
+# %% [markdown]
+# The same as text, which is what a drawing prints.
+
+# %%
+print(drawings["captured"])
+
+# %% [markdown]
+# ## `canonicalize`: one spelling
+#
+# What may be a view or a copy becomes the one that it is. The `reshape` above has to copy, since `expand` left it
+# overlapping rows: that is a `clone` now, and schemas tell the truth from here on.
+
+# %%
+print(set(drawings["canonicalize"].calls("read")) - set(drawings["captured"].calls("read")))
 
 # %% [markdown]
 # ## `storage`: what is the cache?
 #
 # Each placeholder that is a `QuantizedKV` becomes its parts: int8 rows, one scale for each head and token, and the
 # shift of each channel, by which outlier channels are divided. `dequantize_per_head` and `multiply_channels` stand for
-# the float tensor that was there. In a prefill that creates the cache, the same pass
-# turns `zeros` of bfloat16 into zeros of int8 and of scales.
+# the float tensor that was there, and everything else is still as it was. In a prefill that creates the cache, the same
+# pass turns `zeros` of bfloat16 into zeros of int8 and of scales.
 
 # %%
-print(first_cache(graph.passes[0].after))
+drawings["storage"]
 
 # %% [markdown]
 # ## `propagate`: every write and every move of rows
 #
 # The new key is divided and quantized, one row for each head, and the same `index_copy_` is done to both parts. What
-# only moves rows, here the expansion of heads, moves the rows of both parts. An operation that has no rule would get
+# only moves rows, here the expansion of heads, moves the rows of all parts. An operation that has no rule would get
 # the dequantized value right where it needs it: correct, slow, and named in the report.
 
 # %%
-print(first_cache(graph.passes[1].after))
+print("writes:", *drawings["propagate"].calls("write"))
+print("reads: ", *drawings["propagate"].calls("read"))
 
 # %% [markdown]
 # ## `reads`: one attention
@@ -118,7 +117,8 @@ print(first_cache(graph.passes[1].after))
 # its group of query heads. Its operands are still the dequantized keys and values.
 
 # %%
-print(first_cache(graph.passes[2].after))
+print("reads:    ", *drawings["reads"].calls("read"))
+print("attention:", *drawings["reads"].calls("attention"))
 
 # %% [markdown]
 # ## `lower`: how to compute it
@@ -129,7 +129,10 @@ print(first_cache(graph.passes[2].after))
 # float copy of the cache. A prompt of more than 16 tokens attends to its own keys and values as they came.
 
 # %%
-print(first_cache(graph.passes[3].after))
+drawings["lower"]
+
+# %%
+print(drawings["lower"])
 
 # %% [markdown]
 # ## The sites
@@ -140,6 +143,10 @@ print(first_cache(graph.passes[3].after))
 for site in graph.sites:
     print(f"{site.name}: {site.cache}, written by {', '.join(site.writes)}, read by {', '.join(site.reads)}")
     print(f"    {site.lowering}; {site.float_bytes_per_token} -> {site.bytes_per_token} bytes per token")
+
+# %% [markdown]
+# On a model of yours: `print(icw_compile.explain(model, input_ids=ids, past_key_values=cache))` for everything as text,
+# or `icw-compile explain --model <hub id or folder> --graphs DIR` for a page with these drawings.
 
 # %%
 assert len(graph.sites) == 4 and not graph.skipped
