@@ -1,12 +1,14 @@
 """The options that ``torch.compile(..., options={...})`` takes: ours, prefixed ``icw.``, and Inductor's own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
+from torch.fx import Node
 
 from icw_compile.formats import Format, make_format
+from icw_compile.passes import KVGraph
 
 __all__ = ["LAYER_OPTIONS", "LayerOption", "Options", "split_options"]
 
@@ -42,6 +44,10 @@ class Options:
             (`icw_compile.static_cache`). For every sequence of a batch alike: left padding counts.
         strict: raise `icw_compile.UnquantizedCacheError` where a cache-like float buffer stays float, instead of
             warning about it.
+        idioms: rules for attention that is spelled in a way of its own. Each is a function ``(graph, node)`` that is
+            asked about every operation of the captured graph, a `icw_compile.passes.KVGraph`, and returns what
+            computes the same in a known spelling (`icw_compile.passes.attention`), made by ``graph.call`` within
+            ``graph.before(node)``, or ``None``. Whether it does compute the same is the function's business.
         mode: Inductor's ``mode``, for use beside other options (``torch.compile`` refuses ``mode=`` with
             ``options=``).
     """
@@ -58,6 +64,7 @@ class Options:
     sink_tokens: int = 0
     recent_tokens: int = 0
     strict: bool = False
+    idioms: Sequence[Callable[[KVGraph, Node], Node | None]] = ()
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
 
     def format_for(
@@ -110,6 +117,9 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
         name = "mode" if field == "mode" and mode is not None else PREFIX + field
         if field in LAYER_OPTIONS:
             _check_layers(name, value)
+        elif field == "idioms":
+            if not isinstance(value, (list, tuple)) or not all(map(callable, value)):
+                raise ValueError(f"Option {name!r} is {value!r}; it takes a list of functions of a graph and a node.")
         elif types[field] is int:
             if not _is_count(value):
                 raise ValueError(f"Option {name!r} is {value!r}; it takes a number of tokens, 0 or more.")

@@ -85,7 +85,7 @@ def rewrite(
             asking += time.perf_counter() - asked
 
     graph.find_kernel = timed_find_kernel
-    graph.format_for, graph.why_it_ends = options.format_for, why_it_ends
+    graph.format_for, graph.why_it_ends, graph.idioms = options.format_for, why_it_ends, tuple(options.idioms)
     layers = {option: options.layers(option) for option in LAYER_OPTIONS} if layers is None else layers
     graph.skip_layers, graph.eight_bit_layers = layers["skip_layers"], layers["eight_bit_layers"]
     look(graph)

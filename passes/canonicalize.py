@@ -11,11 +11,16 @@
     s = einsum("bhtd,bhsd->bhts", [q, k])      t = transpose(k, -1, -2); s = matmul(q, t)
     o = einsum("bhts,bhsd->bhtd", [w, v])      o = matmul(w, v)
 
+What else has another spelling is the caller's to say: ``graph.idioms`` are asked first, about every operation.
+
 A view or a copy is what tracing found, for the shapes and dtypes that the graph is guarded on: schemas then say the
 truth. Values stay as they are.
 """
 
+import operator
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -52,6 +57,11 @@ def canonicalize(graph: KVGraph) -> int:
 
 def _canonical(graph: KVGraph, node: Node) -> Node | None:
     """What stands for ``node``, or ``None`` if it stays."""
+    if node.op != "call_function":
+        return None
+    for idiom in graph.idioms:
+        if (by := idiom(graph, node)) is not None:
+            return _checked(node, by, idiom)
     if node.target is aten.einsum.default:
         return _product(graph, node)
     if node.target not in _MAY_COPY or "kept" in node.meta:
@@ -60,6 +70,19 @@ def _canonical(graph: KVGraph, node: Node) -> Node | None:
     if storage_of(source.meta["val"]) != storage_of(node.meta["val"]):
         return _copy(graph, node)
     return source if _same_layout(source.meta["val"], node.meta["val"]) else None
+
+
+def _checked(node: Node, by: Node, idiom: Callable[[KVGraph, Node], Node | None]) -> Node:
+    """What a rule of the caller's gave, if it can stand for ``node``."""
+    was, made = node.meta["val"], by.meta["val"]
+    if _kind(was) != _kind(made) or not all(map(statically_known_true, map(operator.eq, was.shape, made.shape))):
+        name = getattr(idiom, "__name__", str(idiom))
+        raise ValueError(f"{name} puts {made} in the place of `{node}`, which is {was}: it takes its dtype and shape")
+    return by
+
+
+def _kind(value: Any) -> tuple[Any, ...]:
+    return (value.dtype, value.dim()) if isinstance(value, torch.Tensor) else (type(value),)
 
 
 def _product(graph: KVGraph, node: Node) -> Node | None:

@@ -219,6 +219,7 @@ class KVGraph:
             there is already stays as its maker wanted it.
         skip_layers: the layers whose cache stays float: indices, ``"first"``, ``"last"``, ``"sliding"``.
         eight_bit_layers: those that are stored in 8 bits in any case, named alike.
+        idioms: rules of the caller's for ``canonicalize``: ``(graph, node)`` -> what stands for the node, or ``None``.
         why_it_ends: why the graph ends before the frame does, in words; empty if it does not.
         find_kernel: device type -> the attention kernel there, or why there is none (empty: none is wanted). Set it to
             offer kernels to the ``lower`` pass.
@@ -258,6 +259,7 @@ class KVGraph:
         self.format_for: Callable[..., Format] = lambda dtype, role, *, in_eight_bits=False: make_format(dtype)
         self.skip_layers: frozenset[int | str] = frozenset()
         self.eight_bit_layers: frozenset[int | str] = frozenset()
+        self.idioms: tuple[Callable[[KVGraph, Node], Node | None], ...] = ()
         self.why_it_ends = ""
         self.find_kernel: Callable[[str], AttentionKernel | str] = _no_kernel
         self.sites: list[Site] = []

@@ -1,14 +1,17 @@
 """The ``canonicalize`` pass: what may be a view or a copy becomes the one that it is."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from graphs import counts, kv, run, trace
 from torch import Tensor
+from torch.fx import Node
 
+import icw_compile
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.passes import PASSES, run_passes
+from icw_compile.passes import PASSES, KVGraph, run_passes
 
 CANONICALIZE = PASSES[:1]
 
@@ -102,3 +105,44 @@ def test_a_copy_does_not_show_what_is_written_later(copy: Callable[[Tensor], Ten
     expected = copy(quantized.dequantize())
     (actual,) = run(graph, quantized, new)
     assert torch.equal(actual, expected)
+
+
+def squared(graph: KVGraph, node: Node) -> Node | None:
+    """``x * x`` is ``x ** 2``."""
+    if node.target is not torch.ops.aten.mul.Tensor or node.args[0] is not node.args[1]:
+        return None
+    with graph.before(node):
+        return graph.call(torch.ops.aten.pow.Tensor_Scalar, node.args[0], 2)
+
+
+def test_an_idiom_of_the_callers() -> None:
+    x = kv()
+    graph = trace(lambda x: (x.to(torch.float32) * x) * (x + 1), x)
+    graph.idioms = (lambda graph, node: None, squared)
+    assert run_passes(graph, CANONICALIZE)[0].matches == 2, "rules see what is canonical before"
+    assert counts(graph) == {"pow": 1, "add": 1, "mul": 1}
+    graph = trace(lambda x: (x * x) * (x + 1), x)
+    graph.idioms = (lambda graph, node: None, squared)
+    assert run_passes(graph, CANONICALIZE)[0].matches == 1
+    assert counts(graph) == {"pow": 1, "add": 1, "mul": 1}
+    torch.testing.assert_close(run(graph, x)[0], (x * x) * (x + 1))
+    assert run_passes(graph, CANONICALIZE)[0].matches == 0
+
+
+def test_an_idiom_that_gives_something_else() -> None:
+    def wrong(graph: KVGraph, node: Node) -> Node | None:
+        if node.target is not torch.ops.aten.add.Tensor:
+            return None
+        with graph.before(node):
+            return graph.call(torch.ops.aten.sum.dim_IntList, node.args[0], [-1])
+
+    graph = trace(lambda x: x + 1, kv())
+    graph.idioms = (wrong,)
+    with pytest.raises(ValueError, match=r"wrong puts .* in the place of `add`"):
+        run_passes(graph, CANONICALIZE)
+
+
+@pytest.mark.parametrize("value", [squared, [squared, None], "squared"])
+def test_what_is_no_list_of_idioms(value: Any) -> None:
+    with pytest.raises(ValueError, match="it takes a list of functions of a graph and a node"):
+        icw_compile.explain(lambda x: x + 1, kv(), options={"icw.idioms": value})
