@@ -1,6 +1,7 @@
 """Tensor parallelism: a model split over several processes, each with the int8 cache of its own heads.
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py                    # a small random model, checked
+    torchrun --nproc-per-node 2 examples/tensor_parallel.py static             # the same with one kind of cache
     torchrun --nproc-per-node 2 examples/tensor_parallel.py Qwen/Qwen2.5-1.5B  # one of your own
 
 ``tp_plan="auto"`` is transformers' own: weights become DTensors, and every rank keeps the keys and values of its share
@@ -12,7 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +27,7 @@ from icw_compile import QuantizedKV
 
 PROMPT = torch.arange(3, 27).view(2, 12)  # [batch, tokens]
 STEPS = 6
+KINDS = ("dynamic", "static", "prepared", "sliding")
 
 
 @record
@@ -33,10 +35,11 @@ def main() -> None:
     # A machine without accelerators exchanges tensors over gloo; with some, torch chooses what fits.
     dist.init_process_group("cpu:gloo" if not torch.accelerator.is_available() else None)
     try:
-        if len(sys.argv) > 1:
-            generate(sys.argv[1])
+        chosen = sys.argv[1:]
+        if set(chosen) <= set(KINDS):
+            compare(chosen or KINDS)
         else:
-            compare()
+            generate(chosen[0])
     finally:
         dist.destroy_process_group()
 
@@ -50,11 +53,11 @@ def generate(name: str) -> None:
         print(icw_compile.report())
 
 
-def compare() -> None:
+def compare(kinds: Iterable[str]) -> None:
     """Each kind of cache, split and whole."""
     ranks = dist.get_world_size()
     options = {"icw.compiler": os.environ.get("ICW_COMPILER", "inductor")}
-    for kind in ("dynamic", "static", "prepared", "sliding"):
+    for kind in kinds:
         with shared_folder() as folder:
             if dist.get_rank() == 0:
                 small_model(kind, heads=ranks).save_pretrained(folder)  # one head of keys and values for each rank
