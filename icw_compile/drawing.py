@@ -31,7 +31,7 @@ COLOURS: dict[Role, tuple[str, str]] = {
     "other": ("#f2f2f2", "#8c8c8c"),
 }
 #: What an argument is called in a drawing, where that is not what operators call it.
-_USES = {"self": "", "attn_mask": "mask", **dict.fromkeys(("x", "source", "src", "tensors"), "new rows")}
+_USES = {"self": "", "other": "", "attn_mask": "mask", **dict.fromkeys(("x", "source", "src", "tensors"), "new rows")}
 _WIDTH, _HEIGHT, _GAP, _LEVEL, _TOP = 214, 42, 18, 78, 64
 
 

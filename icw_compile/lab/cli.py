@@ -169,6 +169,44 @@ def bench(
 
 
 @app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A hub id, a folder, a shape such as llama-3-8b, a shipped model such as kjv-qwen2-2m, or a model "
+            "type such as gemma2, of which a tiny one is made. Only its configuration is read."
+        ),
+    ] = "kjv-llama-2m",
+    graphs: Annotated[
+        Path | None,
+        typer.Option(help="Write every graph before and after each pass, drawings, and a page index.html into it."),
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Cut the model to its first layers.")] = 2,
+    cache: Annotated[Literal["dynamic", "static"], typer.Option(help="The cache: one that grows, or a static one.")] = (
+        "dynamic"
+    ),
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the first call.")] = 32,
+    option: Annotated[
+        str, typer.Option(help="Options of the backend, such as icw.keys=plain, several with commas.")
+    ] = "",
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="The model's dtype.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+) -> None:
+    """Show what the backend does to a prompt and to a decode step of a model; nothing is compiled.
+
+    The weights are random ones: graphs do not depend on them.
+    """
+    from icw_compile.lab.graphs import Settings, run_explain  # torch and transformers take seconds to import
+
+    settings = Settings(model, layers, cache, prompt, option, dtype, device)
+    try:
+        run_explain(settings, graphs=graphs, json_file=json)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
 def plan(
     model: Annotated[
         str,
