@@ -617,6 +617,19 @@ def test_inductor_reads_mode_and_options():
         inductor.inductor("no-such-mode", {})
 
 
+def test_inductor_counts_cuda_graphs():
+    from torch._inductor.cudagraph_trees import CUDAGraphNode
+
+    before = CUDAGraphNode.__init__, CUDAGraphNode.run
+    with inductor.counted_cuda_graphs() as counts:
+        node = object.__new__(CUDAGraphNode)  # what records, and what replays; neither without a GPU
+        for call in (lambda: CUDAGraphNode(), lambda: node.run([]), lambda: node.run([])):
+            with pytest.raises((TypeError, AttributeError)):
+                call()
+    assert (counts.recorded, counts.replayed) == (1, 2)
+    assert (CUDAGraphNode.__init__, CUDAGraphNode.run) == before
+
+
 def test_inductor_compiles():
     module = fx.trace_pre_dispatch(lambda x: (x.sin() + 1,), [torch.randn(4)])
     x = torch.randn(4)

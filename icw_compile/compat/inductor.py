@@ -3,8 +3,9 @@
 Read and run in torch 2.11, 2.13 and 2.14, unless a function says otherwise.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import torch
 import torch._inductor
 import torch._inductor.config
 
-__all__ = ["CUDA_GRAPHS", "cache_dir", "cache_key_tag", "cpp_compiler", "inductor", "is_freezing", "uses_cuda_graphs"]
+__all__ = [
+    "CUDA_GRAPHS",
+    "CudaGraphs",
+    "cache_dir",
+    "cache_key_tag",
+    "counted_cuda_graphs",
+    "cpp_compiler",
+    "inductor",
+    "is_freezing",
+    "uses_cuda_graphs",
+]
 
 #: Inductor's option that ``mode="reduce-overhead"`` stands for. ``torch._inductor.config.triton.cudagraphs``.
 CUDA_GRAPHS = "triton.cudagraphs"
@@ -40,6 +51,37 @@ def uses_cuda_graphs(mode: str | None, options: Mapping[str, Any]) -> bool:
     asked = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
     asked.update({name.replace("-", "_"): value for name, value in options.items()})
     return bool(asked.get(CUDA_GRAPHS, torch._inductor.config.triton.cudagraphs))
+
+
+@dataclass
+class CudaGraphs:
+    """How many CUDA graphs Inductor recorded, and how often it replayed one."""
+
+    recorded: int = 0
+    replayed: int = 0
+
+
+@contextmanager
+def counted_cuda_graphs() -> Iterator[CudaGraphs]:
+    """While this is entered, counts. ``torch._inductor.cudagraph_trees.CUDAGraphNode``."""
+    from torch._inductor.cudagraph_trees import CUDAGraphNode
+
+    node: Any = CUDAGraphNode
+    counts, record, run = CudaGraphs(), node.__init__, node.run
+
+    def counted_record(self: Any, *args: Any, **kwargs: Any) -> None:
+        counts.recorded += 1
+        record(self, *args, **kwargs)
+
+    def counted_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counts.replayed += 1
+        return run(self, *args, **kwargs)
+
+    node.__init__, node.run = counted_record, counted_run
+    try:
+        yield counts
+    finally:
+        node.__init__, node.run = record, run
 
 
 def is_freezing() -> bool:

@@ -260,6 +260,36 @@ def plan(
 
 
 @app.command()
+def check(
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of environment, kernel, model, and on a GPU ceiling, decode, graphs, step, prefill, generate, "
+            "separated by commas. Left out: all that the device allows."
+        ),
+    ] = None,
+    compiler: Annotated[
+        Literal["inductor", "eager"], typer.Option(help="What compiles the models; eager starts faster.")
+    ] = "inductor",
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file, a JSON object a line.")] = None,
+) -> None:
+    """Check that the backend is right on this machine, and on a GPU how fast it is; in stages of a few minutes.
+
+    The first stages ask whether answers are right; where one fails, those that would measure something wrong are not
+    run. Exits with 1 if a stage failed or was not run.
+    """
+    from icw_compile.lab.check import run_check  # torch and transformers take seconds to import
+
+    names = stages.split(",") if stages else []
+    try:
+        code = run_check(names, device=device, compiler=compiler, json_file=json)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(code)
+
+
+@app.command()
 def sweep(
     types: Annotated[str | None, typer.Option(help="Model types, separated by commas. Left out: all.")] = None,
     tasks: Annotated[
