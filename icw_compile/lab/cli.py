@@ -13,7 +13,7 @@ def main() -> None:
     """An int8 key/value cache for Hugging Face causal language models, as a torch.compile backend."""
 
 
-@app.command()
+@app.command(epilog='Example: icw-compile demo --prompt "And it came to pass" --max-new-tokens 32')
 def demo(
     model: Annotated[
         str | None,
@@ -34,7 +34,7 @@ def demo(
     run_demo(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype, device=device, rounds=rounds, json_file=json)
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog="Example: icw-compile eval --tokens 512 --context 256 --stride 128")
 def evaluate(
     model: Annotated[
         str | None,
@@ -102,7 +102,7 @@ def evaluate(
     run_eval(settings, json_file=json, plot=plot)
 
 
-@app.command()
+@app.command(epilog="Example: icw-compile bench --layers 2 --contexts 512 --json bench.json")
 def bench(
     op: Annotated[Literal["attention"] | None, typer.Option(help="Measure one operator instead of a model.")] = None,
     startup: Annotated[
@@ -168,7 +168,7 @@ def bench(
     raise typer.Exit(run_model_bench(settings, lengths, json_file=json, plot=plot))
 
 
-@app.command()
+@app.command(epilog="Example: icw-compile explain --model gemma2 --graphs graphs")
 def explain(
     model: Annotated[
         str,
@@ -206,7 +206,7 @@ def explain(
         raise typer.BadParameter(str(error)) from error
 
 
-@app.command()
+@app.command(epilog="Example: icw-compile plan --model llama-3-8b --memory 24GiB --batch 4")
 def plan(
     model: Annotated[
         str,
@@ -259,7 +259,7 @@ def plan(
         raise typer.BadParameter(str(error)) from error
 
 
-@app.command()
+@app.command(epilog="Example: icw-compile check --stages environment,kernel --json check.jsonl")
 def check(
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
     stages: Annotated[
@@ -289,7 +289,7 @@ def check(
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(epilog="Example: icw-compile sweep --types llama,gemma2 --json sweep.json")
 def sweep(
     types: Annotated[str | None, typer.Option(help="Model types, separated by commas. Left out: all.")] = None,
     tasks: Annotated[

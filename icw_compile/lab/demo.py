@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 from transformers import (
@@ -28,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from icw_compile.cache.static import cache_bytes, static_cache
 from icw_compile.lab.assets import MODEL
 from icw_compile.lab.bench.measure import environment
+from icw_compile.lab.terminal import answers, progress
 from icw_compile.report import report, reset_report
 
 __all__ = ["Comparison", "run_demo"]
@@ -77,9 +77,7 @@ def run_demo(
     json_file: Path | None = None,
 ) -> None:
     """Run the demo, print its result, write ``json_file``; see ``icw-compile demo --help``."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a file or a log has no width of its own
+    console = answers(140)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     reset_report()
@@ -93,7 +91,7 @@ def run_demo(
         f"[bold]{escape(model_name or MODEL.name)}[/]: {model.num_parameters():,} parameters, {dtype}, {device}; "
         f"{len(prompts)} prompts, {max_new_tokens} new tokens each"
     )
-    runs = _generate(model, tokenizer, prompts, max_new_tokens, rounds, console)
+    runs = _generate(model, tokenizer, prompts, max_new_tokens, rounds)
 
     start = runs["stock, compiled"].sequences.shape[1] - max_new_tokens
     for i, prompt in enumerate(prompts):
@@ -118,7 +116,6 @@ def _generate(
     prompts: list[str],
     max_new_tokens: int,
     rounds: int,
-    console: Console,
 ) -> dict[str, Run]:
     """Generate with each backend in turn: once to compile, then ``rounds`` times for the clock."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
@@ -126,16 +123,13 @@ def _generate(
     forward = model.forward
     compiled = {kind: torch.compile(forward, backend=backend) for kind, backend in BACKENDS.items()}
     runs: dict[str, Run] = {}
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
-        transient=True,
-    )  # fmt: skip
-    with progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with progress(*columns) as bar:
         for turn in range(rounds + 1):
             for kind in BACKENDS:
                 what = "compiling" if turn == 0 else f"round {turn} of {rounds}"
-                task = progress.add_task(f"{kind}: {what}", total=max_new_tokens)
-                clock = _Clock(partial(progress.advance, task))
+                task = bar.add_task(f"{kind}: {what}", total=max_new_tokens)
+                clock = _Clock(partial(bar.advance, task))
                 model.forward = compiled[kind]
                 output = model.generate(
                     **inputs,
@@ -148,7 +142,7 @@ def _generate(
                     return_dict_in_generate=True,
                     stopping_criteria=[clock],
                 )
-                progress.remove_task(task)
+                bar.remove_task(task)
                 if turn == 0:
                     runs[kind] = Run(output.sequences, cache_bytes(output.past_key_values))
                 else:

@@ -21,6 +21,7 @@ from icw_compile.frontend.families import FAMILIES
 from icw_compile.lab.assets import MODELS
 from icw_compile.lab.bench.shapes import load_config
 from icw_compile.lab.evaluation.command import parse_options
+from icw_compile.lab.terminal import answers
 from icw_compile.lab.tiny import model_types, tiny_config
 
 __all__ = ["Call", "Settings", "explain_calls", "run_explain", "write_graphs"]
@@ -67,9 +68,7 @@ def run_explain(settings: Settings, *, graphs: Path | None, json_file: Path | No
     Raises:
         ValueError: an unknown option, or more layers than the model has.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a file or a log has no width of its own
+    console = answers(140)
     with Console(stderr=True).status(f"{settings.model}: capturing and rewriting"):
         calls = explain_calls(settings)
     title = f"{settings.model}, {settings.layers} layers, {settings.dtype}, {settings.cache} cache"

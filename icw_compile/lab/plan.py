@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import sympy
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from icw_compile.compat.transformers import meta_model
 from icw_compile.lab.bench.shapes import Weights, load_config
 from icw_compile.lab.evaluation.command import parse_options
+from icw_compile.lab.terminal import answers
 from icw_compile.planner import BATCH, RANKS, TOKENS, Plan, plan
 
 __all__ = ["Settings", "estimated_activations", "estimated_weights", "parse_bytes", "run_plan"]
@@ -120,9 +120,7 @@ def run_plan(settings: Settings, *, json_file: Path | None) -> dict[str, Any]:
         estimated_weights(model, dtype, settings.weights),
         estimated_activations(model, dtype, settings.chunk),
     )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a file or a log has no width of its own
+    console = answers(140)
     console.print(str(planned), soft_wrap=True, highlight=False, markup=False)
     console.print(_table(settings, found))
     if json_file is not None:

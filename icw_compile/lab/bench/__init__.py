@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from icw_compile.lab.bench.measure import Spread, environment
 from icw_compile.lab.bench.model import Settings, choose_contenders, measure_context, units
@@ -28,6 +26,7 @@ from icw_compile.lab.bench.output import (
     plot_depths,
 )
 from icw_compile.lab.bench.startup import contenders_to_start, measure_depth
+from icw_compile.lab.terminal import answers, progress
 
 __all__ = ["Settings", "run_model_bench", "run_operator_bench", "run_startup_bench"]
 
@@ -42,22 +41,22 @@ def run_model_bench(settings: Settings, contexts: Sequence[int], *, json_file: P
     """
     settings = replace(settings, contenders=choose_contenders(settings.contenders, settings.weights))
     about = environment(torch.device(settings.device))
-    console = _console()
+    console = answers(160)
     shape = f"{settings.model}{f', {settings.layers} layers' if settings.layers else ''}"
     if settings.weights != "float":
         shape += f", {settings.weights} weights"
     title = f"{shape}, batch {settings.batch}, {settings.dtype}; {about['device']}, torch {about['torch']}"
     console.print(title, highlight=False)
     results = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=units(settings, contexts))
+    with progress() as bar:
+        task = bar.add_task("", total=units(settings, contexts))
         for context in contexts:
 
             def say(said: int | str, context: int = context) -> None:
                 if isinstance(said, int):
-                    progress.advance(task, said)
+                    bar.advance(task, said)
                 else:
-                    progress.update(task, description=f"{context:,} tokens: {said}")
+                    bar.update(task, description=f"{context:,} tokens: {said}")
 
             result = measure_context(settings, context, say)
             results.append(result)
@@ -78,20 +77,20 @@ def run_operator_bench(*, batch: int, device: str, dtype: str, rounds: int, json
     """Measure each case of one attention, print tables, write the file; returns the exit code, 0."""
     where = torch.device(device)
     about = environment(where)
-    console = _console()
+    console = answers(160)
     console.print(f"one decode attention, {dtype}; {about['device']}, torch {about['torch']}", highlight=False)
     results = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(CASES) * len(OPERATOR_CONTENDERS) * rounds)
+    with progress() as bar:
+        task = bar.add_task("", total=len(CASES) * len(OPERATOR_CONTENDERS) * rounds)
         for case in CASES:
-            progress.update(task, description=str(case))
+            bar.update(task, description=str(case))
             result = run_case(
                 case, batch=batch, dtype=getattr(torch, dtype), device=where, rounds=rounds,
-                advance=lambda: progress.advance(task),
+                advance=lambda: bar.advance(task),
             )  # fmt: skip
             results.append(result)
             console.print(operator_table(result))
-            progress.advance(task, len(result.failed) * rounds)
+            bar.advance(task, len(result.failed) * rounds)
     if json_file is not None:
         cases: list[dict[str, Any]] = [
             {
@@ -116,19 +115,19 @@ def run_startup_bench(settings: Settings, depths: Sequence[int], *, json_file: P
     """
     settings = replace(settings, contenders=contenders_to_start(settings.contenders))
     about = environment(torch.device(settings.device))
-    console = _console()
+    console = answers(160)
     title = f"start of a small Llama, {settings.dtype}; {about['device']}, torch {about['torch']}"
     console.print(title, highlight=False)
     results = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(depths) * settings.prefill_rounds * len(settings.contenders))
+    with progress() as bar:
+        task = bar.add_task("", total=len(depths) * settings.prefill_rounds * len(settings.contenders))
         for depth in depths:
 
             def say(said: int | str, depth: int = depth) -> None:
                 if isinstance(said, int):
-                    progress.advance(task, said)
+                    bar.advance(task, said)
                 else:
-                    progress.update(task, description=f"{depth} layers: {said}")
+                    bar.update(task, description=f"{depth} layers: {said}")
 
             results.append(measure_depth(settings, depth, say))
             console.print(depth_table(results[-1]))
@@ -137,11 +136,6 @@ def run_startup_bench(settings: Settings, depths: Sequence[int], *, json_file: P
     if plot is not None:
         plot_depths(results, title, plot)
     return int(any(result.failed for result in results))
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=160)  # a file or a log has no width of its own
 
 
 def _write(file: Path, data: dict[str, Any]) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -22,6 +21,7 @@ from icw_compile.lab.evaluation.contenders import contenders, has_hqq
 from icw_compile.lab.evaluation.hard import CASES, equivalence, harden
 from icw_compile.lab.evaluation.quality import Quality, Windows, measure, recall_accuracy
 from icw_compile.lab.evaluation.recall import Recall
+from icw_compile.lab.terminal import answers, progress
 from icw_compile.report import report, reset_report
 
 __all__ = ["Case", "Settings", "parse_options", "run_eval"]
@@ -94,9 +94,7 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
         ValueError: settings that do not fit one another, the text or the model.
         RuntimeError: a graph of ours had no cache in it, or a hard model is not equivalent to its origin.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a file or a log has no width of its own
+    console = answers(150)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     names = CASES if "all" in settings.hard else settings.hard
@@ -122,12 +120,12 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
 
     cases = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress(*columns) as bar:
         for name in (AS_IT_IS, *names):
-            task = progress.add_task(name, total=windows.steps)
-            cases.append(_case(name, model, tokenizer, ids, windows, settings, partial(progress.advance, task)))
-            progress.remove_task(task)
-            progress.console.print(f"[green]done[/] {_title(cases[-1])}")
+            task = bar.add_task(name, total=windows.steps)
+            cases.append(_case(name, model, tokenizer, ids, windows, settings, partial(bar.advance, task)))
+            bar.remove_task(task)
+            bar.console.print(f"[green]done[/] {_title(cases[-1])}")
             if json_file is not None:  # also while the rest still runs
                 data = {"settings": asdict(settings), "cases": [asdict(case) for case in cases]}
                 json_file.write_text(json.dumps(data, indent=1, default=str) + "\n")
