@@ -102,7 +102,7 @@ def evaluate(
     run_eval(settings, json_file=json, plot=plot)
 
 
-@app.command(epilog="Example: icw-compile bench --layers 2 --contexts 512 --json bench.json")
+@app.command(epilog="Example: icw-compile bench --layers 1 --contexts 512 --no-memory")
 def bench(
     op: Annotated[Literal["attention"] | None, typer.Option(help="Measure one operator instead of a model.")] = None,
     startup: Annotated[
