@@ -53,7 +53,7 @@ notebooks: $(VENV)/installed
 	$(BIN)/pytest --nbmake --nbmake-timeout=120 notebooks
 
 write-notebooks: $(VENV)/installed
-	$(BIN)/jupytext --sync notebooks/*.py
+	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 format: $(VENV)/requirements

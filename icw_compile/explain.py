@@ -1,6 +1,7 @@
 """See what the backend does to a model, without compiling anything."""
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -17,6 +18,8 @@ from icw_compile.passes import PassResult, Site, Skipped
 from icw_compile.pipeline import rewrite
 
 __all__ = ["ExplainedGraph", "Explanation", "explain"]
+
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,10 @@ def explain(
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    # Dynamo keeps compiled graphs with the code object: a new one sees nothing of earlier calls, and leaves nothing.
-    fresh = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    # Dynamo keeps compiled graphs with the code object, and by its name and line the sizes that it has seen change: a
+    # new one sees nothing of earlier calls, and leaves nothing.
+    code = call.__code__.replace(co_name=f"explained_{next(_numbers)}")
+    fresh = FunctionType(code, call.__globals__, closure=call.__closure__)
     args, kwargs = copy.deepcopy((args, kwargs))
     with torch.no_grad():
         torch.compile(fresh, backend=backend)(*args, **kwargs)

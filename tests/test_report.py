@@ -72,3 +72,10 @@ def test_explain() -> None:
     assert not cache.layers[0].keys.dequantize().any(), "the caller's cache stays as it was"
     assert cache.get_seq_length() == 0
     assert not graphs(), "nothing was compiled"
+
+
+def test_explain_knows_nothing_of_earlier_calls() -> None:
+    """Dynamo takes a size for a symbol once it has seen it change."""
+    for length in (3, 5, 7):
+        (graph,) = icw_compile.explain(lambda x: x + 1, torch.zeros(length)).graphs
+        assert f'"f32[{length}]" = torch.ops.aten.add.Tensor' in graph.captured
