@@ -50,7 +50,7 @@ types: $(VENV)/requirements
 
 notebooks: $(VENV)/installed
 	$(BIN)/jupytext --test --to py:percent notebooks/*.ipynb
-	$(BIN)/pytest --nbmake --nbmake-timeout=120 notebooks
+	$(BIN)/pytest -n 2 --nbmake --nbmake-timeout=300 notebooks
 
 write-notebooks: $(VENV)/installed
 	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py

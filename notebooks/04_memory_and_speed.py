@@ -87,7 +87,7 @@ assert llama.evaluate(tokens=longest, batch=4).bytes <= memory < llama.evaluate(
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-tokens = np.unique(np.geomspace(64, 16_384, 160).astype(int)).tolist()
+tokens = np.unique(np.geomspace(64, 16_384, 48).astype(int)).tolist()
 for axes, name in zip(panels, ("llama-3-8b", "gemma-2-2b")):
     for kind, style in (("static", "-"), ("dynamic", ":")):
         planned = icw_compile.plan(load_config(name), dtype=torch.bfloat16, cache=kind)

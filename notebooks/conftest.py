@@ -47,7 +47,8 @@ def _compare(committed: Any, run: Any, file: Path) -> None:
 def _same(expected: str, found: str, index: int, run: Any, why: str) -> None:
     if expected != found:
         lines = difflib.unified_diff(expected.splitlines(), found.splitlines(), "committed", "found", lineterm="")
-        raise NotebookFailedException(NotebookResult(run, NotebookError(why, "\n".join(lines), index)))
+        said = "\n".join([f"cell {index} is {why}", *lines])
+        raise NotebookFailedException(NotebookResult(run, NotebookError(why, said, index)))
 
 
 def _text(cell: Any) -> str:
