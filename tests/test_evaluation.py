@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import run, tiny_model, tokens
+from support import relative_distance, run, tiny_model, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from icw_compile.lab.assets import HELDOUT_TEXT, MODEL, train
 from icw_compile.lab.cli import app
+from icw_compile.lab.evaluation.codes import CODES as CODES_OF_4_BITS
 from icw_compile.lab.evaluation.command import parse_options
 from icw_compile.lab.evaluation.contenders import FLOAT, FLOAT_COMPILED, Contender, contenders, fp8_cache
 from icw_compile.lab.evaluation.hard import CASES, PAIRS, equivalence, harden
@@ -318,3 +319,17 @@ def test_command(tmp_path: Path) -> None:
     assert 0.5 < as_it_is["rows"][plain]["cache_bytes"] / as_it_is["rows"]["float"]["cache_bytes"] < 0.52
     assert hard["equivalence"] <= 1e-5 and plot.stat().st_size > 0
     assert hard["rows"]["float"]["total"]["perplexity"] == as_it_is["rows"]["float"]["total"]["perplexity"], "same bits"
+
+
+@pytest.mark.parametrize("name", CODES_OF_4_BITS)
+def test_codes_of_four_bits(name: str) -> None:
+    """What each reads back has a few levels, is near, and a group of zeros stays one; only a zero point spends more."""
+    code = CODES_OF_4_BITS[name]
+    x = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0))
+    x[0, :5] = 0.0
+    read = code.read_back(x)
+    assert read.shape == x.shape and not read[0, :5].any()
+    assert 0.03 < relative_distance(read, x) < 0.12
+    if "rotated" not in name:
+        assert all(len(row.unique()) <= 16 for row in read[..., :32].flatten(0, 1))
+    assert code.bits_per_number <= 5.0

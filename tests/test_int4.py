@@ -213,14 +213,24 @@ def test_kernel(
                 assert error < TOLERANCE[dtype], (engine, error)
 
 
-BITS = [{"key_bits": 4, "value_bits": 4}, {"key_bits": 8, "value_bits": 4}, {"key_bits": 4, "value_bits": 8}]
+#: One of each kind of cache, of bits, and of lowering runs always.
+ALWAYS = (
+    ("llama", "static", 4, 4, "auto"),
+    ("llama", "dynamic", 8, 4, "auto"),
+    ("gemma2", "made", 4, 8, "inductor"),
+)
+MODEL_CALLS = [
+    pytest.param(*call, marks=() if call in ALWAYS else pytest.mark.slow)
+    for call in itertools.product(
+        ("llama", "gemma2"), ("static", "dynamic", "made"), (4, 8), (4, 8), ("auto", "inductor")
+    )
+    if call[2:4] != (8, 8)
+]
 
 
-@pytest.mark.parametrize("attention", ["auto", "inductor"])
-@pytest.mark.parametrize("bits", BITS, ids=lambda bits: "/".join(map(str, bits.values())))
-@pytest.mark.parametrize("kind", ["static", "dynamic", "made"])
-@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
-def test_model(name: str, kind: str, bits: dict[str, int], attention: str) -> None:
+@pytest.mark.parametrize(("name", "kind", "key_bits", "value_bits", "attention"), MODEL_CALLS)
+def test_model(name: str, kind: str, key_bits: int, value_bits: int, attention: str) -> None:
+    bits = {"key_bits": key_bits, "value_bits": value_bits}
     model, ids, chunks = (
         tiny_model(name, attention="eager" if name == "gemma2" else "sdpa"),
         tokens(29),

@@ -35,7 +35,7 @@ def expected_cache(model: PreTrainedModel, kind: str, **kept: int) -> Cache:
 
 
 def test_as_many_are_few_for_the_reference() -> None:
-    assert reference._FEW_TOKENS == FEW_TOKENS
+    assert reference.FEW_TOKENS == FEW_TOKENS
 
 
 @kinds

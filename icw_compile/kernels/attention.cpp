@@ -197,8 +197,21 @@ inline void unpack_row(const uint8_t* packed, const int8_t* low, const int8_t* h
   const __m512i low_table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(low)));
   const __m512i high_table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(high)));
   const __m512i mask = _mm512_set1_epi8(15);
+  if (half == 32) {  // Both halves in one register.
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
+    const __m512i table = _mm512_mask_blend_epi64(0xf0, low_table, high_table);
+    _mm512_storeu_si512(out, _mm512_shuffle_epi8(table, _mm512_and_si512(both, mask)));
+    return;
+  }
+  for (; d + 64 <= half; d += 64) {
+    const __m512i bytes = _mm512_loadu_si512(packed + d);
+    _mm512_storeu_si512(out + d, _mm512_shuffle_epi8(low_table, _mm512_and_si512(bytes, mask)));
+    _mm512_storeu_si512(out + half + d,
+                        _mm512_shuffle_epi8(high_table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)));
+  }
   for (; d < half; d += 64) {
-    const __mmask64 lanes = half - d >= 64 ? ~uint64_t(0) : ~uint64_t(0) >> (64 - (half - d));
+    const __mmask64 lanes = ~uint64_t(0) >> (64 - (half - d));
     const __m512i bytes = _mm512_maskz_loadu_epi8(lanes, packed + d);
     _mm512_mask_storeu_epi8(out + d, lanes, _mm512_shuffle_epi8(low_table, _mm512_and_si512(bytes, mask)));
     _mm512_mask_storeu_epi8(out + half + d, lanes,

@@ -62,6 +62,13 @@ def evaluate(
             "Give it several times to compare settings. Left out: no options."
         ),
     ] = None,
+    code: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also another way to store rows in 4 bits, in plain torch, such as 'the rule of q4_0'; several times, "
+            "or all."
+        ),
+    ] = None,
     hard: Annotated[
         list[str] | None,
         typer.Option(
@@ -78,7 +85,8 @@ def evaluate(
     others: Annotated[
         bool,
         typer.Option(
-            help="Also the float cache of the compiled model, transformers' 8-bit QuantizedCache (slow), and fp8."
+            help="Also the float cache of the compiled model, transformers' QuantizedCache (slow) in 8 bits and, if a "
+            "row of ours has 4, in 4, and fp8."
         ),
     ] = True,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="The model's dtype.")] = "bfloat16",
@@ -97,7 +105,7 @@ def evaluate(
     lengths = tuple(int(length) for length in recall.split(",")) if recall else ()
     settings = Settings(
         model, text, tokens, context, stride, batch, chunk, layers, tuple(option or ()), tuple(hard or ()), lengths,
-        others, dtype, device,
+        others, dtype, device, tuple(code or ()),
     )  # fmt: skip
     run_eval(settings, json_file=json, plot=plot)
 

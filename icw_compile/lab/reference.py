@@ -15,13 +15,21 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from icw_compile.compat.transformers import DynamicLayer, StaticLayer, StaticSlidingWindowLayer, unregistered
 
-__all__ = ["channel_shift", "dynamic_reference_cache", "quantize_dequantize", "reference_cache", "store_quantized"]
+__all__ = [
+    "FEW_TOKENS",
+    "channel_shift",
+    "dynamic_reference_cache",
+    "four_bits",
+    "quantize_dequantize",
+    "reference_cache",
+    "store_quantized",
+]
 
 _NAMES = ("keys", "values")
 #: The largest number of 8 bits of which the range is symmetric.
 _LEVELS = 2.0**7 - 1.0
 #: A call of more tokens than these attends to its own keys and values as they came.
-_FEW_TOKENS = 16
+FEW_TOKENS = 16
 
 
 def channel_shift(x: Tensor) -> Tensor:
@@ -101,7 +109,7 @@ def _storing_quantized(
             return quantize_dequantize(states, shifts[name], bits[name])
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            own = key_states.shape[-2] if own_as_they_came and key_states.shape[-2] > _FEW_TOKENS else 0
+            own = key_states.shape[-2] if own_as_they_came and key_states.shape[-2] > FEW_TOKENS else 0
             window = isinstance(self, StaticSlidingWindowLayer)
             overflows = window and self.cumulative_length_int == 0 and key_states.shape[-2] > self.max_cache_len
             if sink_tokens or recent_tokens:

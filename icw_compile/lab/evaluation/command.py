@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from icw_compile.compat.dynamo import recompile_limit
 from icw_compile.lab.assets import HELDOUT_TEXT, MODEL, MODELS
+from icw_compile.lab.evaluation.codes import CODES, code_contender
 from icw_compile.lab.evaluation.contenders import contenders, has_hqq
 from icw_compile.lab.evaluation.hard import CASES, equivalence, harden
 from icw_compile.lab.evaluation.quality import Quality, Windows, measure, recall_accuracy
@@ -48,6 +49,7 @@ class Settings:
     others: bool
     dtype: str
     device: str
+    codes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -165,6 +167,7 @@ def _case(
         hardened = harden(model, name, windows.ids[:4])
         model, distance = hardened.model, equivalence(hardened, windows.ids[:1, :256])
     rows = contenders(model, [parse_options(row) for row in settings.options or ("",)], settings.others)
+    rows += [code_contender(model, code) for code in (CODES if "all" in settings.codes else settings.codes)]
     torch.compiler.reset()
     reset_report()
     device = torch.device(settings.device)
