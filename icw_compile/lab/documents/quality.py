@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from icw_compile.lab.documents.page import Region, details, grid, markdown_table, restore, sentence
+from icw_compile.lab.evaluation.codes import CODES
 from icw_compile.lab.evaluation.command import AS_IT_IS, Case, position_table, quality_table, recall_table
 from icw_compile.lab.evaluation.contenders import FLOAT, FLOAT_COMPILED, HQQ
 from icw_compile.lab.evaluation.quality import Bucket, Quality
@@ -14,6 +15,7 @@ RESULTS = "icw_compile/lab/evaluation/results/"
 LLAMA = tuple(f"{RESULTS}kjv-llama-2m-bfloat16{part}.json" for part in ("", "-values", "-closest"))
 QWEN2 = tuple(f"{RESULTS}kjv-qwen2-2m-bfloat16{part}.json" for part in ("", "-closest"))
 ROUNDING = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-rounding.json" for name in ("llama", "qwen2"))
+BITS = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-bits.json" for name in ("llama", "qwen2"))
 SINGLE = tuple(f"{RESULTS}kjv-llama-2m-{dtype}-single.json" for dtype in ("bfloat16", "float32"))
 
 OURS, PLAIN = "icw_int8kv", "icw_int8kv icw.keys=plain icw.values=plain"
@@ -152,6 +154,20 @@ def _one_line(files: Iterable[Data], contender: str) -> str:
     return grid(header, rows, right=True)
 
 
+def four_bits(*files: Data) -> str:
+    """A row for each way to store 4 bits, a column for each case of each model."""
+    columns = [(file["settings"]["model"], case) for file in files for case in merged(file)]
+    names = {
+        OURS: "8 bits",
+        f"{OURS} icw.value_bits=4": "**keys in 8, values in 4**",
+        f"{OURS} icw.bits=4": "**4 bits**",
+    }
+    names |= {f"4 bits: {name}": f"{name} ({code.bits_per_number:g})" for name, code in CODES.items()}
+    rows = [(shown, *(_cell(case.rows[name]) for _, case in columns)) for name, shown in names.items()]
+    header = ("", *(f"`{model}`, {case.name}" for model, case in columns))
+    return f"{sentence(_scored(files[0]))}:\n\n{grid(header, rows)}"
+
+
 def rounding(*files: Data) -> str:
     return f"With `emulate_precision_casts` alone, {_scored(files[0])}:\n\n{_one_line(files, ROUNDED)}"
 
@@ -169,6 +185,7 @@ REGIONS = {
     "quality-qwen2-notes": Region(QWEN2, notes),
     "quality-qwen2-full": Region(QWEN2, full),
     "quality-recall": Region(QWEN2[:1], recall),
+    "quality-bits": Region(BITS, four_bits),
     "quality-rounding": Region(ROUNDING, rounding),
     "quality-single": Region(SINGLE, single),
 }
