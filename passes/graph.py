@@ -1,7 +1,7 @@
 """The graph that passes work on, and what they know about it: its key/value storage, its signature, its sites."""
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -10,10 +10,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from icw_compile.compat.fx import (
+    another_fake,
     expression_of,
     is_operator,
     schema_of,
     statically_known_true,
+    storage_of,
+    tree_leaves,
     tree_map,
     values_of,
     viewed_values,
@@ -41,6 +44,7 @@ __all__ = [
     "held",
     "is_mutation",
     "layer_of",
+    "layout_of",
     "root_of",
     "viewed_by",
     "written_by",
@@ -316,16 +320,27 @@ class KVGraph:
     def _result(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``target`` returns for fake arguments.
 
-        An operation of ours is a dozen of torch's, whose symbolic shapes are slow to work out, and each layer asks for
-        the same: those results are made from the layout of the first.
+        An operation of ours is a dozen of torch's, the symbolic sizes of a view are slow to work out, and each layer
+        asks for the same: those results are made from the layout of the first.
         """
         with self.fake_mode or nullcontext(), torch.no_grad():
-            if self.fake_mode is None or getattr(target, "namespace", "") != "icw_int8kv":
+            tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+            if self.fake_mode is None or not _follows_from_layout(target, tensors):
                 return target(*args, **kwargs)
-            key = (target, _layout(args), _layout(tuple(kwargs.items())))
+            offsets = tuple(layout_of(each.storage_offset()) for each in tensors)
+            key = (target, offsets, layout_of(args), layout_of(tuple(kwargs.items())))
             if key not in self._results:
-                self._results[key] = target(*args, **kwargs)
-            return tree_map(_another, self._results[key])
+                memories = [storage_of(each) for each in tensors]
+
+                def result(fake: Any) -> _Result:
+                    memory = storage_of(fake)
+                    return _Result(fake, memories.index(memory) if memory in memories else None)
+
+                self._results[key] = tree_map(result, target(*args, **kwargs))
+            return tree_map(
+                lambda made: another_fake(made.fake, None if made.memory is None else tensors[made.memory]),
+                self._results[key],
+            )
 
     def number(self, size: int | torch.SymInt) -> int | Node | None:
         """``size`` as an argument of a node: itself, or the placeholder that carries it; ``None`` if there is none."""
@@ -365,23 +380,35 @@ class KVGraph:
         return self.module.print_readable(print_output=False, include_stride=False)
 
 
+@dataclass(frozen=True)
+class _Result:
+    """A fake result, and which of the tensors among the arguments it shares memory with."""
+
+    fake: Any
+    memory: int | None
+
+
+def _follows_from_layout(target: Any, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the layout of all that it is given says what a call returns, and in whose memory."""
+    if not is_operator(target):
+        return False
+    schema = schema_of(target)
+    return target.namespace == "icw_int8kv" or (schema.gives_views and not schema.is_mutable and len(tensors) == 1)
+
+
 def _short_name(target: Any) -> str | None:
     return schema_of(target).name if is_operator(target) else None
 
 
-def _layout(value: Any) -> Any:
+def layout_of(value: Any) -> Any:
     """Arguments as a key: all that the shape, the strides and the dtype of a result can depend on."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.device, _layout(value.shape), _layout(value.stride())
+        return value.dtype, value.device, layout_of(value.shape), layout_of(value.stride())
     if isinstance(value, torch.SymInt):
         return expression_of(value)
     if isinstance(value, (float, torch.SymFloat)):
         return float
-    return tuple(map(_layout, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _another(fake: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+    return tuple(map(layout_of, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _written(node: Node | None) -> Node | None:

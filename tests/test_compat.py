@@ -375,6 +375,83 @@ def test_memory_of_fakes():
         assert fx.version_of(x) == before + 1 and fx.version_of(other) == 0
 
 
+def test_another_fake():
+    """Of the same layout, in memory of its own or in that of another; a trace sees nothing of it."""
+    made = []
+
+    def function(x):
+        part = x[1:].t()
+        made.append((fx.another_fake(part), fx.another_fake(part, x), part, x))
+        return part
+
+    with FakeTensorMode() as mode:
+        graph = fx.trace_pre_dispatch(function, [torch.ones(3, 4, dtype=torch.bfloat16)]).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [aten.slice.Tensor, aten.t.default]
+    own, shared, part, x = only(made)
+    for each in (own, shared):
+        assert fx.is_fake(each) and each.fake_mode is mode and each.device == part.device
+        assert (each.shape, each.stride(), each.dtype) == (part.shape, part.stride(), part.dtype)
+    assert fx.storage_of(own) != fx.storage_of(x) == fx.storage_of(shared)
+    assert shared.storage_offset() == part.storage_offset() == 4
+
+
+def test_node_of():
+    """A tensor that is traced has a node; one whose numbers are known, or that is not traced, has none."""
+    seen = []
+
+    def function(x):
+        y, tracer = x + 1, fx.current_tracer()
+        with fx.outside_of_trace():
+            unknown = x + 2
+        seen.extend(fx.node_of(each, tracer) for each in (y, unknown, torch.tensor(3)))
+        return y
+
+    with FakeTensorMode():
+        fx.trace_pre_dispatch(function, [torch.ones(3)])
+    assert seen[0].target is aten.add.Tensor and seen[1:] == [None, None]
+
+
+def test_without_torch_function():
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        x = torch.ones(2)
+        seen.clear()
+        with fx.without_torch_function():
+            assert x.shape == (2,)
+        assert not seen
+        assert x.shape == (2,) and seen
+
+
+def test_sizes_that_become_equal():
+    """Two sizes that are equal now are one symbol from then on, and a call where they are not is compiled anew."""
+    seen = []
+
+    def backend(graph_module, inputs):
+        nodes = graph_module.graph.find_nodes(op="placeholder")
+        values = [dynamo.example_value(node) for node in nodes]
+        a, b = (value.shape[0] for value in values if isinstance(value, torch.Tensor))
+        seen.append((fx.become_equal(a, b), fx.statically_known_true(a == b)))
+        return graph_module.forward
+
+    def function(x, y):
+        return x + 1, y + 1
+
+    compiled = torch.compile(function, backend=backend)
+    for sizes in ((5, 5), (6, 6), (7, 7), (8, 9), (9, 8), (9, 9)):
+        tensors = [torch.ones(size) for size in sizes]
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        compiled(*tensors)
+    assert seen == [(True, True), (False, False)]
+    assert fx.become_equal(3, 3) and not fx.become_equal(3, 4)
+
+
 def test_parts_of_a_subclass():
     tensor = QuantizedKV.quantize(torch.ones(1, 1, 2, 4))
     inner = fx.inner_tensors(tensor)

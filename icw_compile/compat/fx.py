@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = [
     "Argument",
     "Schema",
+    "another_fake",
+    "become_equal",
     "carry_item",
     "current_node",
     "current_tracer",
@@ -32,6 +34,7 @@ __all__ = [
     "is_higher_order",
     "is_operator",
     "is_wrapper_subclass",
+    "node_of",
     "outside_of_trace",
     "proxy_of",
     "proxy_of_graph",
@@ -48,6 +51,7 @@ __all__ = [
     "version_of",
     "viewed_values",
     "with_inner_tensors",
+    "without_torch_function",
     "written_values",
 ]
 
@@ -95,6 +99,14 @@ def outside_of_trace() -> Iterator[None]:
         yield
 
 
+def without_torch_function() -> AbstractContextManager[None]:
+    """While this is entered, no ``__torch_function__`` sees what is asked of a tensor, that of a trace included.
+
+    ``torch._C.DisableTorchFunction``.
+    """
+    return torch._C.DisableTorchFunction()
+
+
 def proxy_of(value: Tensor | torch.SymInt | torch.SymFloat | torch.SymBool, tracer: Any) -> Any:
     """The proxy of a tensor or a symbolic number that ``tracer`` has traced; of a number that is known, the number.
 
@@ -106,6 +118,15 @@ def proxy_of(value: Tensor | torch.SymInt | torch.SymFloat | torch.SymBool, trac
     if isinstance(value, Tensor):
         return proxy_tensor.get_proxy_slot(value, tracer).proxy
     return proxy_tensor.fetch_sym_proxy(tracer)(value)
+
+
+def node_of(value: Tensor, tracer: Any) -> Node | None:
+    """The node that ``tracer`` knows a tensor as; ``None`` if it knows its numbers as well, or does not know it.
+
+    ``proxy_tensor.get_proxy_slot``.
+    """
+    known = proxy_tensor.get_proxy_slot(value, tracer, None)
+    return None if known is None or known.constant is not None else known.proxy.node
 
 
 def proxy_of_graph(graph: Module, name: str, tracer: Any) -> Proxy:
@@ -128,6 +149,27 @@ def track(value: Any, proxy: Proxy, tracer: Any) -> None:
 def is_fake(value: Any) -> TypeGuard[FakeTensor]:
     """Whether it is a tensor without data. ``torch._subclasses.FakeTensor``."""
     return isinstance(value, FakeTensor)
+
+
+def another_fake(fake: FakeTensor, memory: Tensor | None = None) -> FakeTensor:
+    """A fake of the same layout, with memory of its own or in that of another fake; no trace or mode sees it made.
+
+    Where many are alike, in a tenth of the time that an operation on fakes takes. ``torch._subclasses.FakeTensor``,
+    ``torch._C._DisableTorchDispatch``, ``_ExcludeDispatchKeyGuard``.
+    """
+    pre_dispatch = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
+    size, stride, dtype = fake.size(), fake.stride(), fake.dtype
+    with (
+        torch._C.DisableTorchFunction(),
+        torch._C._DisableTorchDispatch(),
+        torch._C._ExcludeDispatchKeyGuard(pre_dispatch),
+    ):
+        if memory is None:
+            made = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        else:
+            offset = fake.storage_offset()
+            made = torch.empty(0, dtype=dtype, device="meta").set_(memory.untyped_storage(), offset, size, stride)
+        return FakeTensor(fake.fake_mode, made, fake.fake_device)
 
 
 def is_wrapper_subclass(value: Any) -> bool:
@@ -222,6 +264,15 @@ def true_here(condition: Any) -> bool:
     Taken as true where it depends on data. ``torch.fx.experimental.symbolic_shapes.guard_or_true``.
     """
     return symbolic_shapes.guard_or_true(condition)
+
+
+def become_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal in the call that is being compiled, with a guard that they are, if they are.
+
+    From then on a symbol of one is that of the other. ``SymNode.hint``, ``SymInt.__eq__``.
+    """
+    hints = [each.node.hint if isinstance(each, torch.SymInt) else each for each in (a, b)]
+    return None not in hints and hints[0] == hints[1] and bool(a == b)
 
 
 def expression_of(size: torch.SymInt) -> Any:
