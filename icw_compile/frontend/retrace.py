@@ -40,6 +40,7 @@ from icw_compile.compat.fx import (
     version_of,
 )
 from icw_compile.frontend.flex import is_elementwise, spell_out
+from icw_compile.frontend.repeat import Repeats
 from icw_compile.passes.graph import Kept
 
 __all__ = ["Retrace", "is_foreign"]
@@ -58,6 +59,7 @@ class Retrace(Interpreter):
         self.constants = constants
         self.values: dict[str, Any] = {}
         self.graphs: dict[str, Proxy] = {}
+        self.repeats = Repeats()
 
     def run_with_constants(self, *args: Any) -> Any:
         count = len(args) - len(self.constants)
@@ -68,15 +70,27 @@ class Retrace(Interpreter):
         return self.values[target] if target in self.values else super().fetch_attr(target)
 
     def run_node(self, node: Node) -> Any:
-        if node.op in ("placeholder", "get_attr", "output"):
+        if node.op in ("placeholder", "get_attr"):
+            return super().run_node(node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        if node.op == "output":
+            self.repeats.make_known(args)
             return super().run_node(node)
         with current_node(self, node):
             if node.target is FLEX_ATTENTION and self._is_arithmetic(node):
-                args, kwargs = self.fetch_args_kwargs_from_env(node)
+                self.repeats.make_known((args, kwargs))
                 return spell_out(*args, **kwargs, log_sum=Flex.of(node).log_sum)
             if self._is_kept(node):
+                self.repeats.make_known((args, kwargs))
                 return self._keep(node)
-        return super().run_node(node)
+        call = self.repeats.call_of(node, args, kwargs)
+        if call is not None and (result := self.repeats.again(node, call)) is not NotImplemented:
+            return result
+        self.repeats.make_known((args, kwargs))
+        last = next(reversed(current_tracer().graph.nodes))
+        result = super().run_node(node)
+        self.repeats.learn(node, call, last, result)
+        return result
 
     def _is_arithmetic(self, node: Node) -> bool:
         flex = Flex.of(node)
