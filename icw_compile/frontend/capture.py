@@ -1,7 +1,7 @@
 """From the graph that Dynamo hands to a backend to the pre-dispatch ATen graph that the passes work on, and back."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat import dynamo
 from icw_compile.compat.fx import (
+    become_equal,
     carry_item,
     inner_tensors,
     is_fake,
@@ -58,7 +59,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     """Retrace Dynamo's graph into pre-dispatch ATen, where each operation has one spelling.
 
     In-place writes stay visible, sizes stay symbolic, and a `QuantizedKV` input is traced as the plain float tensor
-    that it stands for. ``dynamo_graph`` is left as it is. Costs about 1 ms for each node.
+    that it stands for. ``dynamo_graph`` is left as it is. Costs about 1 ms for each node that is unlike those before it.
 
     Raises:
         NotCapturedError: the graph holds something that cannot be retraced.
@@ -71,6 +72,8 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     placeholders = dynamo_graph.graph.find_nodes(op="placeholder")
     constants = _tensor_attributes(dynamo_graph)
     examples = [dynamo.example_value(node) for node in placeholders]
+    inputs_at, outputs_at = input_endpoints(placeholders), output_endpoints()
+    _grow_alike(zip(placeholders, examples, strict=True), inputs_at)
     with fake_mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
         # Dynamo's own example values belong to a fake mode that it has done with.
         inputs = _fresh([*examples, *constants.values()])
@@ -81,7 +84,6 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         if is_fake(getattr(module, node.target, None)):
             # As under `vmap`: a value of the trace that no node computes.
             raise NotCapturedError(f"retracing loses track of a tensor that `{next(iter(node.users))}` reads")
-    inputs_at, outputs_at = input_endpoints(placeholders), output_endpoints()
     stored, growing, adoptable = {}, set(), set()
     endpoints: dict[Node, Endpoint] = {}
     news = module.graph.find_nodes(op="placeholder")
@@ -102,6 +104,22 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     returned: Any = dynamo_graph.graph.output_node().args[0]
     returned_to = {i: outputs_at[node] for i, node in enumerate(returned) if node in outputs_at}
     return KVGraph(module, fake_mode, stored, frozenset(growing), endpoints, returned_to, frozenset(adoptable))
+
+
+def _grow_alike(inputs: Iterable[tuple[Node, Any]], endpoints: Mapping[Node, Endpoint]) -> None:
+    """Let growing tensors that are as long now be known to be as long, those of the same kind of layer.
+
+    To Dynamo, each has a length and each part a capacity of its own, and all that is then worked out for a layer would
+    be another thing for the next. They are alike because a cache grows all of its layers.
+    """
+    known: dict[tuple[bool, str], Any] = {}
+    for node, example in inputs:
+        if not isinstance(example, QuantizedKV) or not example.grows:
+            continue
+        is_sliding = node in endpoints and endpoints[node].is_sliding
+        become_equal(example.shape[2], known.setdefault((is_sliding, "length"), example.shape[2]))
+        for part in example.whole.rows.values():
+            become_equal(part.shape[2], known.setdefault((is_sliding, "capacity"), part.shape[2]))
 
 
 def _tensor_attributes(dynamo_graph: GraphModule) -> dict[str, torch.Tensor]:
