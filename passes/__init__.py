@@ -2,6 +2,7 @@
 
 from icw_compile.passes.base import Pass, PassResult, run_passes
 from icw_compile.passes.canonicalize import canonicalize
+from icw_compile.passes.encode import encode_at_once
 from icw_compile.passes.graph import Input, KVGraph, Output, Site, Skipped
 from icw_compile.passes.lower import lower
 from icw_compile.passes.propagate import propagate
@@ -17,4 +18,5 @@ PASSES: tuple[Pass, ...] = (
     Pass("propagate", propagate),
     Pass("reads", fuse_reads),
     Pass("lower", lower),
+    Pass("encode", encode_at_once),
 )

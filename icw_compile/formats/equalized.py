@@ -13,12 +13,15 @@ the stored rows multiplies the query (for keys), or the output (for values), ins
     `channel_shift` of each head of which all of ``written`` is zero, ``shift`` for the others. One operation for
     compilers, which would take half as long again to look into it. Plain torch, but on the CPU a C++ kernel, once
     `icw_compile.kernels.cpu` is loaded, that looks at ``x`` only where it has to.
+``quantize_divided(x[..., T, D], shift[..., 1, D] or None, short_scale) -> (int8[..., T, D], scale[..., T, 1])``
+    `quantize_per_head` of what `divide_channels` gives, with scales of bfloat16 or else float32. As `settle_shift`, one
+    operation for compilers, with a C++ kernel.
 ``multiply_channels(x[..., D], shift, dtype=None)``, ``divide_channels(x[..., D], shift, dtype=None) -> [..., D]``
     ``x * 2 ** shift`` and ``x / 2 ** shift``, in ``dtype``, that of ``x`` if left out. What is finite stays finite.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats.base import Evaluator, Part, Stored, Wrapper
-from icw_compile.formats.int8 import to_finite
+from icw_compile.formats.int8 import quantize_per_head, to_finite
 
 __all__ = ["MAX_SHIFT", "Equalized", "channel_shift", "divide_channels", "multiply_channels"]
 
@@ -59,6 +62,12 @@ def channel_shift(x: Tensor) -> Tensor:
 def settle_shift(x: Tensor, written: Tensor, shift: Tensor) -> Tensor:
     empty = (written == 0).all(dim=(-2, -1), keepdim=True)
     return torch.where(empty, channel_shift(x), shift).contiguous()
+
+
+def quantize_divided(x: Tensor, shift: Tensor | None, short_scale: bool) -> tuple[Tensor, Tensor]:
+    values = x if shift is None else divide_channels(x, shift, torch.float32)
+    qdata, scale = quantize_per_head(values, torch.bfloat16 if short_scale else torch.float32)
+    return qdata.contiguous(), scale.contiguous()
 
 
 def _above_median(x: Tensor) -> Tensor:
@@ -134,13 +143,29 @@ class Equalized(Wrapper):
             raise ValueError(f"shift must be uint8 {expected}, not {shift.dtype} {list(shift.shape)}")
 
 
-torch.library.define(
-    "icw_int8kv::settle_shift",
-    "(Tensor x, Tensor written, Tensor shift) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+def _fake_rows(x: Tensor, shift: Tensor | None, short_scale: bool) -> tuple[Tensor, Tensor]:
+    scale_dtype = torch.bfloat16 if short_scale else torch.float32
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=scale_dtype)
+
+
+def _register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name, _, rest = schema.partition("(")
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+    torch.library.define(f"icw_int8kv::{name}", f"({rest}", tags=tags)
+    torch.library.impl(f"icw_int8kv::{name}", "CompositeExplicitAutograd", function)
+    torch.library.register_fake(f"icw_int8kv::{name}", fake)
+
+
+_register(
+    "settle_shift(Tensor x, Tensor written, Tensor shift) -> Tensor",
+    settle_shift,
+    lambda x, written, shift: shift.new_empty(shift.shape),
 )
-torch.library.impl("icw_int8kv::settle_shift", "CompositeExplicitAutograd", settle_shift)
-torch.library.register_fake("icw_int8kv::settle_shift", lambda x, written, shift: shift.new_empty(shift.shape))
+_register(
+    "quantize_divided(Tensor x, Tensor? shift, bool short_scale) -> (Tensor qdata, Tensor scale)",
+    quantize_divided,
+    _fake_rows,
+)
 
 
 def _multiplied(run: Evaluator, x: Any, stored: Stored) -> Any:

@@ -59,7 +59,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     """Retrace Dynamo's graph into pre-dispatch ATen, where each operation has one spelling.
 
     In-place writes stay visible, sizes stay symbolic, and a `QuantizedKV` input is traced as the plain float tensor
-    that it stands for. ``dynamo_graph`` is left as it is. Costs about 1 ms for each node that is unlike those before it.
+    that it stands for. ``dynamo_graph`` is left as it is. Costs about 1 ms for each node that is like no other.
 
     Raises:
         NotCapturedError: the graph holds something that cannot be retraced.

@@ -1593,9 +1593,9 @@ struct Heads {
 
   Heads(const Tensor& tensor, const char* name, const Tensor& like) {
     const int64_t dims = like.dim();
-    STD_TORCH_CHECK(tensor.dim() == dims, "icw_int8kv::settle_shift: ", name, " must have ", dims, " dimensions");
+    STD_TORCH_CHECK(tensor.dim() == dims, "icw_int8kv: ", name, " must have ", dims, " dimensions");
     for (int64_t i = 0; i < dims - 2; ++i) {
-      STD_TORCH_CHECK(tensor.size(i) == like.size(i) || tensor.size(i) == 1, "icw_int8kv::settle_shift: dimension ", i,
+      STD_TORCH_CHECK(tensor.size(i) == like.size(i) || tensor.size(i) == 1, "icw_int8kv: dimension ", i,
                       " of ", name, " is ", tensor.size(i), " and not ", like.size(i));
       strides.push_back(tensor.size(i) == 1 ? 0 : tensor.stride(i));
     }
@@ -1696,6 +1696,73 @@ std::tuple<Tensor, Tensor, Tensor> quantize_halves(const Tensor& x, ScalarType s
   return {packed, scale, codes};
 }
 
+// Rows of int8 with a scale each, once the channels of each head are divided: `quantize_divided` of equalized.py.
+std::tuple<Tensor, Tensor> quantize_divided(const Tensor& x, const std::optional<Tensor>& shift, bool short_scale) {
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims >= 2, "icw_int8kv::quantize_divided: x must be [..., T, D]");
+  const int64_t tokens = x.size(dims - 2), size = x.size(dims - 1);
+  Heads values(x, "x", x);
+  values.rows.type = type_of(x, "x");
+  STD_TORCH_CHECK(values.rows.type != Type::kBool, "icw_int8kv::quantize_divided: x must be of a float dtype");
+  std::optional<Heads> shifts;
+  if (shift.has_value()) {
+    STD_TORCH_CHECK(shift->scalar_type() == ScalarType::Byte, "icw_int8kv::quantize_divided: shift must be uint8");
+    shifts.emplace(*shift, "shift", x);
+    STD_TORCH_CHECK(shift->size(dims - 2) == 1 && shift->size(dims - 1) == size,
+                    "icw_int8kv::quantize_divided: shift must be [..., 1, ", size, "]");
+  }
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  Tensor qdata = empty(sizes, aoti_torch_dtype_int8());
+  sizes.back() = 1;
+  Tensor scale = empty(sizes, short_scale ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32());
+  const Type scale_type = short_scale ? Type::kBFloat16 : Type::kFloat32;
+  int8_t* const out = static_cast<int8_t*>(qdata.data_ptr());
+  void* const scales = scale.data_ptr();
+  const int64_t rows = scale.numel();
+  // Heads of few tokens are one unit, a long head is several.
+  const int64_t block = std::min<int64_t>(std::max<int64_t>(tokens, 1), 64), blocks = (tokens + block - 1) / block;
+  const int64_t units = tokens ? rows / tokens * blocks : 0;
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  if (rows * size < 64 * 1024) threads = 1;
+  std::atomic<int64_t> next{0}, done{0};
+  in_parallel(int(std::min<int64_t>(threads, std::max<int64_t>(units, 1))), [&] {
+    std::vector<float> row(size), factors(size, 1.0f);
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
+      const int64_t head = unit / blocks, first = unit % blocks * block, last = std::min(first + block, tokens);
+      if (shifts) {
+        const uint8_t* by = static_cast<const uint8_t*>(shifts->rows.data) + shifts->offset(head, x);
+        for (int64_t d = 0; d < size; ++d) factors[d] = std::ldexp(1.0f, -int(by[d * shifts->rows.last]));
+      }
+      const int64_t offset = values.offset(head, x);
+      for (int64_t t = first; t < last; ++t) {
+        load_run(values.rows.data, offset + t * values.rows.row, values.rows.last, size, values.rows.type, row.data());
+        float* __restrict in = row.data();
+        const float* __restrict factor = factors.data();
+        uint32_t largest = 0;  // As bits, of which those of NaN are the largest.
+        for (int64_t d = 0; d < size; ++d) {
+          in[d] *= factor[d];
+          largest = std::max(largest, bits_as<uint32_t>(in[d]) & 0x7fffffff);
+        }
+        const int64_t at = head * tokens + t;
+        const float exact = bits_as<float>(largest) / 127.0f;
+        store_run(scales, at, 1, scale_type, &exact, 1.0f);
+        const float step = load(scales, at, scale_type);
+        int8_t* __restrict to = out + at * size;
+        for (int64_t d = 0; d < size; ++d) {
+          float steps = in[d] / step;
+          steps = steps == steps ? steps : 0.0f;
+          steps = std::min(std::max(steps, -127.0f), 127.0f);
+          to[d] = int8_t(int32_t(std::nearbyint(steps)));
+        }
+      }
+      done.fetch_add(1, std::memory_order_relaxed);
+    }
+  });
+  if (done.load() != units) throw std::bad_alloc();
+  return {qdata, scale};
+}
+
 int64_t engine(int64_t head_dim) { return int64_t(best_engine(head_dim)); }
 
 }  // namespace
@@ -1710,4 +1777,5 @@ STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(icw_int8kv, CPU, m) {
   m.impl("settle_shift", TORCH_BOX(&settle_shift));
   m.impl("quantize_halves_cpu", TORCH_BOX(&quantize_halves));
+  m.impl("quantize_divided", TORCH_BOX(&quantize_divided));
 }
