@@ -191,7 +191,7 @@ class Format(ABC):
     def scaled_rows(self, run: Evaluator, x: Stored) -> tuple[Any, Any] | None:
         """A number for each channel, and what all of its row is multiplied by; ``None`` if it is not stored so.
 
-        For attention that reads rows inside of its own sums. Of the innermost format alone.
+        For attention that reads rows inside of its own sums. Of the rows as the innermost format has them.
         """
         return None
 
@@ -274,6 +274,9 @@ class Wrapper(Format):
 
     def decode(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Any:
         return self.wrapped.decode(run, x.inner, dtype)
+
+    def scaled_rows(self, run: Evaluator, x: Stored) -> tuple[Any, Any] | None:
+        return self.wrapped.scaled_rows(run, x.inner)
 
     def cast(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Stored:
         inner = self.wrapped.cast(run, x.inner, dtype)

@@ -87,7 +87,7 @@ class Retrace(Interpreter):
         if call is not None and (result := self.repeats.again(node, call)) is not NotImplemented:
             return result
         self.repeats.make_known((args, kwargs))
-        last = next(reversed(current_tracer().graph.nodes))
+        last = next(iter(reversed(current_tracer().graph.nodes)))  # in torch 2.11 that is no iterator yet
         result = super().run_node(node)
         self.repeats.learn(node, call, last, result)
         return result
