@@ -80,7 +80,7 @@ class GraphReport:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token of one sequence takes as int8 and scales, all sites together."""
+        """Bytes that one token of one sequence takes as it is stored, scales included, all sites together."""
         return sum(site.bytes_per_token for site in self.sites)
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,13 +108,16 @@ class GraphReport:
         title = f"{self.name}: {len(self.sites)}"
         if self.expected_sites is not None:
             title += f" of {self.expected_sites}"
-        title += " key/value sites in int8" + (f", {self.family}" if self.family else "")
+        stored = (
+            " and ".join(sorted({site.format.split()[0] for site in self.sites if site.format}, reverse=True)) or "int8"
+        )
+        title += f" key/value sites in {stored}" + (f", {self.family}" if self.family else "")
         if self.sites:
             yield _sites_table(title, self.sites)
             saved = self.bytes_per_token / self.float_bytes_per_token
             equalized = sum(site.equalized for site in self.sites)
             yield (
-                f"  bytes per token: {self.float_bytes_per_token:,} float, {self.bytes_per_token:,} int8 "
+                f"  bytes per token: {self.float_bytes_per_token:,} float, {self.bytes_per_token:,} {stored} "
                 f"({saved:.3f}x); channels equalized in {equalized} of {len(self.sites)}"
             )
             if kept := [site for site in self.sites if site.float_tokens]:

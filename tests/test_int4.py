@@ -296,6 +296,9 @@ def test_layers_have_bits_of_their_own(options: dict[str, Any], expected: list[s
         for layer in cache.layers
     ]
     assert found == expected
+    (title,) = (line for line in str(icw_compile.report()).splitlines() if "graph 0" in line)
+    bits = [n for n in "84" if n in "".join(expected)]
+    assert f"key/value sites in {' and '.join(f'int{n}' for n in bits)}" in title
 
 
 @pytest.mark.parametrize(
