@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from icw_compile.formats import int8
+from icw_compile.formats.scaled import scale_dtype_for
 from icw_compile.kernels import inductor
 
 
@@ -14,7 +15,7 @@ def make(batch, query_heads, heads, tokens, length, head_dim, value_dim, dtype, 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
-    scale_dtype = int8.scale_dtype_for(dtype)
+    scale_dtype = scale_dtype_for(dtype)
     key = random(batch, heads, length, head_dim) * 2
     value = random(batch, heads, length, value_dim) * torch.rand(length, 1, generator=generator).to(dtype)
     query = random(batch, query_heads, tokens, head_dim)

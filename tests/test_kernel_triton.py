@@ -370,7 +370,7 @@ COMPILE = """
 import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from icw_compile.formats.int8 import scale_dtype_for
+from icw_compile.formats.scaled import scale_dtype_for
 
 backend, arch, cases = json.loads(sys.argv[1])
 torch.version.hip = "some" if backend == "hip" else None

@@ -11,6 +11,7 @@ from support import relative_distance
 from torch import Tensor
 
 from icw_compile.formats import int8 as ops
+from icw_compile.formats.scaled import scale_dtype_for
 from icw_compile.kernels import inductor
 from icw_compile.lab.reference import quantize_dequantize
 
@@ -22,7 +23,7 @@ def attend(
     form: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **kwargs: object
 ) -> Tensor:
     """Quantize float keys and values and run one of the attention operations on them."""
-    dtype = ops.scale_dtype_for(query.dtype)
+    dtype = scale_dtype_for(query.dtype)
     parts = [*ops.quantize_per_head(key, dtype), *ops.quantize_per_head(value, dtype)]
     arguments = {"is_causal": False, "scale": query.shape[-1] ** -0.5, "softcap": None, **kwargs}
     if form == "attention":
@@ -59,9 +60,9 @@ def states(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_quantize_equals_plain_torch(dtype: torch.dtype) -> None:
     x = states((2, 3, 17, 64), dtype) * torch.logspace(-3, 3, 17).view(17, 1).to(dtype)
-    qdata, scale = torch.ops.icw_int8kv.quantize_per_head(x, ops.scale_dtype_for(dtype))
+    qdata, scale = torch.ops.icw_int8kv.quantize_per_head(x, scale_dtype_for(dtype))
     assert (qdata.dtype, qdata.shape) == (torch.int8, x.shape)
-    assert (scale.dtype, scale.shape) == (ops.scale_dtype_for(dtype), (2, 3, 17, 1))
+    assert (scale.dtype, scale.shape) == (scale_dtype_for(dtype), (2, 3, 17, 1))
     assert torch.equal(torch.ops.icw_int8kv.dequantize_per_head(qdata, scale, dtype), quantize_dequantize(x))
 
 
@@ -73,7 +74,7 @@ def test_quantize_equals_plain_torch(dtype: torch.dtype) -> None:
 def test_error_is_at_most_a_step(row: list[float], dtype: torch.dtype) -> None:
     """Half a step from rounding, and up to half of one more where a scale rounded down makes the largest clamp."""
     x = torch.tensor(row).to(dtype)
-    qdata, scale = ops.quantize_per_head(x, ops.scale_dtype_for(dtype))
+    qdata, scale = ops.quantize_per_head(x, scale_dtype_for(dtype))
     back = ops.dequantize_per_head(qdata, scale, dtype)
     assert qdata.abs().max() <= ops.QMAX
     assert back.isfinite().all()
@@ -94,7 +95,7 @@ def test_zero_row_stays_zero() -> None:
 def test_non_finite_row_reads_back_non_finite(bad: float, dtype: torch.dtype) -> None:
     x = states((4, 8), dtype)
     x[1, 3] = bad
-    back = ops.dequantize_per_head(*ops.quantize_per_head(x, ops.scale_dtype_for(dtype)), dtype)
+    back = ops.dequantize_per_head(*ops.quantize_per_head(x, scale_dtype_for(dtype)), dtype)
     assert not back[1].isfinite().any()
     assert back[[0, 2, 3]].isfinite().all()
 
@@ -108,7 +109,7 @@ def test_float16_never_overflows() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8])
 def test_unsupported_dtype(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match="float32, bfloat16, float16"):
-        ops.scale_dtype_for(dtype)
+        scale_dtype_for(dtype)
 
 
 @pytest.mark.parametrize("length", [1, 5])

@@ -18,14 +18,15 @@ levels where its values are. `docs/quality.md` compares this with other codes of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from icw_compile.formats.base import Evaluator, Format, Part, Stored
-from icw_compile.formats.int8 import dequantize_per_head, scale_dtype_for
+from icw_compile.formats.base import Evaluator, Part, Stored
+from icw_compile.formats.int8 import dequantize_per_head
+from icw_compile.formats.scaled import ScaledRows
 
 __all__ = ["Int4Rows", "halves_to_levels", "quantize_halves"]
 
@@ -110,20 +111,8 @@ def dequantize_halves(packed: Tensor, scale: Tensor, codes: Tensor, dtype: torch
 
 
 @dataclass(frozen=True)
-class Int4Rows(Format):
-    """``packed``, two channels in a byte, ``scale`` as int8 rows have it, and ``codes``, a byte for each half.
-
-    Raises:
-        TypeError: ``float_dtype`` is none of those that int8 rows take.
-    """
-
-    float_dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        scale_dtype_for(self.float_dtype)
-
-    def __str__(self) -> str:
-        return f"int4 {str(self.float_dtype).removeprefix('torch.')}"
+class Int4Rows(ScaledRows):
+    """``packed``, two channels in a byte, ``scale``, and ``codes``, a byte for each half."""
 
     @property
     def name(self) -> str:
@@ -132,14 +121,6 @@ class Int4Rows(Format):
     @property
     def parts(self) -> tuple[Part, ...]:
         return (Part("packed", "BHTD"), Part("scale", "BHT1"), Part("codes", "BHT1"))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.float_dtype
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        return scale_dtype_for(self.float_dtype)
 
     def channels(self, run: Evaluator, x: Stored) -> Any:
         return 2 * run.tensor(x["packed"]).shape[-1]
@@ -163,17 +144,6 @@ class Int4Rows(Format):
 
     def scaled_rows(self, run: Evaluator, x: Stored) -> tuple[Any, Any] | None:
         return run.call(_ops.halves_to_levels.default, x["packed"], x["codes"]), x["scale"]
-
-    def cast(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Stored:
-        other = Int4Rows(dtype)
-        if other.scale_dtype in (torch.float32, self.scale_dtype):
-            scale = run.call(aten.to.dtype, x["scale"], other.scale_dtype)
-            return replace(x, format=other, parts=(x["packed"], scale, x["codes"]))
-        # Rounding the scales would move every value: round the values instead.
-        return replace(x, format=other, parts=tuple(other.encode(run, self.decode(run, x, dtype), x).values()))
-
-    def written(self, x: Stored) -> Any:
-        return x["scale"]
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
         return heads * (head_dim // 2 + self.scale_dtype.itemsize + 2)

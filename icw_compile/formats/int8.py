@@ -9,21 +9,20 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from icw_compile.formats.base import Evaluator, Format, Part, Stored
+from icw_compile.formats.base import Evaluator, Part, Stored
+from icw_compile.formats.scaled import ScaledRows
 
 __all__ = [
     "QMAX",
-    "SCALE_DTYPES",
     "Int8Rows",
     "dequantize_per_head",
     "quantize_per_head",
-    "scale_dtype_for",
     "to_finite",
 ]
 
@@ -32,29 +31,6 @@ _ops = torch.ops.icw_int8kv
 
 #: Largest magnitude of a quantized value. -128 is left out, so that the range is symmetric.
 QMAX = 127
-
-#: The dtypes of keys and values that can be quantized, and the dtype in which the scales of each are stored.
-SCALE_DTYPES: dict[torch.dtype, torch.dtype] = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.bfloat16,
-    torch.float16: torch.bfloat16,
-}
-
-
-def scale_dtype_for(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the scales of ``dtype`` keys and values are stored.
-
-    Raises:
-        TypeError: ``dtype`` is not one that the int8 cache supports.
-    """
-    try:
-        return SCALE_DTYPES[dtype]
-    except KeyError:
-        supported = ", ".join(str(d).removeprefix("torch.") for d in SCALE_DTYPES)
-        raise TypeError(
-            f"icw_int8kv cannot quantize a key/value cache of dtype {dtype}: the supported dtypes are {supported}. "
-            "Load the model in one of them, for example with `dtype=torch.bfloat16`."
-        ) from None
 
 
 def quantize_per_head(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -79,20 +55,8 @@ def to_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Int8Rows(Format):
-    """``qdata``, int8, and ``scale``: bfloat16 for 16-bit values, float32 for float32 ones.
-
-    Raises:
-        TypeError: ``float_dtype`` is none of these.
-    """
-
-    float_dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        scale_dtype_for(self.float_dtype)
-
-    def __str__(self) -> str:
-        return f"int8 {str(self.float_dtype).removeprefix('torch.')}"
+class Int8Rows(ScaledRows):
+    """``qdata``, int8, and ``scale``."""
 
     @property
     def name(self) -> str:
@@ -101,14 +65,6 @@ class Int8Rows(Format):
     @property
     def parts(self) -> tuple[Part, ...]:
         return (Part("qdata", "BHTD"), Part("scale", "BHT1"))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.float_dtype
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        return scale_dtype_for(self.float_dtype)
 
     def empty(self, run: Evaluator, size: Sequence[Any], device: torch.device) -> Stored:
         qdata = run.call(aten.zeros.default, list(size), dtype=torch.int8, device=device)
@@ -124,16 +80,6 @@ class Int8Rows(Format):
 
     def scaled_rows(self, run: Evaluator, x: Stored) -> tuple[Any, Any] | None:
         return x["qdata"], x["scale"]
-
-    def cast(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Stored:
-        other, (qdata, scale) = Int8Rows(dtype), x.parts
-        if other.scale_dtype in (torch.float32, self.scale_dtype):
-            return replace(x, format=other, parts=(qdata, run.call(aten.to.dtype, scale, other.scale_dtype)))
-        # Rounding the scales would move every value: round the values instead.
-        return replace(x, format=other, parts=tuple(other.encode(run, self.decode(run, x, dtype), x).values()))
-
-    def written(self, x: Stored) -> Any:
-        return x["scale"]
 
     def bytes_per_token(self, heads: int, head_dim: int) -> int:
         return heads * (head_dim + self.scale_dtype.itemsize)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from icw_compile.compat.transformers import sdpa_attention
-from icw_compile.formats.int8 import scale_dtype_for
+from icw_compile.formats.scaled import scale_dtype_for
 from icw_compile.kernels import AttentionCall, StoredRows, find_kernel
 from icw_compile.lab.bench.measure import OtherLoad, Spread, ratio, seconds, take_turns
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import icw_compile
-from icw_compile.formats.int8 import quantize_per_head, scale_dtype_for
+from icw_compile.formats.int8 import quantize_per_head
+from icw_compile.formats.scaled import scale_dtype_for
 from icw_compile.frontend.families import FAMILIES
 from icw_compile.kernels import AttentionCall, AttentionKernel, StoredRows, find_kernel
 from icw_compile.lab.reference import dynamic_reference_cache, reference_cache
