@@ -23,6 +23,7 @@ _ops = torch.ops.icw_int8kv
 
 def encode_at_once(graph: KVGraph) -> int:
     """Run the pass; returns the number of encodings that are one operation now."""
+    _load_for_writes(graph)
     replaced = 0
     for node in graph.graph.find_nodes(op="call_function", target=_ops.quantize_per_head.default):
         values = arguments(node)["x"]
@@ -42,6 +43,14 @@ def encode_at_once(graph: KVGraph) -> int:
         graph.graph.erase_node(node)
         replaced += 1
     return replaced
+
+
+def _load_for_writes(graph: KVGraph) -> None:
+    """Ask for the kernel where its library has an operation of a write: a prompt may have no attention of ours."""
+    written = (_ops.settle_shift.default, _ops.quantize_halves_cpu.default)
+    writes = (node for node in graph.graph.nodes if node.target in written)
+    for device in sorted({graph.tensor(node.args[0]).device.type for node in writes}):
+        graph.find_kernel(device)
 
 
 def _fit(values: Tensor, shift: Tensor | None) -> bool:

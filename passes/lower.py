@@ -36,7 +36,6 @@ _ops = torch.ops.icw_int8kv
 
 def lower(graph: KVGraph) -> int:
     """Run the pass; returns the number of attentions lowered."""
-    _load_what_writes(graph)
     attentions, graph.attentions = graph.attentions, []
     for attention in attentions:
         lowering, declined = _lower(graph, attention)
@@ -48,15 +47,6 @@ def lower(graph: KVGraph) -> int:
         if readers:
             _report_dequantized(graph, node, readers, value)
     return len(attentions)
-
-
-def _load_what_writes(graph: KVGraph) -> None:
-    """Ask for the kernel where a write uses an operation that its library has too, faster: a prompt has no other."""
-    written = (_ops.settle_shift.default, _ops.quantize_halves_cpu.default)
-    for device in sorted(
-        {graph.tensor(node.args[0]).device.type for node in graph.graph.nodes if node.target in written}
-    ):
-        graph.find_kernel(device)
 
 
 def _lower(graph: KVGraph, attention: FusedAttention) -> tuple[str, str]:
