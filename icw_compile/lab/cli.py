@@ -1,11 +1,22 @@
 """The command line, ``icw-compile``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+@contextmanager
+def _refused_politely() -> Iterator[None]:
+    """A `ValueError` says what is wrong with an argument: the command ends with its text, and no traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.callback()
@@ -208,10 +219,8 @@ def explain(
     from icw_compile.lab.graphs import Settings, run_explain  # torch and transformers take seconds to import
 
     settings = Settings(model, layers, cache, prompt, option, dtype, device)
-    try:
+    with _refused_politely():
         run_explain(settings, graphs=graphs, json_file=json)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 @app.command(epilog="Example: icw-compile plan --model llama-3-8b --memory 24GiB --batch 4")
@@ -261,10 +270,8 @@ def plan(
     from icw_compile.lab.plan import Settings, run_plan  # torch and transformers take seconds to import
 
     settings = Settings(model, memory, batch, tokens, ranks, weights, cache, prompt, chunk, option, dtype)
-    try:
+    with _refused_politely():
         run_plan(settings, json_file=json)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 @app.command(epilog="Example: icw-compile check --stages environment,kernel --json check.jsonl")
@@ -290,10 +297,8 @@ def check(
     from icw_compile.lab.check import run_check  # torch and transformers take seconds to import
 
     names = stages.split(",") if stages else []
-    try:
+    with _refused_politely():
         code = run_check(names, device=device, compiler=compiler, json_file=json)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     raise typer.Exit(code)
 
 
