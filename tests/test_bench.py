@@ -21,6 +21,7 @@ from icw_compile.lab.bench.model import (
     Measured,
     Settings,
     choose_contenders,
+    contender,
     measure_context,
 )
 from icw_compile.lab.bench.operator import OPERATOR_CONTENDERS, Case, run_case
@@ -114,6 +115,11 @@ def test_contenders_are_checked() -> None:
     assert set(choose_contenders(())) == set(CONTENDERS) - hqq - {"int8-static-float-weights"}
     with pytest.raises(ValueError, match="unknown contenders: fast; there are: eager, stock-static"):
         choose_contenders(("eager", "fast"))
+    rows = choose_contenders(("stock-static", "int8-static", "int8-dynamic"), options=("", "icw.bits=4"))
+    assert rows == ("stock-static", "int8-static", "int8-static icw.bits=4", "int8-dynamic", "int8-dynamic icw.bits=4")
+    assert contender(rows[-1]).options == {"icw.bits": 4} and contender(rows[-1]).cache == "dynamic"
+    with pytest.raises(ValueError, match=r"'icw.bits' is 5; it takes one of: 8, 4"):
+        choose_contenders(("int8-static",), options=("icw.bits=5",))
 
 
 @pytest.mark.parametrize("name", [name for name in CONTENDERS if name != "hqq" or is_hqq_available()])
@@ -126,13 +132,29 @@ def test_filled_caches(name: str, family: str) -> None:
     session = bench_model.Session(CONTENDERS[name], model, chosen)
     session.fill(40)
     assert session.cache.get_seq_length() == 40
-    contender = CONTENDERS[name]
-    if contender.cache != "hqq":
+    chosen_one = CONTENDERS[name]
+    if chosen_one.cache != "hqq":
         held = [getattr(layer, kind) for layer in session.cache.layers for kind in ("keys", "values")]
-        assert all(isinstance(tensor, QuantizedKV) == contender.is_int8 for tensor in held)
-        assert all(tensor.dequantize().std() > 0.5 if contender.is_int8 else tensor.std() > 0.5 for tensor in held)
-        assert held[-1].shape[2] == (40 if contender.cache == "dynamic" else chosen.cache_len(40))
+        assert all(isinstance(tensor, QuantizedKV) == chosen_one.is_int8 for tensor in held)
+        assert all(tensor.dequantize().std() > 0.5 if chosen_one.is_int8 else tensor.std() > 0.5 for tensor in held)
+        assert held[-1].shape[2] == (40 if chosen_one.cache == "dynamic" else chosen.cache_len(40))
     assert session.cache_bytes() > 0
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_filled_caches_have_the_options(kind: str) -> None:
+    """As the compiled model would have made them: it goes on with them."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    asked = "icw.value_bits=4,icw.sink_tokens=2,icw.compiler=eager"
+    session = bench_model.Session(contender(f"int8-{kind} {asked}"), model, settings())
+    session.fill(40)
+    for layer in session.cache.layers:
+        assert ["int8" in str(each.value.format) for each in (layer.keys, layer.values)] == [True, False]
+        assert all(each.value.kept for each in (layer.keys, layer.values))
+    session.decode()
+    assert session.cache.get_seq_length() == 41 and session.cache_bytes() > 0
+    with pytest.raises(ValueError, match="only a prompt that runs through the model tells layers apart"):
+        bench_model.Session(contender(f"int8-{kind} icw.skip_layers=0"), model, settings()).fill(40)
 
 
 def test_only_the_contender_that_asks_forces_gqa(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +188,10 @@ def test_results() -> None:
     notes = context_notes(made)
     assert "2.000 times the context in the same bytes" in notes[0]
     assert notes[1].startswith("int8-static over stock-static: prefill 1.000x") and "92% of that saving" in notes[1]
+    made.measured["int8-static icw.bits=4"] = Measured(250, [0.5, 1.5], [0.1, 0.15], 3300, 9000)
+    assert made.to_dict()["ratios"]["int8-static icw.bits=4 / int8-static"]["decode"][0] == pytest.approx(0.5)
+    assert "int8-static / int8-static icw.bits=4" not in made.to_dict()["ratios"]
+    assert context_notes(made)[-1].startswith("int8-static icw.bits=4 over int8-static: prefill 0.500x")
 
 
 def test_plot(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from icw_compile.lab.assets import HELDOUT_TEXT, MODEL, train
 from icw_compile.lab.cli import app
 from icw_compile.lab.evaluation.codes import CODES as CODES_OF_4_BITS
-from icw_compile.lab.evaluation.command import parse_options
 from icw_compile.lab.evaluation.contenders import FLOAT, FLOAT_COMPILED, Contender, contenders, fp8_cache
 from icw_compile.lab.evaluation.hard import CASES, PAIRS, equivalence, harden
 from icw_compile.lab.evaluation.quality import Windows, measure
 from icw_compile.lab.evaluation.recall import Recall
 from icw_compile.lab.reference import reference_cache
+from icw_compile.lab.terminal import parse_options
 
 SETTING = {"icw.compiler": "eager", "icw.attention": "inductor"}
 

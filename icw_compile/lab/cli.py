@@ -156,6 +156,13 @@ def bench(
         Literal["float", "int8", "int4"],
         typer.Option(help="How torchao stores the weights of linear layers, of all contenders but one."),
     ] = "float",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Run ours with these options of the backend, such as icw.bits=4, several with commas, '' for none. "
+            "Give it several times to compare settings. Left out: no options."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Decode steps to time, or calls of an operator.")] = 16,
     prefill_rounds: Annotated[int, typer.Option(min=1, help="Prompts to time, or starts.")] = 3,
     max_prefill: Annotated[
@@ -184,7 +191,7 @@ def bench(
         layer_counts = [int(depth) for depth in depths.split(",")]
         raise typer.Exit(run_startup_bench(settings, layer_counts, json_file=json, plot=plot))
     lengths = [int(length) for length in contexts.split(",")]
-    raise typer.Exit(run_model_bench(settings, lengths, json_file=json, plot=plot))
+    raise typer.Exit(run_model_bench(settings, lengths, options=option or (), json_file=json, plot=plot))
 
 
 @app.command(epilog="Example: icw-compile explain --model gemma2 --graphs graphs")

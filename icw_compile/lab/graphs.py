@@ -20,8 +20,7 @@ from icw_compile.explain import ExplainedGraph, explain
 from icw_compile.frontend.families import FAMILIES
 from icw_compile.lab.assets import MODELS
 from icw_compile.lab.bench.shapes import load_config
-from icw_compile.lab.evaluation.command import parse_options
-from icw_compile.lab.terminal import answers
+from icw_compile.lab.terminal import answers, parse_options
 from icw_compile.lab.tiny import model_types, tiny_config
 
 __all__ = ["Call", "Settings", "explain_calls", "run_explain", "write_graphs"]

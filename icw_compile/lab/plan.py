@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from icw_compile.compat.transformers import meta_model
 from icw_compile.lab.bench.shapes import Weights, load_config
-from icw_compile.lab.evaluation.command import parse_options
-from icw_compile.lab.terminal import answers
+from icw_compile.lab.terminal import answers, parse_options
 from icw_compile.planner import BATCH, RANKS, TOKENS, Plan, plan
 
 __all__ = ["Settings", "estimated_activations", "estimated_weights", "parse_bytes", "run_plan"]

@@ -1,11 +1,16 @@
-"""Where commands print: the answer on standard output, and how far they are on the error stream."""
+"""What commands share: how options of the backend are written, and where is printed.
 
+The answer goes to standard output, and how far a command is to the error stream.
+"""
+
+import json
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
-__all__ = ["answers", "progress"]
+__all__ = ["answers", "parse_options", "progress"]
 
 
 def answers(width: int) -> Console:
@@ -20,3 +25,21 @@ def progress(*columns: str | ProgressColumn) -> Progress:
     In a terminal, what is printed meanwhile stands above it. What is printed into a file goes there.
     """
     return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """``"icw.attention=inductor,max_autotune=true"`` as ``torch.compile``'s options; ``""`` is none.
+
+    Raises:
+        ValueError: a part without ``=``.
+    """
+    options: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"An option is written name=value, several of one row with commas; found {part!r}.")
+        try:
+            options[name] = json.loads(value)  # a number, true or false
+        except json.JSONDecodeError:
+            options[name] = value
+    return options

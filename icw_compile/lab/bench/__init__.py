@@ -31,15 +31,25 @@ from icw_compile.lab.terminal import answers, progress
 __all__ = ["Settings", "run_model_bench", "run_operator_bench", "run_startup_bench"]
 
 
-def run_model_bench(settings: Settings, contexts: Sequence[int], *, json_file: Path | None, plot: Path | None) -> int:
+def run_model_bench(
+    settings: Settings,
+    contexts: Sequence[int],
+    *,
+    options: Sequence[str] = (),
+    json_file: Path | None,
+    plot: Path | None,
+) -> int:
     """Measure a model at each context, print tables, write the files; returns the exit code.
+
+    Args:
+        options: run ours once for each of them, as `icw_compile.lab.terminal.parse_options` reads them.
 
     1 if a contender failed or a context did not fit in memory, else 0.
 
     Raises:
         ValueError: an unknown contender or model size.
     """
-    settings = replace(settings, contenders=choose_contenders(settings.contenders, settings.weights))
+    settings = replace(settings, contenders=choose_contenders(settings.contenders, settings.weights, options))
     about = environment(torch.device(settings.device))
     console = answers(160)
     shape = f"{settings.model}{f', {settings.layers} layers' if settings.layers else ''}"

@@ -12,9 +12,9 @@ before it, so that compilers, and what they leave behind, do not count.
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,8 @@ from icw_compile.lab.bench.measure import (
     take_turns,
 )
 from icw_compile.lab.bench.shapes import Weights, build_model, load_config, quantize_weights, weights_bytes
+from icw_compile.lab.terminal import parse_options
+from icw_compile.options import LAYER_OPTIONS, Options, split_options
 
 __all__ = [
     "CONTENDERS",
@@ -52,6 +54,7 @@ __all__ = [
     "Session",
     "Settings",
     "choose_contenders",
+    "contender",
     "measure_context",
     "plan",
     "units",
@@ -69,6 +72,7 @@ class Contender:
         force_gqa: whether transformers is told to leave grouped heads to torch's attention, in place of its
             ``repeat_kv`` (``TRANSFORMERS_SDPA_FORCE_GQA``, which it reads when it is traced).
         float_weights: whether it has float weights where those of the others are quantized.
+        options: what the backend is given.
     """
 
     what: str
@@ -76,6 +80,7 @@ class Contender:
     backend: str | None = None
     force_gqa: bool = False
     float_weights: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_int8(self) -> bool:
@@ -94,6 +99,18 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "hqq": Contender("not compiled, QuantizedCache, HQQ 8 bit", "hqq"),
 }
+
+
+def contender(name: str) -> Contender:
+    """One of `CONTENDERS`, or one of ours with options: ``"int8-static icw.bits=4"``.
+
+    Raises:
+        ValueError: options that are no options.
+    """
+    kind, _, options = name.partition(" ")
+    return replace(CONTENDERS[kind], options=parse_options(options))
+
+
 #: The float contenders of which the fastest is what ours is compared with.
 STOCK = ("eager", "stock-static", "stock-static-gqa", "stock-dynamic")
 
@@ -118,6 +135,10 @@ class Settings:
     time: bool
     memory: bool
     weights: Weights = "float"
+
+    def options(self, contender: Contender) -> Options:
+        """Of our backend."""
+        return split_options(contender.options, self.mode)[0]
 
     def prefills(self, context: int) -> bool:
         return context <= self.max_prefill
@@ -195,8 +216,8 @@ class ContextResult:
     def to_dict(self) -> dict[str, Any]:
         """The fields, and what is derived from them.
 
-        That is medians with quartiles, and every contender with an int8 cache over every other, and over that with
-        float weights.
+        That is medians with quartiles, and every contender with a cache of ours over every other, over that with
+        float weights, and over itself without options.
         """
         data = asdict(self)
         for name, measured in self.measured.items():
@@ -212,10 +233,16 @@ class ContextResult:
             }
             for ours in self.measured
             for theirs in self.measured
-            if CONTENDERS[ours].is_int8 and not CONTENDERS[ours].float_weights
-            if CONTENDERS[theirs].float_weights or not CONTENDERS[theirs].is_int8
+            if self._compares(ours, theirs)
         }
         return data
+
+    def _compares(self, ours: str, theirs: str) -> bool:
+        """Whether one is over the other in the file: ours over a float cache, float weights, or no options."""
+        one, other = contender(ours), contender(theirs)
+        if not one.is_int8 or one.float_weights:
+            return False
+        return other.float_weights or not other.is_int8 or bool(one.options and ours.startswith(f"{theirs} "))
 
     def _both(self, ours: str, theirs: str, what: str) -> bool:
         return all(getattr(self.measured[name], what) for name in (ours, theirs))
@@ -248,7 +275,7 @@ def plan(settings: Settings, context: int) -> Plan:
     text = config.get_text_config(decoder=True)
     dtype = getattr(torch, settings.dtype)
     model = build_model(settings.model, config, dtype, "meta", meta=True)
-    kinds = {settings.weights_of(CONTENDERS[name]) for name in settings.contenders}
+    kinds = {settings.weights_of(contender(name)) for name in settings.contenders}
     weights = sum(weights_bytes(model, kind) for kind in kinds)
     cache = static_cache(config, settings.batch, settings.cache_len(context), dtype, "meta")
     # A `QuantizedKV` has the `nbytes` of the float tensor that it stands for.
@@ -260,7 +287,7 @@ def plan(settings: Settings, context: int) -> Plan:
     work = max(pairs) * groups + settings.batch * dtype.itemsize * (
         rows * (8 * text.hidden_size + 3 * text.intermediate_size) + 4 * text.vocab_size
     )
-    caches = [int8_bytes if CONTENDERS[name].is_int8 else float_bytes for name in settings.contenders]
+    caches = [int8_bytes if contender(name).is_int8 else float_bytes for name in settings.contenders]
     needed = weights + (sum(caches) if settings.time else max(caches)) + work
     return Plan(weights, float_bytes, int8_bytes, work, needed)
 
@@ -289,9 +316,11 @@ class Session:
         self.contender, self.model, self.settings = contender, model, settings
         self.device = torch.device(settings.device)
         self.cache: Any = None
-        mode = None if settings.mode == "default" else settings.mode
+        how: dict[str, Any] = {} if settings.mode == "default" else {"mode": settings.mode}
+        if contender.options:  # torch.compile takes no mode beside options
+            how = {"options": {**contender.options, **{f"icw.{name}": value for name, value in how.items()}}}
         self.forward = (
-            torch.compile(model.forward, backend=contender.backend, mode=mode) if contender.backend else model.forward
+            torch.compile(model.forward, backend=contender.backend, **how) if contender.backend else model.forward
         )
         parameters = inspect.signature(model.forward).parameters
         # As `generate` does: the logits of a whole prompt are not wanted.
@@ -317,8 +346,16 @@ class Session:
         return self._run(self._tokens(1))
 
     def fill(self, context: int) -> None:
-        """A new cache that holds random keys and values of ``context`` tokens, layer after layer."""
+        """A new cache that holds random keys and values of ``context`` tokens, layer after layer.
+
+        Raises:
+            ValueError: the contender's options tell layers apart.
+        """
         self.cache = None
+        options = self.settings.options(self.contender)
+        if any(options.layers(option) for option in LAYER_OPTIONS):
+            raise ValueError("only a prompt that runs through the model tells layers apart: see --max-prefill")
+        layouts = {f"{role}s": options.format_for(self.model.dtype, role) for role in ("key", "value")}
         config = self.model.config.get_text_config(decoder=True)
         int8_static = self.contender.is_int8 and self.contender.cache == "static"
         length = self.settings.cache_len(context)
@@ -327,13 +364,14 @@ class Session:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = (self.settings.batch, heads, context, head_dim)
         for i in range(config.num_hidden_layers):
-            states = torch.randn(size, dtype=self.model.dtype, device=self.device)
+            states, layer = torch.randn(size, dtype=self.model.dtype, device=self.device), cache.layers[i]
+            if int8_static and self.contender.options:
+                for name, layout in layouts.items():
+                    setattr(layer, name, QuantizedKV.empty(getattr(layer, name).shape, layout, self.device))
             cache.update(states, states.flip(-1), i)
             if self.contender.is_int8 and not int8_static:
-                layer = cache.layers[i]
-                for name in ("keys", "values"):
-                    held = QuantizedKV.quantize(getattr(layer, name), equalize=True)
-                    setattr(layer, name, QuantizedKV.growing(held.value))
+                for name, layout in layouts.items():
+                    setattr(layer, name, QuantizedKV.growing(QuantizedKV.encode(getattr(layer, name), layout).value))
         self.cache = cache
 
     def cache_bytes(self) -> int:
@@ -375,9 +413,9 @@ def _set_up(settings: Settings, weights: Weights) -> PreTrainedModel:
 def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, Measured], float]:
     """The worker for time: every contender in this process, in turn; also returns the load of other processes."""
     say("building the model")
-    kinds = {name: settings.weights_of(CONTENDERS[name]) for name in settings.contenders}
+    kinds = {name: settings.weights_of(contender(name)) for name in settings.contenders}
     models = {kind: _set_up(settings, kind) for kind in dict.fromkeys(kinds.values())}
-    sessions = {name: Session(CONTENDERS[name], models[kind], settings) for name, kind in kinds.items()}
+    sessions = {name: Session(contender(name), models[kind], settings) for name, kind in kinds.items()}
     results = {name: Measured() for name in sessions}
     for name in settings.contenders:
         say(f"compiling {name}")
@@ -410,8 +448,8 @@ def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, 
 def memory_of(settings: Settings, context: int, name: str, say: Say) -> Measured:
     """The worker for memory: one contender, alone in this process."""
     say("building the model")
-    contender = CONTENDERS[name]
-    session = Session(contender, _set_up(settings, settings.weights_of(contender)), settings)
+    chosen = contender(name)
+    session = Session(chosen, _set_up(settings, settings.weights_of(chosen)), settings)
     device = torch.device(settings.device)
 
     say(f"compiling {name}")
@@ -471,16 +509,17 @@ def measure_context(settings: Settings, context: int, say: Say) -> ContextResult
     return result
 
 
-def choose_contenders(names: Sequence[str], weights: Weights = "float") -> tuple[str, ...]:
-    """The contenders to run: all that can run here if none is named.
+def choose_contenders(names: Sequence[str], weights: Weights = "float", options: Sequence[str] = ()) -> tuple[str, ...]:
+    """The contenders to run: all that can run here if none is named, ours once for each of the ``options``.
 
     Raises:
-        ValueError: an unknown name, one for quantized weights without any, or ``hqq`` where it is not installed.
+        ValueError: an unknown name, one for quantized weights without any, ``hqq`` where it is not installed, or
+            options that the backend does not take.
     """
     quantized = weights != "float"
     if not names:
         runnable = [name for name in CONTENDERS if name != "hqq" or is_hqq_available()]
-        return tuple(name for name in runnable if quantized or not CONTENDERS[name].float_weights)
+        names = tuple(name for name in runnable if quantized or not CONTENDERS[name].float_weights)
     unknown = [name for name in names if name not in CONTENDERS]
     if unknown:
         raise ValueError(f"unknown contenders: {', '.join(unknown)}; there are: {', '.join(CONTENDERS)}")
@@ -488,4 +527,8 @@ def choose_contenders(names: Sequence[str], weights: Weights = "float") -> tuple
         raise ValueError(f"{', '.join(same)} is for --weights int8 or int4")
     if "hqq" in names and not is_hqq_available():
         raise ValueError("transformers' QuantizedCache needs hqq: pip install hqq")
-    return tuple(names)
+    for each in options:
+        split_options(parse_options(each), None)
+    return tuple(
+        f"{name} {each}".strip() for name in names for each in (options or ("",) if CONTENDERS[name].is_int8 else ("",))
+    )

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from icw_compile.lab.bench.measure import Spread
-from icw_compile.lab.bench.model import CONTENDERS, ContextResult, Measured
+from icw_compile.lab.bench.model import CONTENDERS, ContextResult, Measured, contender
 from icw_compile.lab.bench.operator import OPERATOR_CONTENDERS, OperatorResult
 from icw_compile.lab.bench.startup import DepthResult, Start
 
@@ -36,7 +36,7 @@ def context_table(result: ContextResult) -> Table:
             _spread(Spread.of(prefill), 1.0, 2) if prefill else "",
             _spread(Spread.of(decode), 1e3, 2) if decode else "",
             "fastest float" if name == fastest else over,
-            style="bold" if CONTENDERS[name].is_int8 else None,
+            style="bold" if contender(name).is_int8 else None,
         )
     return table
 
@@ -52,12 +52,14 @@ def context_notes(result: ContextResult) -> list[str]:
         f"{_mebibytes(result.int8_cache_bytes)} in int8, saving {_mebibytes(saving)}; "
         f"{result.float_cache_bytes / result.int8_cache_bytes:.3f} times the context in the same bytes"
     ]
-    for ours, theirs in (
+    compared = [
         ("int8-static", "stock-static"),
         ("int8-dynamic", "stock-dynamic"),
         ("int8-dynamic", "eager"),
         ("int8-static", "int8-static-float-weights"),
-    ):
+    ]
+    compared += [(name, name.partition(" ")[0]) for name in result.measured if " " in name]
+    for ours, theirs in compared:
         if ours not in result.measured or theirs not in result.measured:
             continue
         parts = []
@@ -165,11 +167,11 @@ def plot_contexts(
     }
     figure, panel_axes = _panels(len(drawn), title)
     for axes, (what, label) in zip(panel_axes, drawn.items(), strict=True):
-        for i, (name, contender) in enumerate(CONTENDERS.items()):
+        for i, name in enumerate(dict.fromkeys([*CONTENDERS, *(name for r in results for name in r.measured)])):
             points = [(r.context, value(r.measured[name], what)) for r in results if name in r.measured]
             points = [(context, y) for context, y in points if y is not None]
             if points:
-                axes.plot(*zip(*points), "o-" if contender.is_int8 else ".--", color=f"C{i}", label=name)
+                axes.plot(*zip(*points), "o-" if contender(name).is_int8 else ".--", color=f"C{i}", label=name)
         axes.set(xscale="log", xlabel="context, tokens", title=label)
         axes.set_ylim(bottom=0)
         contexts = [r.context for r in results]
@@ -188,11 +190,11 @@ def plot_depths(results: Sequence[DepthResult], title: str, file: Path) -> None:
     """
     figure, (cold, warm) = _panels(2, title)
     for axes, what in ((cold, "cold"), (warm, "warm")):
-        for i, (name, contender) in enumerate(CONTENDERS.items()):
+        for i, (name, each) in enumerate(CONTENDERS.items()):
             points = [(r.layers, [s.total for s in starts]) for r in results if (starts := getattr(r, what).get(name))]
             if points:
                 layers, medians = zip(*((depth, Spread.of(taken).median) for depth, taken in points), strict=True)
-                axes.plot(layers, medians, "o-" if contender.is_int8 else ".--", color=f"C{i}", label=name)
+                axes.plot(layers, medians, "o-" if each.is_int8 else ".--", color=f"C{i}", label=name)
         axes.set(xlabel="layers", title=f"{what}, seconds to the third token")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

@@ -22,10 +22,10 @@ from icw_compile.lab.evaluation.contenders import contenders, has_hqq
 from icw_compile.lab.evaluation.hard import CASES, equivalence, harden
 from icw_compile.lab.evaluation.quality import Quality, Windows, measure, recall_accuracy
 from icw_compile.lab.evaluation.recall import Recall
-from icw_compile.lab.terminal import answers, progress
+from icw_compile.lab.terminal import answers, parse_options, progress
 from icw_compile.report import report, reset_report
 
-__all__ = ["Case", "Settings", "parse_options", "run_eval"]
+__all__ = ["Case", "Settings", "run_eval"]
 
 AS_IT_IS = "as it is"
 RECALL_DEPTHS, RECALL_SAMPLES = 4, 8
@@ -69,24 +69,6 @@ class Case:
     recall: dict[int, dict[str, list[float]]]
     lowerings: list[str]
     equivalence: float | None = None
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """``"icw.attention=inductor,max_autotune=true"`` as ``torch.compile``'s options; ``""`` is none.
-
-    Raises:
-        ValueError: a part without ``=``.
-    """
-    options: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"An option is written name=value, several of one row with commas; found {part!r}.")
-        try:
-            options[name] = json.loads(value)  # a number, true or false
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
 
 
 def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -> list[Case]:
