@@ -110,6 +110,11 @@ def run(model: Callable[..., Any], cache: Cache, ids: Tensor, chunks: Sequence[i
     return torch.cat([model(piece, past_key_values=cache, **kwargs).logits for piece in pieces], dim=1)
 
 
+#: How far float32 logits may be from those of a reference that quantizes as we do, relatively: sums in another order
+#: differ in their last bits, and a number that lies between two steps of int8 may be rounded to either.
+CLOSE_LOGITS = 2e-3
+
+
 def relative_distance(actual: Tensor, expected: Tensor) -> float:
     """``|actual - expected| / |expected|`` in float64; NaN anywhere gives infinity."""
     distance = ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import compiled, graphs, relative_distance, run, tiny_model, tokens
+from support import CLOSE_LOGITS, compiled, graphs, relative_distance, run, tiny_model, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -132,7 +132,7 @@ def test_static_cache(name: str, attention: str) -> None:
     call, cache, expected = compiled(model), StaticCache(model.config, max_cache_len=40), reference_cache(model, 40)
     for turn in range(2):  # a new prompt after a reset settles a new shift
         ids = tokens(sum(CHUNKS), batch=2, seed=turn)
-        assert relative_distance(run(call, cache, ids, CHUNKS), run(model, expected, ids, CHUNKS)) < 1e-4
+        assert relative_distance(run(call, cache, ids, CHUNKS), run(model, expected, ids, CHUNKS)) <= CLOSE_LOGITS
         assert cache.layers[0].keys.shift[:, 0, 0, 5].min() >= 3 and cache.layers[0].values.shift[:, 1, 0, 9].min() >= 3
         cache.reset()
         expected.reset()
@@ -143,7 +143,9 @@ def test_static_cache(name: str, attention: str) -> None:
 def test_dynamic_cache(name: str) -> None:
     model, ids = with_outliers(tiny_model(name)), tokens(sum(CHUNKS), batch=2)
     cache, expected = DynamicCache(config=model.config), dynamic_reference_cache(model)
-    assert relative_distance(run(compiled(model), cache, ids, CHUNKS), run(model, expected, ids, CHUNKS)) < 1e-4
+    assert (
+        relative_distance(run(compiled(model), cache, ids, CHUNKS), run(model, expected, ids, CHUNKS)) <= CLOSE_LOGITS
+    )
     assert cache.layers[0].keys.shift[:, 0, 0, 5].min() >= 3
 
 
@@ -171,7 +173,7 @@ def test_cache_made_beforehand_and_one_filled_with_floats() -> None:
     model, ids = with_outliers(tiny_model()), tokens(sum(CHUNKS), batch=2)
     expected = run(model, reference_cache(model, 40), ids, CHUNKS)
     made = icw_compile.static_cache(model, 2, 40)
-    assert relative_distance(run(compiled(model), made, ids, CHUNKS), expected) < 1e-4
+    assert relative_distance(run(compiled(model), made, ids, CHUNKS), expected) <= CLOSE_LOGITS
     eager = icw_compile.static_cache(model, 2, 40)
     with pytest.warns(UnquantizedCacheWarning, match="in code that is not compiled"):
         logits = run(model, eager, ids, CHUNKS)

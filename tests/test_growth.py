@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import compiled, graphs, relative_distance, run, tiny_model, tokens
+from support import CLOSE_LOGITS, compiled, graphs, relative_distance, run, tiny_model, tokens
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
@@ -195,7 +195,7 @@ def test_long_decode_with_a_dynamic_cache(lowering: str) -> None:
     chunks = (9, *(1,) * 290)
     cache = DynamicCache(config=model.config)
     logits = run(compiled(model, **{"icw.attention": lowering}), cache, ids, chunks)
-    assert relative_distance(logits, run(model, dynamic_reference_cache(model), ids, chunks)) <= 2e-3
+    assert relative_distance(logits, run(model, dynamic_reference_cache(model), ids, chunks)) <= CLOSE_LOGITS
     assert len(graphs()) == 3 and not counters["graph_break"]
     assert growth().moves == 2 * 2
     assert growth().bytes_copied <= 5 * icw_compile.cache_bytes(cache)
@@ -216,7 +216,7 @@ def test_a_prefix_kept_for_several_continuations() -> None:
         run(model, reference, tokens(7), (6, 1))
         ids = tokens(5, seed=seed)
         results.append(run(step, cache, ids, (1,) * 5))
-        assert relative_distance(results[-1], run(model, reference, ids, (1,) * 5)) <= 2e-3
+        assert relative_distance(results[-1], run(model, reference, ids, (1,) * 5)) <= CLOSE_LOGITS
     again = run(step, prefix, tokens(5, seed=3), (1,) * 5)
     assert relative_distance(again, results[0]) <= 1e-6
     assert kept.shape[2] == 7 and torch.equal(kept.dequantize(), before)

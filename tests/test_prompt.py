@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import EAGER, WINDOW, compiled, graphs, relative_distance, run, tiny_model, tokens
+from support import CLOSE_LOGITS, EAGER, WINDOW, compiled, graphs, relative_distance, run, tiny_model, tokens
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
@@ -18,8 +18,6 @@ from icw_compile.lab.reference import dynamic_reference_cache, reference_cache
 LENGTH = 72
 #: Of float32 sums in another order.
 CLOSE = 1e-5
-#: After that: a number that lies between two steps of int8 may be rounded to either.
-CLOSE_LOGITS = 2e-3
 
 KINDS: dict[str, Callable[[PreTrainedModel, int], Cache]] = {
     "dynamic": lambda model, batch: DynamicCache(config=model.config),
