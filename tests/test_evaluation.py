@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from typer.testing import CliRunner
 
 from icw_compile.lab.assets import HELDOUT_TEXT, MODEL, train
 from icw_compile.lab.cli import app
+from icw_compile.lab.evaluation.advise import Advice, _try_out, candidates
 from icw_compile.lab.evaluation.codes import CODES as CODES_OF_4_BITS
+from icw_compile.lab.evaluation.command import Prepared
 from icw_compile.lab.evaluation.contenders import FLOAT, FLOAT_COMPILED, Contender, contenders, fp8_cache
 from icw_compile.lab.evaluation.hard import CASES, PAIRS, equivalence, harden
 from icw_compile.lab.evaluation.quality import Windows, measure
 from icw_compile.lab.evaluation.recall import Recall
 from icw_compile.lab.reference import reference_cache
 from icw_compile.lab.terminal import parse_options
+from icw_compile.planner import plan
 
 SETTING = {"icw.compiler": "eager", "icw.attention": "inductor"}
 
@@ -333,3 +337,62 @@ def test_codes_of_four_bits(name: str) -> None:
     if "rotated" not in name:
         assert all(len(row.unique()) <= 16 for row in read[..., :32].flatten(0, 1))
     assert code.bits_per_number <= 5.0
+
+
+def test_candidates() -> None:
+    """The cheapest first; a layer that is hurt most is the first to stay at 8 bits."""
+    model = tiny_model(num_hidden_layers=2)
+    found = candidates(model, {"keys": [0.5, 0.1], "values": [0.01, 0.02]}, 64)
+    assert [(each.options, pytest.approx(each.harm)) for each in found] == [
+        ({"icw.bits": 4}, 0.63),
+        ({"icw.value_bits": 4}, 0.03),
+        ({"icw.bits": 4, "icw.eight_bit_layers": [0]}, 0.12),
+        ({"icw.key_bits": 4}, 0.6),
+        ({"icw.value_bits": 4, "icw.eight_bit_layers": [1]}, 0.01),
+        ({"icw.key_bits": 4, "icw.eight_bit_layers": [0]}, 0.1),
+    ]
+    ratios = [each.bytes_ratio for each in found]
+    assert ratios == sorted(ratios) and ratios[0] < 0.6 * plan(model, cache="static").evaluate(tokens=64).bytes
+
+
+@pytest.mark.parametrize(
+    ("budget", "tried", "chosen"),
+    [
+        (0.001, ["{}"], None),
+        (0.02, ["{}"], {}),
+        # What is expected to be within it is not, as measured: the next one.
+        (0.05, ["{}", '{"icw.value_bits": 4}', '{"icw.value_bits": 4, "icw.eight_bit_layers": [1]}'], "last"),
+        (1.0, ["{}", '{"icw.bits": 4}'], "last"),
+    ],
+)
+def test_the_cheapest_within_the_budget(budget: float, tried: list[str], chosen: Any) -> None:
+    model = tiny_model(num_hidden_layers=2)
+    windows = Windows.cut(torch.arange(300) % 90, None, tokens=16, context=64, stride=16, batch=1, chunk=16)
+    ready = Prepared(model, None, windows.ids, windows)
+    measures = {"8 bits": 0.015, '{"icw.value_bits": 4}': 0.06}
+    said = []
+
+    def measured(what: str, rows: Sequence[Contender]) -> list[float]:
+        said.append(json.dumps(dict(rows[0].options or {})))
+        return [measures.get(what, 0.04)]
+
+    alone = {"keys": [0.5, 0.1], "values": [0.01, 0.02]}
+    advice = Advice(budget, alone, _try_out(ready, alone, budget, measured))
+    assert said == tried
+    assert (advice.chosen and advice.chosen.options) == (json.loads(tried[-1]) if chosen == "last" else chosen)
+
+
+@pytest.mark.slow
+def test_advise(tmp_path: Path) -> None:
+    file = tmp_path / "advice.json"
+    arguments = "--model kjv-llama-2m --tokens 128 --context 128 --stride 64 --batch 2 --advise 5e-3 --json"
+    result = CliRunner().invoke(app, ["eval", *arguments.split(), str(file)], catch_exceptions=False)
+    data = json.loads(file.read_text())
+    assert result.exit_code == 0 and f"options={json.dumps(data['chosen']['options'])}" in result.stdout
+    assert data["chosen"]["measured"] <= 5e-3 and data["chosen"]["bytes_ratio"] < data["tries"][0]["bytes_ratio"]
+    assert all(0 < each < 0.1 for part in ("keys", "values") for each in data["alone"][part])
+
+
+def test_advise_takes_the_model_as_it_is() -> None:
+    result = CliRunner().invoke(app, ["eval", "--advise", "1e-3", "--hard", "all"])
+    assert result.exit_code == 2 and "--advise chooses options" in result.output

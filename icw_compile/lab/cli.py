@@ -100,6 +100,14 @@ def evaluate(
             "row of ours has 4, in 4, and fp8."
         ),
     ] = True,
+    advise: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Instead: where 4 bits hurt, layer by layer, and the options of the smallest cache within this mean "
+            "KL divergence, such as 1e-3.",
+        ),
+    ] = None,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="The model's dtype.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
@@ -111,14 +119,21 @@ def evaluate(
     the float cache of the compiled model (what rounding in another order makes of 16-bit numbers), transformers' 8-bit
     QuantizedCache (its last 128 tokens are in float), and float8 with one scale per tensor.
     """
-    from icw_compile.lab.evaluation import Settings, run_eval  # torch and transformers take seconds to import
+    # torch and transformers take seconds to import
+    from icw_compile.lab.evaluation import Settings, run_advise, run_eval
 
     lengths = tuple(int(length) for length in recall.split(",")) if recall else ()
     settings = Settings(
         model, text, tokens, context, stride, batch, chunk, layers, tuple(option or ()), tuple(hard or ()), lengths,
         others, dtype, device, tuple(code or ()),
     )  # fmt: skip
-    run_eval(settings, json_file=json, plot=plot)
+    with _refused_politely():
+        if advise is None:
+            run_eval(settings, json_file=json, plot=plot)
+        elif plot is not None:
+            raise ValueError("--advise draws nothing: no --plot")
+        else:
+            raise typer.Exit(int(run_advise(settings, advise, json_file=json).chosen is None))
 
 
 @app.command(epilog="Example: icw-compile bench --layers 1 --contexts 512 --no-memory")
@@ -181,17 +196,18 @@ def bench(
     # torch takes seconds to import
     from icw_compile.lab.bench import Settings, run_model_bench, run_operator_bench, run_startup_bench
 
-    if op is not None:
-        raise typer.Exit(run_operator_bench(batch=batch, device=device, dtype=dtype, rounds=steps, json_file=json))
-    settings = Settings(
-        model, layers, batch, device, dtype, mode, tuple(contenders.split(",")) if contenders else (), steps,
-        prefill_rounds, max_prefill, time, memory, weights,
-    )  # fmt: skip
-    if startup:
-        layer_counts = [int(depth) for depth in depths.split(",")]
-        raise typer.Exit(run_startup_bench(settings, layer_counts, json_file=json, plot=plot))
-    lengths = [int(length) for length in contexts.split(",")]
-    raise typer.Exit(run_model_bench(settings, lengths, options=option or (), json_file=json, plot=plot))
+    with _refused_politely():
+        if op is not None:
+            raise typer.Exit(run_operator_bench(batch=batch, device=device, dtype=dtype, rounds=steps, json_file=json))
+        settings = Settings(
+            model, layers, batch, device, dtype, mode, tuple(contenders.split(",")) if contenders else (), steps,
+            prefill_rounds, max_prefill, time, memory, weights,
+        )  # fmt: skip
+        if startup:
+            layer_counts = [int(depth) for depth in depths.split(",")]
+            raise typer.Exit(run_startup_bench(settings, layer_counts, json_file=json, plot=plot))
+        lengths = [int(length) for length in contexts.split(",")]
+        raise typer.Exit(run_model_bench(settings, lengths, options=option or (), json_file=json, plot=plot))
 
 
 @app.command(epilog="Example: icw-compile explain --model gemma2 --graphs graphs")

@@ -21,6 +21,7 @@ RESULTS = "icw_compile/lab/bench/results/"
 DECODE = tuple(f"{RESULTS}tinyllama-decode-{which}.json" for which in ("512-2048", "8192", "32768"))
 MEMORY, LONG_PROMPT = f"{RESULTS}tinyllama-memory.json", f"{RESULTS}tinyllama-4-layers-memory-16384.json"
 PREFILL, DYNAMIC = f"{RESULTS}tinyllama-prefill-2048.json", f"{RESULTS}llama-3-8b-4-layers-dynamic.json"
+OPTIONS = f"{RESULTS}tinyllama-options.json"
 ATTENTION, STARTUP = f"{RESULTS}attention-cpu.json", f"{RESULTS}startup.json"
 DEMO = "icw_compile/lab/results/demo.json"
 PICTURE = f"{RESULTS}tinyllama-decode.png"
@@ -151,6 +152,28 @@ def dynamic(file: Data) -> str:
     )
 
 
+def options(file: Data) -> str:
+    """A row for each setting, over ours without options: bytes of the cache, and a step at each context."""
+    results = contexts(file)
+    plain = "int8-static"
+    rows = []
+    for name in results[0].measured:
+        if not name.startswith(f"{plain} "):
+            continue
+        caches = [each.measured[name].cache_bytes or 0 for each in results]
+        stored = [cache / (each.measured[plain].cache_bytes or 1) for cache, each in zip(caches, results, strict=True)]
+        taken = [each.decode_ratio(name, plain) for each in results]
+        rows.append((
+            ", ".join(f"`{option}`" for option in name.removeprefix(f"{plain} ").split(",")),
+            *(f"{share:.3f}x" for share in stored),
+            *(f"{ratio.median:.3f}x ({ratio.lower:.3f}-{ratio.upper:.3f})" for ratio in taken),
+        ))  # fmt: skip
+    header = ("", *(f"{what}, {each.context:,} tokens" for what in ("cache", "decode step") for each in results))
+    return (
+        f"Over the default, with quartiles: {setup(file)}.\n\n{grid(header, rows, right=True)}\n\n`{file['command']}`"
+    )
+
+
 def attention(file: Data) -> str:
     """One sentence for each case, the range of a cache that is a quarter full, and the tables."""
     cases = [restore(OperatorResult, case, case=restore(Case, case["case"])) for case in file["cases"]]
@@ -248,6 +271,7 @@ REGIONS = {
     "speed-prefill-full": Region((PREFILL,), full_tables),
     "speed-dynamic": Region((DYNAMIC,), dynamic),
     "speed-dynamic-full": Region((DYNAMIC,), full_tables),
+    "speed-options": Region((OPTIONS,), options),
     "speed-attention": Region((ATTENTION,), attention),
     "speed-startup": Region((STARTUP,), startup),
     "memory-bytes": Region((ATTENTION,), bytes_per_token),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -25,7 +26,7 @@ from icw_compile.lab.evaluation.recall import Recall
 from icw_compile.lab.terminal import answers, parse_options, progress
 from icw_compile.report import report, reset_report
 
-__all__ = ["Case", "Settings", "run_eval"]
+__all__ = ["Case", "Prepared", "Settings", "prepare", "run_eval"]
 
 AS_IT_IS = "as it is"
 RECALL_DEPTHS, RECALL_SAMPLES = 4, 8
@@ -71,6 +72,16 @@ class Case:
     equivalence: float | None = None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What is evaluated: a model, and a text as ``int64 [tokens]`` and cut into windows."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    text: Tensor
+    windows: Windows
+
+
 def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -> list[Case]:
     """Evaluate, print, and write what is asked for.
 
@@ -79,24 +90,11 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
         RuntimeError: a graph of ours had no cache in it, or a hard model is not equivalent to its origin.
     """
     console = answers(150)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     names = CASES if "all" in settings.hard else settings.hard
     if unknown := set(names) - set(CASES):
         raise ValueError(f"Unknown hard cases: {', '.join(sorted(unknown))}. There are: {', '.join(CASES)}, all.")
-    tokenizer = AutoTokenizer.from_pretrained(_source(settings))
-    model = _load(settings)
-    text = (settings.text or HELDOUT_TEXT).read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    windows = Windows.cut(
-        ids, tokenizer.bos_token_id, tokens=settings.tokens, context=settings.context, stride=settings.stride,
-        batch=settings.batch, chunk=settings.chunk,
-    )  # fmt: skip
-    console.print(
-        f"[bold]{escape(settings.model or MODEL.name)}[/]: {model.num_parameters():,} parameters, {settings.dtype}, "
-        f"{settings.device}; {windows.ids.shape[0]} windows of {windows.context} tokens, the last {windows.stride} of "
-        f"each scored: {windows.ids.shape[0] * windows.stride:,} tokens"
-    )
+    ready = prepare(settings, console)
+    windows = ready.windows
     if settings.others and not has_hqq():
         console.print(
             "The HQQ 8-bit cache of transformers (`QuantizedCache`) is left out: hqq is not installed.", style="yellow"
@@ -107,7 +105,7 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
     with progress(*columns) as bar:
         for name in (AS_IT_IS, *names):
             task = bar.add_task(name, total=windows.steps)
-            cases.append(_case(name, model, tokenizer, ids, windows, settings, partial(bar.advance, task)))
+            cases.append(_case(name, ready, settings, partial(bar.advance, task)))
             bar.remove_task(task)
             bar.console.print(f"[green]done[/] {_title(cases[-1])}")
             if json_file is not None:  # also while the rest still runs
@@ -121,6 +119,30 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
     if plot is not None:
         draw(cases, plot)
     return cases
+
+
+def prepare(settings: Settings, console: Console) -> Prepared:
+    """Load the model, cut the text into windows, and say what is scored.
+
+    Raises:
+        ValueError: the text is too short, or lengths do not fit one another.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(_source(settings))
+    model = _load(settings)
+    text = (settings.text or HELDOUT_TEXT).read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    windows = Windows.cut(
+        ids, tokenizer.bos_token_id, tokens=settings.tokens, context=settings.context, stride=settings.stride,
+        batch=settings.batch, chunk=settings.chunk,
+    )  # fmt: skip
+    console.print(
+        f"[bold]{escape(settings.model or MODEL.name)}[/]: {model.num_parameters():,} parameters, {settings.dtype}, "
+        f"{settings.device}; {windows.ids.shape[0]} windows of {windows.context} tokens, the last {windows.stride} of "
+        f"each scored: {windows.ids.shape[0] * windows.stride:,} tokens"
+    )
+    return Prepared(model, tokenizer, ids, windows)
 
 
 def _source(settings: Settings) -> str:
@@ -141,10 +163,8 @@ def _load(settings: Settings) -> PreTrainedModel:
     return model.to(settings.device).eval()
 
 
-def _case(
-    name: str, model: PreTrainedModel, tokenizer: Any, text: Tensor, windows: Windows, settings: Settings, advance: Any
-) -> Case:
-    distance = None
+def _case(name: str, ready: Prepared, settings: Settings, advance: Any) -> Case:
+    model, windows, distance = ready.model, ready.windows, None
     if name != AS_IT_IS:
         hardened = harden(model, name, windows.ids[:4])
         model, distance = hardened.model, equivalence(hardened, windows.ids[:1, :256])
@@ -159,7 +179,7 @@ def _case(
         recall = {}
         for length in settings.recall:
             shares = recall_accuracy(
-                rows, Recall(tokenizer), text, length=length, samples=RECALL_SAMPLES, depths=RECALL_DEPTHS,
+                rows, Recall(ready.tokenizer), ready.text, length=length, samples=RECALL_SAMPLES, depths=RECALL_DEPTHS,
                 chunk=settings.chunk, device=device,
             )  # fmt: skip
             recall[length] = {row.name: share for row, share in zip(rows, shares)}

@@ -1,0 +1,192 @@
+"""``icw-compile eval --advise``: where 4 bits hurt, layer by layer, and the cheapest options within a budget.
+
+Keys and values of each layer are stored in 4 bits alone, in plain torch, everything else in float; what that changes is
+taken to add up. Settings that are within the budget by that sum are then measured as the backend runs them, from the
+cheapest on, until one is within it.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from icw_compile.compat.dynamo import recompile_limit
+from icw_compile.lab.evaluation.command import Prepared, Settings, prepare
+from icw_compile.lab.evaluation.contenders import Contender, contenders
+from icw_compile.lab.evaluation.quality import measure
+from icw_compile.lab.reference import reference_cache
+from icw_compile.lab.terminal import answers, progress
+from icw_compile.planner import plan
+
+__all__ = ["Advice", "Candidate", "Try", "candidates", "run_advise"]
+
+#: Option -> the parts of a layer that it stores in 4 bits.
+PARTS = {"icw.bits": ("keys", "values"), "icw.value_bits": ("values",), "icw.key_bits": ("keys",)}
+#: How many contenders are measured at a time: each has a cache of its own.
+TOGETHER = 8
+
+
+class Candidate(NamedTuple):
+    """Options of the backend, bytes of a static cache over the float one, and the divergence that 4 bits add to 8."""
+
+    options: dict[str, Any]
+    bytes_ratio: float
+    harm: float
+
+
+@dataclass(frozen=True)
+class Try:
+    """One setting.
+
+    Attributes:
+        options: of the backend.
+        bytes_ratio: of a static cache of a window, over the float one.
+        expected: mean KL divergence from the float cache, in nats, by adding up.
+        measured: the same, as measured.
+    """
+
+    options: dict[str, Any]
+    bytes_ratio: float
+    expected: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What was found.
+
+    Attributes:
+        budget: mean KL divergence, in nats.
+        alone: part -> that divergence with this part of each layer in 4 bits, layer by layer.
+        tries: what was measured: 8 bits, then from the cheapest on.
+    """
+
+    budget: float
+    alone: Mapping[str, Sequence[float]]
+    tries: Sequence[Try]
+
+    @property
+    def chosen(self) -> Try | None:
+        """The cheapest one within the budget; ``None``: not even 8 bits are."""
+        within = [each for each in self.tries if each.measured <= self.budget]
+        return min(within, key=lambda each: each.bytes_ratio, default=None)
+
+
+def run_advise(settings: Settings, budget: float, *, json_file: Path | None) -> Advice:
+    """Measure, print, and write what is asked for.
+
+    Raises:
+        ValueError: settings that do not fit one another, the text or the model.
+    """
+    if settings.options or settings.hard or settings.recall or settings.codes:
+        raise ValueError("--advise chooses options for the model as it is: no --option, --hard, --recall or --code")
+    console = answers(150)
+    ready = prepare(settings, console)
+    with progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+
+        def measured(what: str, rows: Sequence[Contender]) -> list[float]:
+            task = bar.add_task(what, total=ready.windows.steps)
+            found = _divergences(ready, rows, partial(bar.advance, task))
+            bar.remove_task(task)
+            return found
+
+        alone = _each_alone(ready.model, measured)
+        console.print(_alone_table(alone))
+        tries = _try_out(ready, alone, budget, measured)
+    advice = Advice(budget, alone, tries)
+    console.print(_tries_table(advice))
+    if (chosen := advice.chosen) is None:
+        console.print(f"No setting is within {budget:g}, not even 8 bits.")
+    else:
+        console.print(f"options={json.dumps(chosen.options)}", markup=False, highlight=False)
+    if json_file is not None:
+        data = {"settings": asdict(settings), **asdict(advice), "chosen": chosen and asdict(chosen)}
+        json_file.write_text(json.dumps(data, indent=1, default=str) + "\n")
+    return advice
+
+
+Measure = Callable[[str, Sequence[Contender]], list[float]]
+
+
+def _divergences(ready: Prepared, rows: Sequence[Contender], advance: Callable[[], None]) -> list[float]:
+    reference = contenders(ready.model, [], others=False)
+    with recompile_limit(64, fail=True):
+        found = measure([*reference, *rows], ready.windows, ready.model.device, advance)
+    return [each.total.kl_mean for each in found[len(reference) :]]
+
+
+def _each_alone(model: PreTrainedModel, measured: Measure) -> dict[str, list[float]]:
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+
+    def row(part: str, layer: int) -> Contender:
+        stored = {layer: (part,)}
+        return Contender(
+            f"{part} of layer {layer}",
+            model,
+            lambda length: reference_cache(model, length, stored, key_bits=4, value_bits=4),
+        )
+
+    rows = [row(part, layer) for part in ("keys", "values") for layer in range(layers)]
+    found: list[float] = []
+    for start in range(0, len(rows), TOGETHER):
+        group = rows[start : start + TOGETHER]
+        found += measured(f"{group[0].name} to {group[-1].name}, alone in 4 bits", group)
+    return {"keys": found[:layers], "values": found[layers:]}
+
+
+def candidates(model: PreTrainedModel, alone: Mapping[str, Sequence[float]], context: int) -> list[Candidate]:
+    """What the options can say, from the cheapest on: some parts in 4 bits, but in the layers where that hurts most."""
+    found = []
+    for option, parts in PARTS.items():
+        harm = [sum(of) for of in zip(*(alone[part] for part in parts), strict=True)]
+        worst = sorted(range(len(harm)), key=lambda layer: -harm[layer])
+        for count in range(len(harm)):
+            options: dict[str, Any] = {option: 4}
+            if count:
+                options["icw.eight_bit_layers"] = sorted(worst[:count])
+            bytes_ = plan(model, options, cache="static").evaluate(tokens=context)
+            added = sum(harm[layer] for layer in worst[count:])
+            found.append(Candidate(options, bytes_.bytes / bytes_.float_bytes, added))
+    return sorted(found, key=lambda each: (each.bytes_ratio, each.harm))
+
+
+def _try_out(ready: Prepared, alone: Mapping[str, Sequence[float]], budget: float, measured: Measure) -> list[Try]:
+    """8 bits, and settings from the cheapest on, up to the first one within the budget."""
+
+    def run(options: dict[str, Any]) -> float:
+        torch.compiler.reset()
+        _, row = contenders(ready.model, [options], others=False)
+        return measured(json.dumps(options) if options else "8 bits", [row])[0]
+
+    bytes_ = plan(ready.model, cache="static").evaluate(tokens=ready.windows.context)
+    in_eight_bits = run({})
+    tries = [Try({}, bytes_.bytes / bytes_.float_bytes, in_eight_bits, in_eight_bits)]
+    for options, bytes_ratio, harm in candidates(ready.model, alone, ready.windows.context):
+        if in_eight_bits + harm <= budget:
+            tries.append(Try(options, bytes_ratio, in_eight_bits + harm, run(options)))
+            if tries[-1].measured <= budget:
+                break
+    return tries
+
+
+def _alone_table(alone: Mapping[str, Sequence[float]]) -> Table:
+    table = Table("layer", *alone, title="mean KL divergence with one part of one layer in 4 bits")
+    for layer, found in enumerate(zip(*alone.values(), strict=True)):
+        table.add_row(f"{layer}", *(f"{each:.2e}" for each in found))
+    return table
+
+
+def _tries_table(advice: Advice) -> Table:
+    table = Table("options", "bytes", "KL expected", "KL measured", title=f"within {advice.budget:g}?")
+    for each in advice.tries:
+        said = json.dumps(each.options) if each.options else "none (8 bits)"
+        style = "bold" if each is advice.chosen else None
+        table.add_row(said, f"{each.bytes_ratio:.3f}x", f"{each.expected:.2e}", f"{each.measured:.2e}", style=style)
+    return table
