@@ -1,8 +1,8 @@
 """``icw-compile eval --advise``: where 4 bits hurt, layer by layer, and the cheapest options within a budget.
 
 Keys and values of each layer are stored in 4 bits alone, in plain torch, everything else in float; what that changes is
-taken to add up. Settings that are within the budget by that sum are then measured as the backend runs them, from the
-cheapest on, until one is within it.
+taken to add up, to a share that every setting which is measured corrects. Settings that are within the budget by that
+are measured as the backend runs them, from the cheapest on, until one is within it.
 """
 
 import json
@@ -29,6 +29,8 @@ __all__ = ["Advice", "Candidate", "Try", "candidates", "run_advise"]
 
 #: Option -> the parts of a layer that it stores in 4 bits.
 PARTS = {"icw.bits": ("keys", "values"), "icw.value_bits": ("values",), "icw.key_bits": ("keys",)}
+#: What is expected to be so far over the budget is measured as well.
+MARGIN = 1.1
 #: How many contenders are measured at a time: each has a cache of its own.
 TOGETHER = 8
 
@@ -65,7 +67,7 @@ class Advice:
     Attributes:
         budget: mean KL divergence, in nats.
         alone: part -> that divergence with this part of each layer in 4 bits, layer by layer.
-        tries: what was measured: 8 bits, then from the cheapest on.
+        tries: what was measured: 8 bits, all in 4 bits, then from the cheapest on.
     """
 
     budget: float
@@ -158,7 +160,7 @@ def candidates(model: PreTrainedModel, alone: Mapping[str, Sequence[float]], con
 
 
 def _try_out(ready: Prepared, alone: Mapping[str, Sequence[float]], budget: float, measured: Measure) -> list[Try]:
-    """8 bits, and settings from the cheapest on, up to the first one within the budget."""
+    """8 bits, 4 bits, and settings between them from the cheapest on, up to the first one within the budget."""
 
     def run(options: dict[str, Any]) -> float:
         torch.compiler.reset()
@@ -168,11 +170,17 @@ def _try_out(ready: Prepared, alone: Mapping[str, Sequence[float]], budget: floa
     bytes_ = plan(ready.model, cache="static").evaluate(tokens=ready.windows.context)
     in_eight_bits = run({})
     tries = [Try({}, bytes_.bytes / bytes_.float_bytes, in_eight_bits, in_eight_bits)]
+    if in_eight_bits > budget:
+        return tries
+    share = 1.0
     for options, bytes_ratio, harm in candidates(ready.model, alone, ready.windows.context):
-        if in_eight_bits + harm <= budget:
-            tries.append(Try(options, bytes_ratio, in_eight_bits + harm, run(options)))
-            if tries[-1].measured <= budget:
-                break
+        expected = in_eight_bits + share * harm
+        if len(tries) > 1 and expected > MARGIN * budget:
+            continue
+        tries.append(Try(options, bytes_ratio, expected, run(options)))
+        if tries[-1].measured <= budget:
+            break
+        share = max(tries[-1].measured - in_eight_bits, 0.0) / harm if harm else share
     return tries
 
 
