@@ -11,6 +11,8 @@ Sources of writes are drawn on the grid that int8 stores exactly, so that most r
 The rest is *ambiguous*: whether a copy is still int8 after this or that operation, which rows are kept in float after
 a write that no rule knows. A program with such a write is compared within the error of one more rounding
 (`Program.within_one_rounding`), every other one within the order of float32 sums.
+
+Rounding to 4 bits is no rounding the second time, so that programs of such caches are all compared within one more.
 """
 
 import math
@@ -25,15 +27,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from icw_compile import QuantizedKV
+from icw_compile.formats import make_format
 from icw_compile.kernels.interface import FEW_TOKENS
+from icw_compile.lab.reference import quantize_dequantize
 
 __all__ = ["WITHOUT", "CacheInput", "Program", "channel_shift", "programs", "round_rows"]
 
 #: What to leave out, by name, so that one fault known already does not hide the next: any form of a line that is
-#: chosen with `Draw.form` below, caches that are ``kept``, ``equalized`` or ``grown``, ``between`` for lines between
-#: the two products of an attention, ``integer_bias``, ``merged_bias``, ``dynamic``, ``cut`` for
-#: views that reach into rows, ``returned`` for views of caches as results, ``float``
-#: for functions of no cache.
+#: chosen with `Draw.form` below, caches that are ``kept``, ``equalized``, ``grown`` or of ``4 bits``, ``between`` for
+#: lines between the two products of an attention, ``integer_bias``, ``merged_bias``, ``dynamic``, ``cut`` for views
+#: that reach into rows, ``returned`` for views of caches as results, ``float`` for functions of no cache.
 WITHOUT = frozenset(filter(None, os.environ.get("ICW_FUZZ_WITHOUT", "").split(",")))
 
 
@@ -54,10 +57,15 @@ def channel_shift(x: Tensor) -> Tensor:
     return torch.where((above >= math.log2(3.0)) & (count > 1), above.floor().clamp(max=7.0), 0.0)
 
 
-def round_rows(x: Tensor, shift: Tensor | None = None) -> Tensor:
-    """What int8 with a float32 scale for each row stores of ``x``, with the exponent ``shift`` for each element."""
-    if x.numel() == 0:
+def round_rows(x: Tensor, shift: Tensor | None = None, bits: int = 8) -> Tensor:
+    """What ``bits`` with a float32 scale for each row store of ``x``, with the exponent ``shift`` for each element.
+
+    No bits are all of it.
+    """
+    if x.numel() == 0 or not bits:
         return x
+    if bits == 4:
+        return quantize_dequantize(x, shift, bits)
     factor = torch.ones_like(x) if shift is None else torch.exp2(shift)
     rows = x / factor
     scale = rows.abs().amax(-1, keepdim=True) / 127.0
@@ -128,6 +136,7 @@ class CacheInput:
     equalize: bool = False
     sinks: int = 0
     recent: int = 0
+    bits: int = 8
     #: No cache at all: a float tensor of that shape, with which nothing may be done that is not done without us.
     stays_float: bool = False
 
@@ -139,15 +148,16 @@ class CacheInput:
     def rounded(self) -> Tensor:
         if self.stays_float:
             return self.values.clone()
-        return round_rows(self.values, self.shift.expand_as(self.values))
+        return round_rows(self.values, self.shift.expand_as(self.values), self.bits)
 
     def make(self) -> Tensor:
         if self.stays_float:
             return self.values.clone()
         length = self.values.shape[2] - self.appended
-        made: Tensor = QuantizedKV.quantize(
-            self.values[:, :, :length], equalize=self.equalize, sink_tokens=self.sinks, recent_tokens=self.recent
+        layout = make_format(
+            torch.float32, bits=self.bits, equalize=self.equalize, sink_tokens=self.sinks, recent_tokens=self.recent
         )
+        made: Tensor = QuantizedKV.encode(self.values[:, :, :length], layout)
         for row in range(self.appended):
             made = torch.cat([made, self.values[:, :, length + row : length + row + 1]], dim=-2)
         return made
@@ -158,7 +168,7 @@ class CacheInput:
             return f"float32 {of}"
         more = [f"{self.appended} rows appended"] * bool(self.appended) + ["equalized"] * self.equalize
         kept = [f"keeps {self.sinks} + {self.recent} rows"] * bool(self.sinks or self.recent)
-        return f"QuantizedKV {of} {', '.join(more + kept)}".rstrip()
+        return f"QuantizedKV {of} {', '.join([*more, *kept, *['4 bits'] * (self.bits == 4)])}".rstrip()
 
 
 @dataclass
@@ -197,6 +207,8 @@ class Program:
     #: Whether a write to a cache that is given rounds something.
     rounds: bool = False
     dynamic: bool = False
+    #: Of each number that a cache stores, of those that are given and of those that are made.
+    bits: int = 8
     count: int = 0
 
     @property
@@ -207,7 +219,7 @@ class Program:
     def within_one_rounding(self) -> bool:
         """Whether one more rounding, or one less, is right too: a prompt reads its own keys and values as they came."""
         prompts = any(name[0] == "q" and value.shape[-2] > FEW_TOKENS for name, value in self.inputs.items())
-        return self.is_ambiguous or (self.rounds and prompts)
+        return self.is_ambiguous or (self.rounds and prompts) or self.bits == 4
 
     @property
     def largest(self) -> float:
@@ -254,15 +266,24 @@ class Program:
         """The same function for caches of other formats: one compiled function must tell them apart."""
         others = {
             name: replace(
-                cache, appended=0, equalize=not cache.equalize and "equalized" not in WITHOUT, sinks=0, recent=0
+                cache, appended=0, equalize=not cache.equalize and "equalized" not in WITHOUT, sinks=0, recent=0, bits=8
             )
             for name, cache in self.caches.items()
         }
-        return self.without(set(), others) if self.has_caches else None
+        return self.without(set(), others, bits=8) if self.has_caches else None
 
-    def without(self, left_out: set[int], caches: dict[str, CacheInput] | None = None) -> "Program | None":
+    def without_rounding(self) -> "Program":
+        """The same function of floats."""
+        floats = {name: replace(cache, bits=0) for name, cache in self.caches.items()}
+        other = self.without(set(), floats, bits=0)
+        assert other is not None and other.outputs == self.outputs
+        return other
+
+    def without(
+        self, left_out: set[int], caches: dict[str, CacheInput] | None = None, bits: int | None = None
+    ) -> "Program | None":
         """The program without some of its steps, or with other caches, if that is one."""
-        other = Program(dynamic=self.dynamic)
+        other = Program(dynamic=self.dynamic, bits=self.bits if bits is None else bits)
         for name, cache in (caches or self.caches).items():
             other.take(name, cache)
         for name, value in self.inputs.items():
@@ -360,7 +381,7 @@ class Program:
         if not store.values.numel() or store.stays_float:
             return
         exact = store.values.clone()
-        rounded = round_rows(exact, store.shift)
+        rounded = round_rows(exact, store.shift, self.bits)
         store.moved += float((rounded - exact).abs().amax())
         moved = (rounded - exact).abs().amax() > 1e-5 * exact.abs().amax()
         self.rounds |= bool(moved)
@@ -878,7 +899,7 @@ def mask_for(
 
 @st.composite
 def caches(
-    draw: Any, batch: int, heads: int, head_dim: int, seed: int, length: int, kept: tuple[int, int]
+    draw: Any, batch: int, heads: int, head_dim: int, seed: int, length: int, kept: tuple[int, int], bits: int
 ) -> CacheInput:
     if draw(st.integers(0, 3)) == 3:
         length = draw(st.integers(1, 6))
@@ -886,18 +907,18 @@ def caches(
     equalize = "equalized" not in WITHOUT and draw(st.integers(0, 3)) == 0
     if equalize and head_dim >= 8:
         for channel in draw(st.lists(st.integers(0, head_dim - 1), max_size=2, unique=True)):
-            x[..., channel] = (x[..., channel].abs() + 1.0) * draw(st.sampled_from([8.0, 40.0]))
+            # Large scores are decided by the last step of 4 bits.
+            x[..., channel] = (x[..., channel].abs() + 1.0) * draw(st.sampled_from([8.0, 40.0 if bits == 8 else 8.0]))
     appended = draw(st.integers(0, length - 1)) if "grown" not in WITHOUT else 0
-    if any(kept):  # on the grid of its own format, so that a kept row reads as its int8 one
-        cache = CacheInput(x, appended, equalize)
-        return CacheInput(_fixed_point(cache), appended, equalize, *kept)
-    return CacheInput(x, appended, equalize)
+    cache = CacheInput(x, appended, equalize, *kept, bits=bits)
+    # What keeps rows: on the grid of its own format, so that a kept row reads as its int8 one.
+    return replace(cache, values=_fixed_point(cache)) if any(kept) else cache
 
 
 def _fixed_point(cache: CacheInput) -> Tensor:
     x = cache.values
     for _ in range(8):
-        rounded = CacheInput(x, cache.appended, cache.equalize).rounded()
+        rounded = replace(cache, values=x).rounded()
         if torch.equal(rounded, x):
             break
         x = rounded
@@ -914,10 +935,12 @@ def programs(draw: Any, most: int = 7) -> Program:
     # Now and then of no cache at all; attention over what is put together would make one.
     floats = "float" not in WITHOUT and d.integer(0, 7) == 7
     length, kept = d.integer(1, 6), (0, 0)
+    if "4 bits" not in WITHOUT and head_dim > 1 and not floats and d.integer(0, 3) == 3:
+        program.bits = 4
     if "kept" not in WITHOUT and d.integer(0, 5) == 5:
         kept = d.integer(0, 2), d.integer(0, 3)
     for name in ("a", "b")[: d.integer(1, 2)]:
-        cache = draw(caches(batch, heads, head_dim, ord(name), length, kept))
+        cache = draw(caches(batch, heads, head_dim, ord(name), length, kept, program.bits))
         program.take(name, CacheInput(cache.values, stays_float=True) if floats else cache)
     pending: list[Callable[[], None]] = []
     for _ in range(d.integer(1, most)):
