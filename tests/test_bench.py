@@ -90,12 +90,12 @@ def test_workers() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_peak_memory_can_be_measured_twice() -> None:
     peaks = []
-    for mebibytes in (64, 16):
+    for mebibytes in (96, 48):  # the allocator gives no memory that it holds already for more than 32
         reset_peak(CPU)
         before = peak_bytes(CPU)
         torch.ones(mebibytes << 20, dtype=torch.uint8)
         peaks.append((peak_bytes(CPU) - before) >> 20)
-    assert 60 <= peaks[0] <= 70 and 12 <= peaks[1] <= 20
+    assert 92 <= peaks[0] <= 102 and 44 <= peaks[1] <= 52
 
 
 def test_what_does_not_fit_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def cut(chunk: int = 8, batch: int = 2, **lengths: int) -> Windows:
 
 
 def qualities(rows: list[Contender], windows: Windows) -> list[dict[str, Any]]:
-    return [quality.to_dict() for quality in measure(rows, windows, torch.device("cpu"), lambda: None)]
+    return [quality.to_dict() for quality in measure(rows, windows, torch.device("cpu"), lambda said: None)]
 
 
 def test_windows_score_each_token_once() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 from transformers import (
@@ -123,8 +122,7 @@ def _generate(
     forward = model.forward
     compiled = {kind: torch.compile(forward, backend=backend) for kind, backend in BACKENDS.items()}
     runs: dict[str, Run] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with progress(*columns) as bar:
+    with progress() as bar:
         for turn in range(rounds + 1):
             for kind in BACKENDS:
                 what = "compiling" if turn == 0 else f"round {turn} of {rounds}"

@@ -26,7 +26,6 @@ import torch
 import transformers
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
@@ -35,6 +34,7 @@ from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat.dynamo import clear_counters, graph_breaks
 from icw_compile.compat.transformers import attention_implementation
 from icw_compile.lab.reference import store_quantized
+from icw_compile.lab.terminal import progress
 from icw_compile.lab.tiny import TASKS, VOCABULARY, model_types, tiny_model
 from icw_compile.report import GraphReport, report, reset_report
 
@@ -128,13 +128,13 @@ def run_sweep(
     pairs = _pairs(types, tasks)
     console = Console()
     results = []
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("model types", total=len(pairs))
+    with progress() as bar:
+        task = bar.add_task("model types", total=len(pairs))
         for result in sweep(types, tasks=tasks, attention=attention, jobs=jobs):
             results.append(result)
             said = ": ".join((f"{result.task}: {result.model_type}", result.status, *filter(None, [result.reason])))
-            progress.console.print(said, style=_STYLES.get(result.status), markup=False, highlight=False)
-            progress.advance(task)
+            bar.console.print(said, style=_STYLES.get(result.status), markup=False, highlight=False)
+            bar.advance(task)
     results.sort(key=lambda result: (list(TASKS).index(result.task), result.model_type))
     if json_file is not None:
         json_file.write_text(json.dumps([result.to_dict() for result in results], indent=1) + "\n")

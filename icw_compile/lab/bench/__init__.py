@@ -26,7 +26,7 @@ from icw_compile.lab.bench.output import (
     plot_depths,
 )
 from icw_compile.lab.bench.startup import contenders_to_start, measure_depth
-from icw_compile.lab.terminal import answers, progress
+from icw_compile.lab.terminal import answers, progress, teller
 
 __all__ = ["Settings", "run_model_bench", "run_operator_bench", "run_startup_bench"]
 
@@ -61,14 +61,7 @@ def run_model_bench(
     with progress() as bar:
         task = bar.add_task("", total=units(settings, contexts))
         for context in contexts:
-
-            def say(said: int | str, context: int = context) -> None:
-                if isinstance(said, int):
-                    bar.advance(task, said)
-                else:
-                    bar.update(task, description=f"{context:,} tokens: {said}")
-
-            result = measure_context(settings, context, say)
+            result = measure_context(settings, context, teller(bar, task, f"{context:,} tokens"))
             results.append(result)
             if not result.refused:
                 console.print(context_table(result))
@@ -132,14 +125,7 @@ def run_startup_bench(settings: Settings, depths: Sequence[int], *, json_file: P
     with progress() as bar:
         task = bar.add_task("", total=len(depths) * settings.prefill_rounds * len(settings.contenders))
         for depth in depths:
-
-            def say(said: int | str, depth: int = depth) -> None:
-                if isinstance(said, int):
-                    bar.advance(task, said)
-                else:
-                    bar.update(task, description=f"{depth} layers: {said}")
-
-            results.append(measure_depth(settings, depth, say))
+            results.append(measure_depth(settings, depth, teller(bar, task, f"{depth} layers")))
             console.print(depth_table(results[-1]))
             if json_file is not None:  # after each depth: a run that is stopped leaves what it has
                 _write(json_file, {**about, "settings": asdict(settings), "depths": [asdict(each) for each in results]})

@@ -21,6 +21,8 @@ import psutil
 import torch
 import transformers
 
+from icw_compile.lab.terminal import Say
+
 __all__ = [
     "OtherLoad",
     "Spread",
@@ -36,9 +38,6 @@ __all__ = [
     "seconds",
     "take_turns",
 ]
-
-#: What a worker says while it runs: how many units of its work are done, or what it does now.
-Say = Callable[[int | str], None]
 
 Taken = TypeVar("Taken")
 

@@ -28,7 +28,6 @@ from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat.dynamo import recompile_limit
 from icw_compile.lab.bench.measure import (
     OtherLoad,
-    Say,
     Spread,
     WorkerError,
     available_bytes,
@@ -41,7 +40,7 @@ from icw_compile.lab.bench.measure import (
     take_turns,
 )
 from icw_compile.lab.bench.shapes import Weights, build_model, load_config, quantize_weights, weights_bytes
-from icw_compile.lab.terminal import parse_options
+from icw_compile.lab.terminal import Say, parse_options
 from icw_compile.options import LAYER_OPTIONS, Options, split_options
 
 __all__ = [

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 import icw_compile
-from icw_compile.lab.bench.measure import OtherLoad, Say, Spread, WorkerError, in_own_process, ratio, take_turns
+from icw_compile.lab.bench.measure import OtherLoad, Spread, WorkerError, in_own_process, ratio, take_turns
 from icw_compile.lab.bench.model import CONTENDERS, Session, Settings
+from icw_compile.lab.terminal import Say
 from icw_compile.lab.tiny import tiny_causal_lm
 
 __all__ = ["STARTED", "DepthResult", "Start", "contenders_to_start", "measure_depth"]

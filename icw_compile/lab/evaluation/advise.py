@@ -8,12 +8,10 @@ are measured as the backend runs them, from the cheapest on, until one is within
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -22,7 +20,7 @@ from icw_compile.lab.evaluation.command import Prepared, Settings, prepare
 from icw_compile.lab.evaluation.contenders import Contender, contenders
 from icw_compile.lab.evaluation.quality import measure
 from icw_compile.lab.reference import reference_cache
-from icw_compile.lab.terminal import answers, progress
+from icw_compile.lab.terminal import Say, answers, progress, teller
 from icw_compile.planner import plan
 
 __all__ = ["Advice", "Candidate", "Try", "candidates", "run_advise"]
@@ -91,11 +89,11 @@ def run_advise(settings: Settings, budget: float, *, json_file: Path | None) -> 
         raise ValueError("--advise chooses options for the model as it is: no --option, --hard, --recall or --code")
     console = answers(150)
     ready = prepare(settings, console)
-    with progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+    with progress() as bar:
 
         def measured(what: str, rows: Sequence[Contender]) -> list[float]:
             task = bar.add_task(what, total=ready.windows.steps)
-            found = _divergences(ready, rows, partial(bar.advance, task))
+            found = _divergences(ready, rows, teller(bar, task, what))
             bar.remove_task(task)
             return found
 
@@ -117,10 +115,10 @@ def run_advise(settings: Settings, budget: float, *, json_file: Path | None) -> 
 Measure = Callable[[str, Sequence[Contender]], list[float]]
 
 
-def _divergences(ready: Prepared, rows: Sequence[Contender], advance: Callable[[], None]) -> list[float]:
+def _divergences(ready: Prepared, rows: Sequence[Contender], say: Say) -> list[float]:
     reference = contenders(ready.model, [], others=False)
     with recompile_limit(64, fail=True):
-        found = measure([*reference, *rows], ready.windows, ready.model.device, advance)
+        found = measure([*reference, *rows], ready.windows, ready.model.device, say)
     return [each.total.kl_mean for each in found[len(reference) :]]
 
 

@@ -3,14 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -23,7 +21,7 @@ from icw_compile.lab.evaluation.contenders import contenders, has_hqq
 from icw_compile.lab.evaluation.hard import CASES, equivalence, harden
 from icw_compile.lab.evaluation.quality import Quality, Windows, measure, recall_accuracy
 from icw_compile.lab.evaluation.recall import Recall
-from icw_compile.lab.terminal import answers, parse_options, progress
+from icw_compile.lab.terminal import Say, answers, parse_options, progress, teller
 from icw_compile.report import report, reset_report
 
 __all__ = ["Case", "Prepared", "Settings", "prepare", "run_eval"]
@@ -101,11 +99,10 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
         )
 
     cases = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with progress(*columns) as bar:
+    with progress() as bar:
         for name in (AS_IT_IS, *names):
             task = bar.add_task(name, total=windows.steps)
-            cases.append(_case(name, ready, settings, partial(bar.advance, task)))
+            cases.append(_case(name, ready, settings, teller(bar, task, name)))
             bar.remove_task(task)
             bar.console.print(f"[green]done[/] {_title(cases[-1])}")
             if json_file is not None:  # also while the rest still runs
@@ -163,7 +160,7 @@ def _load(settings: Settings) -> PreTrainedModel:
     return model.to(settings.device).eval()
 
 
-def _case(name: str, ready: Prepared, settings: Settings, advance: Any) -> Case:
+def _case(name: str, ready: Prepared, settings: Settings, say: Say) -> Case:
     model, windows, distance = ready.model, ready.windows, None
     if name != AS_IT_IS:
         hardened = harden(model, name, windows.ids[:4])
@@ -175,7 +172,7 @@ def _case(name: str, ready: Prepared, settings: Settings, advance: Any) -> Case:
     device = torch.device(settings.device)
     # Each row of ours compiles a prefill and a decode, for each length of the recall task as well.
     with recompile_limit(64, fail=True):
-        qualities = measure(rows, windows, device, advance)
+        qualities = measure(rows, windows, device, say)
         recall = {}
         for length in settings.recall:
             shares = recall_accuracy(

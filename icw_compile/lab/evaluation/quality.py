@@ -10,7 +10,7 @@ and the whole chunk in float, and a scale per tensor is one scale for all window
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from icw_compile.cache.static import cache_bytes
 from icw_compile.lab.evaluation.contenders import Contender
 from icw_compile.lab.evaluation.recall import Recall
+from icw_compile.lab.terminal import Say
 
 __all__ = ["Bucket", "Quality", "Windows", "measure", "recall_accuracy"]
 
@@ -137,13 +138,11 @@ class _Scores:
         self.distance.append((logits - reference).abs().amax(-1))
 
 
-def measure(
-    rows: Sequence[Contender], windows: Windows, device: torch.device, advance: Callable[[], None]
-) -> list[Quality]:
+def measure(rows: Sequence[Contender], windows: Windows, device: torch.device, say: Say) -> list[Quality]:
     """Score each of ``rows`` against the first; all decode in step, so that no logits are kept.
 
     Args:
-        advance: called after each decode step of all rows.
+        say: told 1 after each decode step of all rows, and before it what is run, and compiled, at first.
     """
     prompt = windows.context - windows.stride
     scores = [_Scores() for _ in rows]
@@ -151,16 +150,20 @@ def measure(
     for ids in windows.ids.to(device).split(windows.batch):
         caches = [row.make_cache(windows.context) for row in rows]
         for row, cache in zip(rows, caches):
+            say(f"prompt, {row.name}")
             _call(row, cache, ids[:, :prompt], logits_to_keep=1)
         for start in range(prompt, windows.context, windows.chunk):
             step = slice(start, start + windows.chunk)
             targets = ids[:, start + 1 : start + windows.chunk + 1]
             reference: Tensor | None = None
             for row, cache, kept in zip(rows, caches, scores):
+                if start == prompt:
+                    say(f"first step, {row.name}")
                 logits = _call(row, cache, ids[:, step]).float()
                 reference = logits if reference is None else reference
                 kept.add(logits, reference, targets)
-            advance()
+            say(1)
+            say("decoding")
         # An emulated cache, or one that keeps its own tensors, has no bytes to speak of.
         sizes = sizes or [
             cache_bytes(cache) if i == 0 or row.options is not None else None
