@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from icw_compile.lab.documents.page import Region, details, grid, markdown_table, restore, sentence
+from icw_compile.lab.evaluation.advise import Advice, Try, alone_table, tries_table
 from icw_compile.lab.evaluation.codes import CODES
 from icw_compile.lab.evaluation.command import AS_IT_IS, Case, position_table, quality_table, recall_table
 from icw_compile.lab.evaluation.contenders import FLOAT, FLOAT_COMPILED, HQQ
@@ -16,6 +17,7 @@ LLAMA = tuple(f"{RESULTS}kjv-llama-2m-bfloat16{part}.json" for part in ("", "-va
 QWEN2 = tuple(f"{RESULTS}kjv-qwen2-2m-bfloat16{part}.json" for part in ("", "-closest"))
 ROUNDING = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-rounding.json" for name in ("llama", "qwen2"))
 BITS = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-bits.json" for name in ("llama", "qwen2"))
+ADVICE = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-advice.json" for name in ("llama", "qwen2"))
 SINGLE = tuple(f"{RESULTS}kjv-llama-2m-{dtype}-single.json" for dtype in ("bfloat16", "float32"))
 
 OURS, PLAIN = "icw_int8kv", "icw_int8kv icw.keys=plain icw.values=plain"
@@ -168,6 +170,19 @@ def four_bits(*files: Data) -> str:
     return f"{sentence(_scored(files[0]))}:\n\n{grid(header, rows)}"
 
 
+def advice(*files: Data) -> str:
+    """What ``--advise`` prints of each model."""
+    parts = []
+    for file in files:
+        made = restore(Advice, file, tries=[restore(Try, each) for each in file["tries"]])
+        parts += [
+            f"`{file['settings']['model']}`:",
+            markdown_table(alone_table(made.alone)),
+            markdown_table(tries_table(made)),
+        ]
+    return "\n\n".join(parts)
+
+
 def rounding(*files: Data) -> str:
     return f"With `emulate_precision_casts` alone, {_scored(files[0])}:\n\n{_one_line(files, ROUNDED)}"
 
@@ -186,6 +201,7 @@ REGIONS = {
     "quality-qwen2-full": Region(QWEN2, full),
     "quality-recall": Region(QWEN2[:1], recall),
     "quality-bits": Region(BITS, four_bits),
+    "quality-advice": Region(ADVICE, advice),
     "quality-rounding": Region(ROUNDING, rounding),
     "quality-single": Region(SINGLE, single),
 }

@@ -23,7 +23,7 @@ from icw_compile.lab.reference import reference_cache
 from icw_compile.lab.terminal import Say, answers, progress, teller
 from icw_compile.planner import plan
 
-__all__ = ["Advice", "Candidate", "Try", "candidates", "run_advise"]
+__all__ = ["Advice", "Candidate", "Try", "alone_table", "candidates", "run_advise", "tries_table"]
 
 #: Option -> the parts of a layer that it stores in 4 bits.
 PARTS = {"icw.bits": ("keys", "values"), "icw.value_bits": ("values",), "icw.key_bits": ("keys",)}
@@ -98,10 +98,10 @@ def run_advise(settings: Settings, budget: float, *, json_file: Path | None) -> 
             return found
 
         alone = _each_alone(ready.model, measured)
-        console.print(_alone_table(alone))
+        console.print(alone_table(alone))
         tries = _try_out(ready, alone, budget, measured)
     advice = Advice(budget, alone, tries)
-    console.print(_tries_table(advice))
+    console.print(tries_table(advice))
     if (chosen := advice.chosen) is None:
         console.print(f"No setting is within {budget:g}, not even 8 bits.")
     else:
@@ -182,15 +182,21 @@ def _try_out(ready: Prepared, alone: Mapping[str, Sequence[float]], budget: floa
     return tries
 
 
-def _alone_table(alone: Mapping[str, Sequence[float]]) -> Table:
+def alone_table(alone: Mapping[str, Sequence[float]]) -> Table:
     table = Table("layer", *alone, title="mean KL divergence with one part of one layer in 4 bits")
     for layer, found in enumerate(zip(*alone.values(), strict=True)):
         table.add_row(f"{layer}", *(f"{each:.2e}" for each in found))
     return table
 
 
-def _tries_table(advice: Advice) -> Table:
-    table = Table("options", "bytes", "KL expected", "KL measured", title=f"within {advice.budget:g}?")
+def tries_table(advice: Advice) -> Table:
+    table = Table(
+        "options",
+        "bytes",
+        "KL expected",
+        "KL measured",
+        title=f"settings, for a mean KL divergence of {advice.budget:g}",
+    )
     for each in advice.tries:
         said = json.dumps(each.options) if each.options else "none (8 bits)"
         style = "bold" if each is advice.chosen else None
