@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from icw_compile.compat.dynamo import recompile_limit
+from icw_compile.lab.bench.measure import environment
 from icw_compile.lab.evaluation.command import Prepared, Settings, prepare
 from icw_compile.lab.evaluation.contenders import Contender, contenders
 from icw_compile.lab.evaluation.quality import measure
@@ -107,7 +108,8 @@ def run_advise(settings: Settings, budget: float, *, json_file: Path | None) -> 
     else:
         console.print(f"options={json.dumps(chosen.options)}", markup=False, highlight=False)
     if json_file is not None:
-        data = {"settings": asdict(settings), **asdict(advice), "chosen": chosen and asdict(chosen)}
+        about = environment(ready.model.device)
+        data = {**about, "settings": asdict(settings), **asdict(advice), "chosen": chosen and asdict(chosen)}
         json_file.write_text(json.dumps(data, indent=1, default=str) + "\n")
     return advice
 

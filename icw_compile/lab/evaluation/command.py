@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from icw_compile.compat.dynamo import recompile_limit
 from icw_compile.lab.assets import HELDOUT_TEXT, MODEL, MODELS
+from icw_compile.lab.bench.measure import environment
 from icw_compile.lab.evaluation.codes import CODES, code_contender
 from icw_compile.lab.evaluation.contenders import contenders, has_hqq
 from icw_compile.lab.evaluation.hard import CASES, equivalence, harden
@@ -91,7 +92,7 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
     names = CASES if "all" in settings.hard else settings.hard
     if unknown := set(names) - set(CASES):
         raise ValueError(f"Unknown hard cases: {', '.join(sorted(unknown))}. There are: {', '.join(CASES)}, all.")
-    ready = prepare(settings, console)
+    ready, about = prepare(settings, console), environment(torch.device(settings.device))
     windows = ready.windows
     if settings.others and not has_hqq():
         console.print(
@@ -106,7 +107,7 @@ def run_eval(settings: Settings, *, json_file: Path | None, plot: Path | None) -
             bar.remove_task(task)
             bar.console.print(f"[green]done[/] {_title(cases[-1])}")
             if json_file is not None:  # also while the rest still runs
-                data = {"settings": asdict(settings), "cases": [asdict(case) for case in cases]}
+                data = {**about, "settings": asdict(settings), "cases": [asdict(case) for case in cases]}
                 json_file.write_text(json.dumps(data, indent=1, default=str) + "\n")
     console.print(quality_table(cases))
     console.print(position_table(cases))
