@@ -26,9 +26,14 @@ def test_demo_with_a_model_of_the_users_own(tmp_path: Path) -> None:
     cache_bytes = next(line for line in lines if "cache bytes" in line)
     assert "0.587x" in cache_bytes  # of 14 tokens, beside which the shift of each channel counts
     assert "generated tokens that agree" in result.output and "of 8" in result.output
+    assert "... with the model that is not compiled" in result.output and "not compiled  And he" not in result.output
     assert "graph 1: 2 of 2 key/value sites in int8, llama" in result.output
     data = json.loads((tmp_path / "demo.json").read_text())
     assert (data["prompts"], data["new_tokens"], data["generated"], data["torch"]) == (2, 4, 8, torch.__version__)
+    for parting in data["partings"]:  # of a model that was not trained, so that anything is as likely
+        assert 0 <= parting["after"] < 4 and all(0 < each < 1 for each in parting["probabilities"])
+        assert f"Text {parting['text']} parts after {parting['after']} tokens:" in " ".join(result.output.split())
+    assert data["same"] == 8 or data["partings"]
     assert round(data["int8_bytes"] / data["stock_bytes"], 3) == 0.587
 
 

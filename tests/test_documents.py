@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from icw_compile.lab.bench.startup import DepthResult, Start
-from icw_compile.lab.demo import Comparison
+from icw_compile.lab.demo import Comparison, Parting
 from icw_compile.lab.documents import PAGES, REGIONS, models, quality, render_page, speed
 from icw_compile.lab.documents.page import Region, Rendered, details, markdown_table, render
 from icw_compile.lab.sweep import Run, Swept, table
@@ -161,11 +161,13 @@ def test_startup_file() -> None:
 
 def test_demo_file() -> None:
     about = {"command": "icw-compile demo", "device": "a CPU", "torch": "2.13.0+cpu", "transformers": "5.23.0"}
-    data = {**about, "prompts": 3, "new_tokens": 64, **asdict(Comparison(200, 110, 10.0, 12.0, 180, 192, 1.0))}
+    parting = Parting(2, 9, (" of", ","), (0.182, 0.181))
+    compared = Comparison(200, 110, 10.0, 12.0, 180, 192, 185, 178, 1.0, [parting])
+    data = {**about, "prompts": 3, "new_tokens": 64, **asdict(compared)}
     made = speed.demo(json.loads(json.dumps(data)))
-    assert (
-        "| cache bytes | 200 | 110 | 0.550x |" in made and "180 of 192" in made and "3 prompts, 64 tokens each" in made
-    )
+    assert "| cache bytes | 200 | 110 | 0.550x |" in made and "3 prompts, 64 tokens each" in made
+    assert "180 of 192" in made and "| 185 of 192 | 178 of 192 |" in made
+    assert "- Text 2 parts after 9 tokens: ' of' or ','" in made and "one 18.20% likely, the other 18.10%." in made
 
 
 def evaluated(name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StaticCache,
     StoppingCriteria,
 )
@@ -36,7 +37,10 @@ PROMPTS = (
     "The LORD is my shepherd; I shall",
     "Blessed are they that",
 )
-BACKENDS = {"stock, compiled": "inductor", "int8, icw_int8kv": "icw_int8kv"}
+STOCK, OURS, EAGER = "stock, compiled", "int8, icw_int8kv", "not compiled"
+REPETITION_PENALTY = 1.2
+#: What writes -> what compiles it. The last one, with a float cache, is there to see how far the first parts from it.
+BACKENDS = {STOCK: "inductor", OURS: "icw_int8kv", EAGER: None}
 
 
 @dataclass
@@ -92,16 +96,19 @@ def run_demo(
     )
     runs = _generate(model, tokenizer, prompts, max_new_tokens, rounds)
 
-    start = runs["stock, compiled"].sequences.shape[1] - max_new_tokens
+    start = runs[STOCK].sequences.shape[1] - max_new_tokens
     for i, prompt in enumerate(prompts):
         console.rule(style="dim")
-        for kind, run in runs.items():
-            text = tokenizer.decode(run.sequences[i, start:], skip_special_tokens=True)
+        for kind in (STOCK, OURS):
+            text = tokenizer.decode(runs[kind].sequences[i, start:], skip_special_tokens=True)
             console.print(f"[cyan]{kind:>17}[/]  [dim]{escape(prompt)}[/]{escape(text)}\n", highlight=False)
-    sequences = runs["stock, compiled"].sequences
-    agreement = _next_token_agreement(model, sequences, (sequences != tokenizer.pad_token_id).cumsum(-1) > 0, start)
-    made = Comparison.of(runs, start, agreement)
+    sequences = runs[STOCK].sequences
+    mask = (sequences != tokenizer.pad_token_id).cumsum(-1) > 0
+    agreement = _next_token_agreement(model, sequences, mask, start)
+    made = Comparison.of(runs, start, agreement, _partings(model, tokenizer, runs, mask, start))
     console.print(made.table())
+    for note in made.notes():
+        console.print(note, markup=False, highlight=False)
     if json_file is not None:
         about = environment(torch.device(device))
         data = {**about, "prompts": len(prompts), "new_tokens": max_new_tokens, **asdict(made)}
@@ -116,16 +123,18 @@ def _generate(
     max_new_tokens: int,
     rounds: int,
 ) -> dict[str, Run]:
-    """Generate with each backend in turn: once to compile, then ``rounds`` times for the clock."""
+    """Generate with each backend in turn: once to compile, then ``rounds`` times for the clock, if it is compiled."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     inputs.pop("token_type_ids", None)
     forward = model.forward
-    compiled = {kind: torch.compile(forward, backend=backend) for kind, backend in BACKENDS.items()}
+    compiled = {kind: torch.compile(forward, backend=name) if name else forward for kind, name in BACKENDS.items()}
     runs: dict[str, Run] = {}
     with progress() as bar:
         for turn in range(rounds + 1):
-            for kind in BACKENDS:
-                what = "compiling" if turn == 0 else f"round {turn} of {rounds}"
+            for kind, backend in BACKENDS.items():
+                if turn and backend is None:
+                    continue
+                what = f"round {turn} of {rounds}" if turn else "compiling" if backend else "generating"
                 task = bar.add_task(f"{kind}: {what}", total=max_new_tokens)
                 clock = _Clock(partial(bar.advance, task))
                 model.forward = compiled[kind]
@@ -134,7 +143,7 @@ def _generate(
                     max_new_tokens=max_new_tokens,
                     min_new_tokens=max_new_tokens,
                     do_sample=False,
-                    repetition_penalty=1.2,
+                    repetition_penalty=REPETITION_PENALTY,
                     cache_implementation="static",
                     disable_compile=True,  # what `generate` compiles by itself would go to Inductor
                     return_dict_in_generate=True,
@@ -166,6 +175,43 @@ def _next_token_agreement(model: PreTrainedModel, sequences: Tensor, mask: Tenso
 
 
 @dataclass(frozen=True)
+class Parting:
+    """Where two texts part.
+
+    Attributes:
+        text: which of the prompts, from 1.
+        after: how many new tokens are the same.
+        words: the next token of each.
+        probabilities: what the model that is not compiled gives them there, with its float cache.
+    """
+
+    text: int
+    after: int
+    words: Sequence[str]
+    probabilities: Sequence[float]
+
+
+@torch.no_grad()
+def _partings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, runs: dict[str, Run], mask: Tensor, start: int
+) -> list[Parting]:
+    """The first tokens in which the int8 cache's texts are not the stock ones."""
+    stock, ours = runs[STOCK].sequences, runs[OURS].sequences
+    logits = model(stock, attention_mask=mask.long()).logits.float()
+    partings = []
+    for i in range(len(stock)):
+        if torch.equal(stock[i], ours[i]):
+            continue
+        at = int((stock[i] != ours[i]).nonzero()[0])
+        penalize = RepetitionPenaltyLogitsProcessor(REPETITION_PENALTY)
+        likely = penalize(stock[i : i + 1, :at], logits[i : i + 1, at - 1])[0].softmax(-1)
+        tokens = [int(stock[i, at]), int(ours[i, at])]
+        words = [tokenizer.decode(token) for token in tokens]
+        partings.append(Parting(i + 1, at - start, words, likely[tokens].tolist()))
+    return partings
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What the table shows, and ``--json`` writes.
 
@@ -173,7 +219,10 @@ class Comparison:
         stock_bytes, int8_bytes: of the caches.
         stock_tokens_per_second, int8_tokens_per_second: of decode, all prompts together.
         same, generated: generated tokens that agree, and all of them.
+        stock_as_eager, int8_as_eager: generated tokens that agree with those of the model that is not compiled, with a
+            float cache.
         next_tokens: share of positions of the same text at which the likeliest next token is the same.
+        partings: where the texts part, if they do.
     """
 
     stock_bytes: int
@@ -182,18 +231,27 @@ class Comparison:
     int8_tokens_per_second: float
     same: int
     generated: int
+    stock_as_eager: int
+    int8_as_eager: int
     next_tokens: float
+    partings: Sequence[Parting]
 
     @classmethod
-    def of(cls, runs: dict[str, Run], start: int, next_tokens: float) -> "Comparison":
-        stock, ours = runs.values()
-        same = (stock.sequences == ours.sequences)[:, start:]
-        speeds = stock.tokens_per_second, ours.tokens_per_second
-        return cls(stock.cache_bytes, ours.cache_bytes, *speeds, int(same.sum()), same.numel(), next_tokens)
+    def of(cls, runs: dict[str, Run], start: int, next_tokens: float, partings: Sequence[Parting]) -> "Comparison":
+        stock, ours, eager = (runs[kind] for kind in (STOCK, OURS, EAGER))
+
+        def same(one: Run, other: Run) -> int:
+            return int((one.sequences == other.sequences)[:, start:].sum())
+
+        return cls(
+            stock.cache_bytes, ours.cache_bytes, stock.tokens_per_second, ours.tokens_per_second, same(stock, ours),
+            stock.sequences[:, start:].numel(), same(stock, eager), same(ours, eager), next_tokens,
+            partings,
+        )  # fmt: skip
 
     def table(self) -> Table:
         table = Table(title="The same prompts, two caches", title_justify="left", title_style="bold")
-        for column in ("", *BACKENDS, "ratio"):
+        for column in ("", STOCK, OURS, "ratio"):
             table.add_column(column, justify="left" if not column else "right")
         table.add_row(
             "cache bytes", f"{self.stock_bytes:,}", f"{self.int8_bytes:,}", f"{self.int8_bytes / self.stock_bytes:.3f}x"
@@ -206,5 +264,16 @@ class Comparison:
         )
         share = self.same / self.generated
         table.add_row("generated tokens that agree", "", f"{self.same} of {self.generated}", f"{share:.1%}")
+        as_eager = (f"{same} of {self.generated}" for same in (self.stock_as_eager, self.int8_as_eager))
+        table.add_row("... with the model that is not compiled", *as_eager, "")
         table.add_row("next tokens that agree, on the same text", "", "", f"{self.next_tokens:.1%}")
         return table
+
+    def notes(self) -> list[str]:
+        """How likely the next tokens are where texts part: as good as equally, if that is rounding."""
+        return [
+            f"Text {each.text} parts after {each.after} tokens: {each.words[0]!r} or {each.words[1]!r}, of which the "
+            "model that is not compiled, with a float cache, finds one "
+            f"{each.probabilities[0]:.2%} likely, the other {each.probabilities[1]:.2%}."
+            for each in self.partings
+        ]

@@ -12,7 +12,7 @@ from icw_compile.lab.bench.operator import Case, OperatorResult
 from icw_compile.lab.bench.output import context_notes, context_table, depth_table, operator_table, plot_contexts
 from icw_compile.lab.bench.shapes import SHAPES
 from icw_compile.lab.bench.startup import DepthResult, Start
-from icw_compile.lab.demo import Comparison
+from icw_compile.lab.demo import Comparison, Parting
 from icw_compile.lab.documents.page import Region, details, grid, markdown_table, restore, sentence
 
 __all__ = ["PICTURE", "REGIONS", "draw_picture", "drawn_from"]
@@ -256,11 +256,10 @@ def startup(file: Data) -> str:
 
 
 def demo(file: Data) -> str:
-    made = restore(Comparison, file)
-    return (
-        f"{markdown_table(made.table())}\n\n`{file['command']}`: {file['prompts']} prompts, {file['new_tokens']} "
-        f"tokens each, on {file['device']}, {versions(file)}."
-    )
+    made = restore(Comparison, file, partings=[restore(Parting, each) for each in file["partings"]])
+    notes = "".join(f"- {note}\n" for note in made.notes())
+    said = f"`{file['command']}`: {file['prompts']} prompts, {file['new_tokens']} tokens each, on {file['device']}"
+    return f"{markdown_table(made.table())}\n\n{notes}\n{said}, {versions(file)}."
 
 
 REGIONS = {
