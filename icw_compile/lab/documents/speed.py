@@ -21,7 +21,7 @@ RESULTS = "icw_compile/lab/bench/results/"
 DECODE = tuple(f"{RESULTS}tinyllama-decode-{which}.json" for which in ("512-2048", "8192", "32768"))
 MEMORY, LONG_PROMPT = f"{RESULTS}tinyllama-memory.json", f"{RESULTS}tinyllama-4-layers-memory-16384.json"
 PREFILL, DYNAMIC = f"{RESULTS}tinyllama-prefill-2048.json", f"{RESULTS}llama-3-8b-4-layers-dynamic.json"
-OPTIONS = f"{RESULTS}tinyllama-options.json"
+OPTIONS, WEIGHTS = f"{RESULTS}tinyllama-options.json", f"{RESULTS}tinyllama-int8-weights.json"
 ATTENTION, STARTUP = f"{RESULTS}attention-cpu.json", f"{RESULTS}startup.json"
 DEMO = "icw_compile/lab/results/demo.json"
 PICTURE = f"{RESULTS}tinyllama-decode.png"
@@ -174,6 +174,27 @@ def options(file: Data) -> str:
     )
 
 
+def weights(file: Data) -> str:
+    """Quantized weights: stock and ours, and ours with float weights."""
+    rows = []
+    for result in contexts(file):
+        ratios = (result.decode_ratio("int8-static", name) for name in ("stock-static", "int8-static-float-weights"))
+        rows.append((
+            f"{result.context:,}",
+            *(_ms(result.measured[name]) for name in ("stock-static", "int8-static-float-weights")),
+            f"**{_ms(result.measured['int8-static'])}**",
+            *(f"{ratio.median:.2f}x ({ratio.lower:.2f}-{ratio.upper:.2f})" for ratio in ratios),
+        ))  # fmt: skip
+    header = (
+        "cached tokens", "`torch.compile`, ms per token", "int8 cache, float weights, ms", "**int8 cache**, ms",
+        "over `torch.compile`", "over float weights",
+    )  # fmt: skip
+    return (
+        f"Linear layers with torchao's {file['settings']['weights']} weights but where it says float, medians with "
+        f"quartiles: {setup(file)}.\n\n{grid(header, rows, right=True)}\n\n`{file['command']}`"
+    )
+
+
 def attention(file: Data) -> str:
     """One sentence for each case, the range of a cache that is a quarter full, and the tables."""
     cases = [restore(OperatorResult, case, case=restore(Case, case["case"])) for case in file["cases"]]
@@ -271,6 +292,7 @@ REGIONS = {
     "speed-dynamic": Region((DYNAMIC,), dynamic),
     "speed-dynamic-full": Region((DYNAMIC,), full_tables),
     "speed-options": Region((OPTIONS,), options),
+    "speed-weights": Region((WEIGHTS,), weights),
     "speed-attention": Region((ATTENTION,), attention),
     "speed-startup": Region((STARTUP,), startup),
     "memory-bytes": Region((ATTENTION,), bytes_per_token),
