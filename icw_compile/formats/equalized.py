@@ -30,7 +30,7 @@ from torch import Tensor
 
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats.base import Evaluator, Part, Stored, Wrapper
-from icw_compile.formats.int8 import quantize_per_head, to_finite
+from icw_compile.formats.int8 import quantize_per_head, rows_for, to_finite
 
 __all__ = ["MAX_SHIFT", "Equalized", "channel_shift", "divide_channels", "multiply_channels"]
 
@@ -143,11 +143,6 @@ class Equalized(Wrapper):
             raise ValueError(f"shift must be uint8 {expected}, not {shift.dtype} {list(shift.shape)}")
 
 
-def _fake_rows(x: Tensor, shift: Tensor | None, short_scale: bool) -> tuple[Tensor, Tensor]:
-    scale_dtype = torch.bfloat16 if short_scale else torch.float32
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=scale_dtype)
-
-
 def _register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name, _, rest = schema.partition("(")
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -164,7 +159,7 @@ _register(
 _register(
     "quantize_divided(Tensor x, Tensor? shift, bool short_scale) -> (Tensor qdata, Tensor scale)",
     quantize_divided,
-    _fake_rows,
+    lambda x, shift, short_scale: rows_for(x, torch.bfloat16 if short_scale else torch.float32),
 )
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "Int8Rows",
     "dequantize_per_head",
     "quantize_per_head",
+    "rows_for",
     "to_finite",
 ]
 
@@ -40,6 +41,11 @@ def quantize_per_head(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tens
     steps = (values / scale.float()).round().clamp(-QMAX, QMAX)
     # NaN, as of 0 / 0 and inf / inf, has no integer: the scale alone carries "non-finite", as 0 * inf and 0 * NaN do.
     return torch.where(steps == steps, steps, 0.0).to(torch.int8), scale
+
+
+def rows_for(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for what `quantize_per_head` gives."""
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=scale_dtype)
 
 
 def dequantize_per_head(qdata: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
