@@ -31,7 +31,7 @@ def _shares_like(run: Evaluator, a: Stored, b: Stored) -> bool:
 def cat(run: Evaluator, tensors: Sequence[Any], dim: int = 0) -> Stored | None:
     like = next(t for t in tensors if isinstance(t, Stored))
     axis, tensors = axis_of(like, dim), [_promoted(run, t, like) for t in tensors]
-    if axis == "D" or any(not _is_like(run, t, like) for t in tensors):
+    if axis == "D" or any(not _is_like(run, t, like, dim) for t in tensors):
         return None
     if axis == "T" or all_have(like, "T"):
         rows = [encode_like(run, t, like) for t in tensors]
@@ -65,11 +65,24 @@ def can_join(new: torch.dtype, dtype: torch.dtype) -> bool:
     return torch.promote_types(new, dtype) == dtype
 
 
-def _is_like(run: Evaluator, t: Any, like: Stored) -> bool:
+def _is_like(run: Evaluator, t: Any, like: Stored, dim: int) -> bool:
+    """Whether `torch.cat` along ``dim`` takes both: a shift would broadcast what has fewer heads."""
     if isinstance(t, Stored):
         return t.dtype == like.dtype and t.axes == like.axes
     value = run.tensor(t)
-    return value.dim() == len(like.axes) and value.dtype == like.dtype
+    return value.dtype == like.dtype and not _differs(value.shape, _size(run, like), dim)
+
+
+def _size(run: Evaluator, x: Stored) -> tuple[Any, ...]:
+    return (*run.tensor(x.parts[0]).shape[:-1], x.format.channels(run, x))
+
+
+def _differs(size: Sequence[Any], other: Sequence[Any], dim: int) -> bool:
+    """Whether sizes are known to differ elsewhere than in ``dim``."""
+    if len(size) != len(other):
+        return True
+    sizes = enumerate(zip(size, other, strict=True))
+    return any(i != dim % len(size) and statically_known_true(a != b) for i, (a, b) in sizes)
 
 
 def _tokens(run: Evaluator, x: Stored) -> Any:
@@ -105,6 +118,8 @@ def index_copy_(run: Evaluator, x: Any, dim: int, index: Any, source: Any) -> St
     axis = axis_of(x, dim)
     if axis == "D" or (axis != "T" and not all_have(x, "T")):
         return None
+    if not isinstance(source, Stored) and _differs(run.tensor(source).shape, _size(run, x), dim):
+        return None  # an error
     if axis == "T":
         x = x.format.settle(run, x, source)
     written = _write(run, aten.index_copy_.default, x, (dim, index), source)
