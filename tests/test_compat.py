@@ -401,14 +401,16 @@ def test_node_of():
 
     def function(x):
         y, tracer = x + 1, fx.current_tracer()
+        assert fx.is_traced()
         with fx.outside_of_trace():
             unknown = x + 2
+            assert not fx.is_traced()
         seen.extend(fx.node_of(each, tracer) for each in (y, unknown, torch.tensor(3)))
         return y
 
     with FakeTensorMode():
         fx.trace_pre_dispatch(function, [torch.ones(3)])
-    assert seen[0].target is aten.add.Tensor and seen[1:] == [None, None]
+    assert seen[0].target is aten.add.Tensor and seen[1:] == [None, None] and not fx.is_traced()
 
 
 def test_without_torch_function():

@@ -1,5 +1,6 @@
 """Storage that grows in place: what it costs, and that no tensor ever sees another one's rows."""
 
+import contextlib
 import copy
 import io
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 from support import CLOSE_LOGITS, compiled, graphs, relative_distance, run, tiny_model, tokens
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
 
 import icw_compile
 from icw_compile import QuantizedKV
 from icw_compile.cache.growth import capacity_for, growth
+from icw_compile.formats import make_format
 from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize
 
 SHAPE = (2, 2, 5, 8)
@@ -239,3 +243,42 @@ def test_append_that_comes_first_in_a_graph(keep: dict[str, int]) -> None:
     grown, shown = call(cache, new)
     assert torch.equal(shown.dequantize(), before)
     assert torch.equal(grown.dequantize(), torch.cat([cache, new], dim=2).dequantize())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("equalize", [False, True])
+def test_a_shape_alone_is_worked_out_cheaply(equalize: bool, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Dynamo asks of each layer: of the layout that the tensor itself has, and nothing is encoded or decoded."""
+    layout = make_format(torch.float32, bits=bits, equalize=equalize)
+    cache, new, query = QuantizedKV.encode(torch.randn(2, 3, 5, 8), layout), torch.randn(2, 3, 2, 8), torch.randn(8, 4)
+
+    def function(cache: Tensor, new: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        longer = torch.cat([cache, new], dim=-2)
+        return longer, longer @ query
+
+    expected, product = function(cache, new, query)
+    with FakeTensorMode() as mode, monkeypatch.context() as patched:
+        for name in ("encode", "decode"):
+            patched.setattr(type(layout), name, None)
+        longer, seen = function(*map(mode.from_tensor, (cache, new, query)))
+    assert isinstance(longer, QuantizedKV) and isinstance(expected, QuantizedKV) and longer.format == expected.format
+    assert longer.shape == expected.shape and longer.is_contiguous() and seen.shape == product.shape
+    assert [part.shape for part in longer.parts] == [part.shape for part in expected.parts]
+    assert [part.dtype for part in longer.parts] == [part.dtype for part in expected.parts]
+    # A trace notes what is done: nothing is left out of it.
+    traced = make_fx(function, tracing_mode="fake")(cache, new, query)
+    longer, seen = traced(cache, new, query)
+    assert torch.equal(longer.dequantize(), expected.dequantize()) and torch.equal(seen, product)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("equalize", [False, True])
+@pytest.mark.parametrize("size", [(2, 1, 2, 8), (1, 3, 2, 8), (2, 3, 2, 1), (3, 2, 8)])
+def test_rows_of_another_shape_are_an_error(size: tuple[int, ...], equalize: bool, fake: bool) -> None:
+    """As of float tensors: a shift for each head must not broadcast rows of fewer heads."""
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        cache, new = QuantizedKV.quantize(torch.randn(2, 3, 5, 8), equalize=equalize), torch.randn(size)
+        with pytest.raises((RuntimeError, IndexError)):
+            torch.cat([cache, new], dim=-2)
+        with pytest.raises((RuntimeError, IndexError)):
+            cache.index_copy_(2, torch.tensor([0, 1]), new)

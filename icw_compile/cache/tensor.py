@@ -12,7 +12,7 @@ from icw_compile.cache.decoded import read_only
 from icw_compile.cache.growth import Room
 from icw_compile.cache.parts import Layout, TensorOfParts
 from icw_compile.cache.uncompiled import note_read
-from icw_compile.compat.fx import schema_of, tree_leaves, tree_map, written_values
+from icw_compile.compat.fx import is_fake, is_traced, schema_of, tree_leaves, tree_map, written_values
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
 from icw_compile.formats.evaluate import EAGER, SHAPES
 from icw_compile.formats.rules import RULES
@@ -272,18 +272,33 @@ def _rebuild(layout: Format, parts: tuple[Tensor, ...], axes: str) -> QuantizedK
 def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
     """``cat([x, new, ...], -2)`` where ``new`` is whole rows for ``x``, written behind it; else ``None``."""
     x = tensors[0]
-    if type(x) is not QuantizedKV or not _is_real(x) or x._layout.axes != AXES or dim not in (-2, 2):
+    if type(x) is not QuantizedKV or x._layout.axes != AXES or dim not in (-2, 2):
+        return None
+    if not _is_real(x) and not (_is_shape(x) and not x.whole.kept and len(_all_of(tensors)) == 1):
         return None
     expected = (x.dtype, x.device, x.shape[:2], x.shape[3:])
     if any((new.dtype, new.device, new.shape[:2], new.shape[3:]) != expected for new in tensors[1:]):
         return None
-    claim, parts = x.reserve(sum(new.shape[2] for new in tensors[1:]))
+    more = sum(new.shape[2] for new in tensors[1:])
+    if not _is_real(x):
+        return _longer(x, x.shape[2] + more)
+    claim, parts = x.reserve(more)
     value = Stored(x.format, parts)
     start = x.shape[2]
     for new in tensors[1:]:
         value = append(EAGER, value, _to_stored(new), start, new.shape[2])
         start += new.shape[2]
     return QuantizedKV._on(claim, value)
+
+
+def _longer(x: QuantizedKV, tokens: Any) -> QuantizedKV:
+    """The shape of ``x[B, H, T, D]`` with so many tokens."""
+    value = x.whole
+    parts = [
+        part.new_empty((*part.shape[:2], tokens, *part.shape[3:]) if spec.has_rows else part.shape)
+        for spec, part in zip(value.format.parts, value.parts, strict=True)
+    ]
+    return QuantizedKV.of(value.of_parts(parts))
 
 
 def _all_of(value: Any) -> list[QuantizedKV]:
@@ -294,6 +309,11 @@ def _all_of(value: Any) -> list[QuantizedKV]:
 def _is_real(x: QuantizedKV) -> bool:
     """Whether its values can be looked at: they are no fakes, and are not being traced."""
     return all(type(part) is Tensor for part in x.buffers)
+
+
+def _is_shape(x: QuantizedKV) -> bool:
+    """Whether it is a fake of which nothing is noted down, as Dynamo's are: only shapes and layouts are asked for."""
+    return all(map(is_fake, x.buffers)) and not is_traced()
 
 
 def _gives_rows_by_value(func: Any, args: tuple[Any, ...]) -> bool:
@@ -346,9 +366,13 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     values: dict[int, tuple[QuantizedKV, Tensor]] = {}
 
     def dequantized(value: Any) -> Any:
-        if isinstance(value, QuantizedKV):
-            return values.setdefault(id(value), (value, value.dequantize()))[1]
-        return value
+        if not isinstance(value, QuantizedKV):
+            return value
+        if _is_shape(value):
+            made = value.buffers[0].new_empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        else:
+            made = value.dequantize()
+        return values.setdefault(id(value), (value, made))[1]
 
     plain_args, plain_kwargs = tree_map(dequantized, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)

@@ -33,6 +33,7 @@ __all__ = [
     "is_fake",
     "is_higher_order",
     "is_operator",
+    "is_traced",
     "is_wrapper_subclass",
     "node_of",
     "outside_of_trace",
@@ -86,6 +87,11 @@ def current_tracer() -> Any:
     if mode is None:
         raise RuntimeError("nothing is being traced")
     return mode.tracer
+
+
+def is_traced() -> bool:
+    """Whether what runs is noted down as a graph. ``proxy_tensor.get_proxy_mode()``."""
+    return proxy_tensor.get_proxy_mode() is not None
 
 
 @contextmanager
