@@ -1,10 +1,12 @@
 """Capture, and the private torch interfaces that it stands on: these tests notice when one of them changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support import compiled, graphs, run, tiny_model, tokens
+from torch import Tensor
 from torch.fx import GraphModule
 from transformers import StaticCache
 
@@ -98,3 +100,26 @@ def test_outside_of_torch_compile() -> None:
     module = torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
     with pytest.raises(RuntimeError, match=r"torch\.compile"):
         capture(module)
+
+
+def two_alike() -> Tensor:
+    return torch.ones(3).cumsum(0) + torch.ones(3).cumsum(0)
+
+
+def with_a_switch() -> Tensor:
+    with torch.no_grad():
+        return torch.arange(3.0) * 2.0
+
+
+@pytest.mark.parametrize("function", [lambda: torch.arange(4), two_alike, with_a_switch])
+def test_a_graph_without_inputs(function: Callable[[], Any]) -> None:
+    """As between two graph breaks, where a mask is made of nothing but its sizes."""
+    seen = []
+
+    def backend(dynamo_graph: GraphModule, inputs: Any) -> Any:
+        seen.append(capture(dynamo_graph).module)
+        return seen[0].forward
+
+    actual = torch.compile(function, backend=backend, fullgraph=True)()
+    torch.testing.assert_close(actual, function(), rtol=0, atol=0)
+    assert len(seen) == 1 and not seen[0].graph.find_nodes(op="placeholder")

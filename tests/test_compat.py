@@ -413,6 +413,13 @@ def test_node_of():
     assert seen[0].target is aten.add.Tensor and seen[1:] == [None, None] and not fx.is_traced()
 
 
+def test_last_node():
+    graph = torch.fx.Graph()
+    assert fx.last_node(graph).op == "root"
+    node = graph.placeholder("x")
+    assert fx.last_node(graph) is node and fx.last_node(graph).next.op == "root"
+
+
 def test_without_torch_function():
     seen = []
 

@@ -35,6 +35,7 @@ __all__ = [
     "is_operator",
     "is_traced",
     "is_wrapper_subclass",
+    "last_node",
     "node_of",
     "outside_of_trace",
     "proxy_of",
@@ -231,6 +232,11 @@ def rename(node: Node, name: str) -> None:
     node._rename(name)
     if node.op == "placeholder":
         node.target = node.name
+
+
+def last_node(graph: Graph) -> Node:
+    """Behind which the next one comes; of a graph without any the root, whose ``op`` is ``"root"``. ``Graph._root``."""
+    return graph._root.prev
 
 
 def eliminate_dead_code(graph: Graph, *, keep_random: bool, keep: Callable[[Node], bool] = lambda node: False) -> bool:

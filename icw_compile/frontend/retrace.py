@@ -30,6 +30,7 @@ from icw_compile.compat.fx import (
     inner_tensors,
     is_higher_order,
     is_wrapper_subclass,
+    last_node,
     outside_of_trace,
     proxy_of,
     proxy_of_graph,
@@ -87,7 +88,7 @@ class Retrace(Interpreter):
         if call is not None and (result := self.repeats.again(node, call)) is not NotImplemented:
             return result
         self.repeats.make_known((args, kwargs))
-        last = next(iter(reversed(current_tracer().graph.nodes)))  # in torch 2.11 that is no iterator yet
+        last = last_node(current_tracer().graph)
         result = super().run_node(node)
         self.repeats.learn(node, call, last, result)
         return result
