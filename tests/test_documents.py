@@ -182,3 +182,10 @@ def test_files_of_single_rows() -> None:
     rounded, single = evaluated(quality.ROUNDED), evaluated(quality.OURS)
     assert "| `kjv-llama-2m` | bfloat16 | 17.919 | 17.915 |" in quality.rounding(rounded, rounded)
     assert quality.single(single, single).startswith("One token at a time, 16,384 tokens:")
+
+
+def test_the_wheel_has_every_package() -> None:
+    """``pyproject.toml`` lists them: a folder that is forgotten there is missing from what people install."""
+    listed = re.findall(r'^    "(icw_compile[\w.]*)",$', read("pyproject.toml"), re.MULTILINE)
+    folders = (file.parent.relative_to(ROOT) for file in (ROOT / "icw_compile").rglob("__init__.py"))
+    assert sorted(listed) == sorted({".".join(folder.parts) for folder in folders} | {"icw_compile.passes"})
