@@ -195,6 +195,18 @@ def weights(file: Data) -> str:
     )
 
 
+def weights_short(file: Data) -> str:
+    """A sentence for the README."""
+    ratios = [
+        f"{result.decode_ratio('int8-static', 'stock-static').median:.2f}x at {result.context:,}"
+        for result in contexts(file)
+    ]
+    return (
+        f"With torchao's {file['settings']['weights']} weights besides, a step takes {_listed(ratios)} tokens of stock "
+        "`torch.compile` with the same weights."
+    )
+
+
 def attention(file: Data) -> str:
     """One sentence for each case, the range of a cache that is a quarter full, and the tables."""
     cases = [restore(OperatorResult, case, case=restore(Case, case["case"])) for case in file["cases"]]
@@ -293,6 +305,7 @@ REGIONS = {
     "speed-dynamic-full": Region((DYNAMIC,), full_tables),
     "speed-options": Region((OPTIONS,), options),
     "speed-weights": Region((WEIGHTS,), weights),
+    "speed-weights-short": Region((WEIGHTS,), weights_short),
     "speed-attention": Region((ATTENTION,), attention),
     "speed-startup": Region((STARTUP,), startup),
     "memory-bytes": Region((ATTENTION,), bytes_per_token),
