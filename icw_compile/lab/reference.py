@@ -219,6 +219,8 @@ def store_quantized(
             bits = {name: of for name, of in zip(_NAMES, (key_bits, value_bits), strict=True) if name in names}
             layer.__class__ = _storing_quantized(type(layer), bits, sink_tokens, recent_tokens, own_as_they_came)
             for name in names:
-                if not (sink_tokens or recent_tokens) and (held := getattr(layer, name)) is not None:
+                held = getattr(layer, name)
+                # A layer without tokens has none, or a tensor of another shape.
+                if not (sink_tokens or recent_tokens) and held is not None and held.numel():
                     setattr(layer, name, layer.quantized(name, held))
     return cache
