@@ -102,7 +102,6 @@ def _step(
     additive mask, is of that shape or ``None``.
     """
     keys = _int8_rows(key, start, stride_key, length, HEAD_DIM, PADDED_HEAD_DIM, BLOCK, CHECKED)
-    values = _int8_rows(value, start, stride_value, length, VALUE_DIM, PADDED_VALUE_DIM, BLOCK, CHECKED)
     key_scales = _scales(key_scale, start, stride_key_scale, length, BLOCK, CHECKED)
     value_scales = _scales(value_scale, start, stride_value_scale, length, BLOCK, CHECKED)
 
@@ -121,6 +120,8 @@ def _step(
     weights *= value_scales[None, :]
     if CHECKED:
         weights = tl.where(taken, weights, 0.0)  # a scale that is not finite may lie where nothing is read
+    # Not before: Triton takes them to the registers here, where those of the keys are free again.
+    values = _int8_rows(value, start, stride_value, length, VALUE_DIM, PADDED_VALUE_DIM, BLOCK, CHECKED)
     accumulator *= decay[:, None]
     if query.dtype == tl.float32:
         return new_largest, total, _multiply(weights, values, accumulator)
