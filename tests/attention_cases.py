@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from icw_compile.formats import int8
+from icw_compile.formats import int4, int8
 from icw_compile.formats.scaled import scale_dtype_for
 from icw_compile.kernels import inductor
 
@@ -20,6 +20,17 @@ def make(batch, query_heads, heads, tokens, length, head_dim, value_dim, dtype, 
     value = random(batch, heads, length, value_dim) * torch.rand(length, 1, generator=generator).to(dtype)
     query = random(batch, query_heads, tokens, head_dim)
     return [query, *int8.quantize_per_head(key, scale_dtype), *int8.quantize_per_head(value, scale_dtype)]
+
+
+def in_four_bits(tensors, roles):
+    """The rows of ``roles`` packed: what a kernel takes, its other arguments, and the same numbers as int8 rows."""
+    packed, levels, codes = list(tensors), list(tensors), {}
+    for role in roles:
+        at = {"key": 1, "value": 3}[role]
+        rows = int8.dequantize_per_head(*tensors[at : at + 2], torch.float32)
+        packed[at], packed[at + 1], codes[f"{role}_codes"] = int4.quantize_halves(rows, tensors[at + 1].dtype)
+        levels[at], levels[at + 1] = int4.halves_to_levels(packed[at], codes[f"{role}_codes"]), packed[at + 1]
+    return packed, codes, levels
 
 
 def reference(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None):

@@ -4,24 +4,25 @@ On a CUDA device these are the kernels themselves. Without one they run in Trito
 it on), and are compiled for two architectures, which needs no device; what only a GPU can show is skipped.
 """
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import log_sums, make, masks, reference
+from attention_cases import in_four_bits, log_sums, make, masks, reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import graphs, relative_distance, run, tiny_model, tokens
 from torch._dynamo.utils import counters
 
 import icw_compile
 from icw_compile.errors import KernelUnavailableError
+from icw_compile.formats.int4 import halves_to_levels
 from icw_compile.kernels import AttentionCall, StoredRows, find_kernel, gpu
 from icw_compile.lab.reference import reference_cache
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from machine_code import compile_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
@@ -33,18 +34,23 @@ if DEVICE == "cpu":
 #: bfloat16 off where a GPU rounds it.
 TOLERANCE = {torch.bfloat16: 2.5e-3 if DEVICE == "cuda" else 2**-7, torch.float16: 4e-4, torch.float32: 3e-6}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+#: What is stored in 4 bits. The rest of the file is about rows of 8 where it says nothing else.
+FOUR_BITS = (("key", "value"), ("key",), ("value",))
+BITS = pytest.mark.parametrize("four_bits", FOUR_BITS, ids=("44", "48", "84"))
 
 
-def kernel(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None, splits=0):
+def kernel(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None, splits=0, **codes):
     scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
     mask, sinks = (None if x is None else x.to(DEVICE) for x in (mask, sinks))
-    tensors = [x.to(DEVICE) for x in tensors]
-    return torch.ops.icw_int8kv_triton.attention(*tensors, mask, is_causal, scale, softcap, sinks, splits).cpu()
+    tensors, codes = [x.to(DEVICE) for x in tensors], {name: x.to(DEVICE) for name, x in codes.items()}
+    others = (mask, is_causal, scale, softcap, sinks, splits)
+    return torch.ops.icw_int8kv_triton.attention(*tensors, *others, **codes).cpu()
 
 
-def check(tensors, *args, tolerance=None, splits=0, **kwargs):
-    expected = reference(tensors, *args, **kwargs)
-    actual = kernel(tensors, *args, **kwargs, splits=splits)
+def check(tensors, *args, tolerance=None, splits=0, four_bits=(), **kwargs):
+    tensors, codes, rows = in_four_bits(tensors, four_bits)
+    expected = reference(rows, *args, **kwargs)
+    actual = kernel(tensors, *args, **kwargs, splits=splits, **codes)
     assert actual.dtype == tensors[0].dtype
     assert actual.shape == expected.shape
     assert actual.is_contiguous()
@@ -203,6 +209,118 @@ def test_blocks_that_no_row_may_read_are_not_read(monkeypatch):
             assert len(rows) and blocks[rows // 64].all()
 
 
+@BITS
+@DTYPES
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(64, 64), (80, 80), (128, 128), (256, 256), (128, 64), (40, 72), (16, 8)]
+)
+def test_four_bits(head_dim, value_dim, dtype, four_bits):
+    check(make(1, 8, 2, 1, 150, head_dim, value_dim, dtype), splits=2, four_bits=four_bits)
+    check(make(1, 4, 2, 35, 67, head_dim, value_dim, dtype), is_causal=True, four_bits=four_bits)
+
+
+@st.composite
+def calls(draw):
+    """Tensors, arguments and numbers of bits, of any shape that is cheap to interpret."""
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    batch, heads, group = (draw(st.integers(1, 3)) for _ in range(3))
+    count = draw(st.sampled_from([1, 1, 1, 2, 3, 7, 16]))
+    length = draw(st.sampled_from([1, 2, 31, 32, 33, 63, 64, 65, 97, 131]))
+    sizes = [8 * draw(st.sampled_from([1, 2, 3, 4, 5, 8, 9, 10, 16])) for _ in range(2)]
+    seed = draw(st.integers(0, 2**31))
+    tensors = make(batch, group * heads, heads, count, length, *sizes, dtype, seed)
+    generator = torch.Generator().manual_seed(seed)
+    kind = draw(st.sampled_from(["", "boolean", "additive", "span", "causal"]))
+    mask = torch.rand(batch, 1, count, length, generator=generator) > 0.4 if kind in ("boolean", "additive") else None
+    if kind == "additive":
+        mask = torch.randn(mask.shape, generator=generator).masked_fill(~mask, -torch.inf)
+    elif kind == "span":
+        first, last = sorted(draw(st.integers(0, length)) for _ in range(2))
+        mask = ((torch.arange(length) >= first) & (torch.arange(length) < last)).view(1, 1, 1, -1)
+    sinks = torch.randn(group * heads, generator=generator) if draw(st.booleans()) else None
+    softcap = draw(st.sampled_from([None, None, 3.0]))
+    arguments = (mask, kind == "causal", sizes[0] ** -0.5, softcap, sinks)
+    return tensors, arguments, draw(st.sampled_from(FOUR_BITS)), draw(st.sampled_from([1, 2, 3]))
+
+
+@settings(max_examples=60, derandomize=True, database=None, deadline=None)
+@given(calls())
+def test_four_bits_in_any_call(call):
+    tensors, arguments, four_bits, splits = call
+    check(tensors, *arguments, splits=splits, four_bits=four_bits)
+
+
+def test_every_index_of_every_table():
+    """The numbers themselves: each token reads one position, as it is."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1)
+    codes = torch.cat([codes, 255 - codes], -1)
+    packed = (torch.arange(16) * 16 + torch.arange(15, -1, -1)).to(torch.uint8).expand(1, 1, 256, 16).contiguous()
+    scale = torch.ones(1, 1, 256, 1)
+    tensors = [torch.zeros(1, 1, 256, 32), packed, scale, packed, scale]
+    output = kernel(tensors, torch.eye(256).bool().view(1, 1, 256, 256), key_codes=codes, value_codes=codes)
+    assert torch.equal(output, halves_to_levels(packed, codes).float())
+
+
+@pytest.mark.parametrize(("four_bits", "splits"), [(FOUR_BITS[0], 3), (FOUR_BITS[1], 1), (FOUR_BITS[2], 1)])
+def test_log_sums_in_four_bits(four_bits, splits):
+    tensors, codes, rows = in_four_bits(make(2, 4, 2, 2, 150, 64, 64, torch.float32), four_bits)
+    mask = torch.rand(2, 1, 2, 150, generator=torch.Generator().manual_seed(1)) > 0.3
+    mask[1, :, 1] = False  # reads nothing
+    others = (mask, False, 0.2, 5.0, torch.tensor([0.0, 3.0, -2.0, 40.0]))
+    on_device = [x.to(DEVICE) for x in tensors], [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in others]
+    codes = {name: x.to(DEVICE) for name, x in codes.items()}
+    output, log_sum = torch.ops.icw_int8kv_triton.attention_lse(*on_device[0], *on_device[1], splits, **codes)
+    assert torch.equal(output.cpu(), kernel(tensors, *others, splits=splits, **codes))
+    torch.testing.assert_close(log_sum.cpu(), log_sums(rows, *others), rtol=1e-5, atol=1e-5)
+
+
+def test_strides_in_four_bits():
+    (query, *stored), codes, rows = in_four_bits(make(2, 8, 4, 2, 220, 64, 64, torch.float32), FOUR_BITS[0])
+    # Spare rows behind each head, every second position, heads behind the positions, a slice of the heads, one head.
+    for move in (
+        lambda x: x[:, :, 20:133],
+        lambda x: x[:, :, ::2],
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x[:, 1:3],
+        lambda x: x[:, :1].expand(-1, 4, -1, -1),
+    ):
+        expected = reference([query, *map(move, rows[1:])])
+        actual = kernel([query, *map(move, stored)], **{name: move(x) for name, x in codes.items()})
+        assert relative_distance(actual, expected) < TOLERANCE[torch.float32]
+
+
+@BITS
+def test_non_finite_rows_in_four_bits(four_bits):
+    tensors, codes, _ = in_four_bits(make(1, 4, 2, 2, 200, 64, 64, torch.bfloat16), four_bits)
+    for role in four_bits:
+        broken = list(tensors)
+        at = {"key": 2, "value": 4}[role]
+        broken[at] = tensors[at].clone()
+        broken[at][:, 1, 150] = torch.nan
+        output = kernel(broken, **codes)
+        assert output[:, :2].isfinite().all() and output[:, 2:].isnan().all()
+        # Masked for the first token only.
+        mask = torch.ones(1, 1, 2, 200, dtype=torch.bool)
+        mask[:, :, 0, 150] = False
+        output = kernel(broken, mask, **codes)
+        assert output[:, :, 0].isfinite().all() and output[:, 2:, 1].isnan().all()
+
+
+def test_packed_rows_that_do_not_fit():
+    tensors, codes, _ = in_four_bits(make(1, 4, 2, 1, 100, 64, 64, torch.bfloat16), FOUR_BITS[0])
+    query, key, key_scale, value, value_scale = tensors
+    for changed, named, message in (
+        ([query, key, key_scale, value, value_scale], {"value_codes": codes["value_codes"]}, r"\[1, 2, 100, 64\], not"),
+        ([query, key.view(torch.int8), *tensors[2:]], codes, "key_qdata must be uint8, not torch.int8"),
+        ([query[..., :32], *tensors[1:]], codes, r"key_qdata must be of shape \[1, 2, 100, 16\]"),
+        (tensors, {**codes, "key_codes": codes["key_codes"][..., :1]}, r"key_codes must be of shape \[1, 2, 100, 2\]"),
+        (tensors, {**codes, "key_codes": codes["key_codes"].int()}, "key_codes must be uint8, not torch.int32"),
+        ([query[..., :63], *tensors[1:]], codes, "63 channels: the kernel reads packed ones 8 at a time"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernel(changed, **named)
+
+
 def test_empty_cache_and_batch():
     tensors = make(1, 4, 2, 1, 8, 64, 64, torch.bfloat16)
     assert (kernel([tensors[0], *(t[:, :, :0] for t in tensors[1:])]) == 0).all()
@@ -241,10 +359,12 @@ def test_arguments_that_do_not_fit():
 
 
 def test_operator_registration():
-    tensors = [x.to(DEVICE) for x in make(1, 4, 2, 2, 100, 64, 32, torch.float32)]
+    tensors = make(1, 4, 2, 2, 100, 64, 32, torch.float32)
     mask = torch.rand(1, 1, 2, 100, device=DEVICE) > 0.5
-    for operator in (gpu.attention, gpu.attention_lse):
-        torch.library.opcheck(operator, (*tensors, mask, False, 0.1, None))
+    for operator, four_bits in ((gpu.attention, ()), (gpu.attention_lse, ()), (gpu.attention, ("key", "value"))):
+        stored, codes, _ = in_four_bits(tensors, four_bits)
+        named = {name: x.to(DEVICE) for name, x in codes.items()}
+        torch.library.opcheck(operator, (*(x.to(DEVICE) for x in stored), mask, False, 0.1, None), named)
 
 
 def test_compiles_with_symbolic_length():
@@ -270,8 +390,12 @@ def test_splits():
         assert -(-blocks // splits) * (splits - 1) < blocks
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_whole_model(dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [(torch.bfloat16, (8, 8)), (torch.float32, (8, 8)), (torch.float32, (8, 4)), (torch.float32, (4, 4))],
+    ids=str,
+)
+def test_whole_model(dtype, bits, monkeypatch):
     """Prefill and decode through the backend; on the CPU the pass has to be told that the kernel is for it."""
     if DEVICE == "cpu":
         anything = replace(gpu.KERNEL, declines=lambda call: None)
@@ -279,9 +403,10 @@ def test_whole_model(dtype, monkeypatch):
     model = tiny_model("gemma2", attention="eager", dtype=dtype).to(DEVICE)
     step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options={"icw.compiler": "eager"})
     ids, chunks = tokens(13).to(DEVICE), (10, 1, 2)
-    logits = run(step, icw_compile.static_cache(model, 1, 32), ids, chunks)
+    stored = dict(zip(("key_bits", "value_bits"), bits, strict=True))
+    logits = run(step, icw_compile.static_cache(model, 1, 32, **stored), ids, chunks)
     assert {site.lowering for graph in graphs() for site in graph.sites} == {"triton kernel"}
-    distance = relative_distance(logits, run(model, reference_cache(model, 32), ids, chunks))
+    distance = relative_distance(logits, run(model, reference_cache(model, 32, **stored), ids, chunks))
     assert distance < (2e-3 if dtype == torch.float32 else 5e-2)
 
 
@@ -342,7 +467,15 @@ def test_declines(monkeypatch):
         assert "attn_mask on cpu" in declined(attn_mask=empty(1, 1, 1, length, device="cpu"))
         across = torch.empty_strided((2, 2, length, 64), (1024, 512, 1, 8), dtype=torch.int8, device="cuda")
         assert "not contiguous" in declined(value=StoredRows.int8(across, empty(2, 2, length, 1)))
-        assert "stored as int4" in declined(value=StoredRows("int4", {}))
+        packed = {"packed": empty(2, 2, length, 32, dtype=torch.uint8), "scale": empty(2, 2, length, 1)}
+        packed["codes"] = empty(2, 2, length, 2, dtype=torch.uint8)
+        assert declined(value=StoredRows("int4", packed)) is None
+        large = {**packed, "packed": empty(2, 2, length, 160, dtype=torch.uint8)}
+        assert "320 channels" in declined(value=StoredRows("int4", large))
+        rest = {**packed, "packed": empty(2, 2, length, 50, dtype=torch.uint8)}
+        assert "100 channels: the kernel reads packed ones 8" in declined(value=StoredRows("int4", rest))
+        assert "not int4 rows: codes" in declined(value=StoredRows("int4", dict(list(packed.items())[:2])))
+        assert "stored as fp8, and the kernel reads int8 and int4" in declined(value=StoredRows("fp8", {}))
         assert "sinks of shape" in declined(sinks=empty(3))
         gpu._why_not_on.cache_clear()
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
@@ -350,65 +483,24 @@ def test_declines(monkeypatch):
     gpu._why_not_on.cache_clear()
 
 
-#: What is compiled: (dtype, heads, kv heads, query tokens, cached tokens, D, Dv, mask, causal, softcap, sinks, splits).
+#: What is compiled: `machine_code.compile_for`.
 QUICK = [
-    ("bfloat16", 32, 8, 1, 4096, 128, 128, None, False, None, False, 8),
-    ("bfloat16", 32, 8, 1, 4096, 128, 128, "bool", False, None, False, 8),
-    ("bfloat16", 32, 8, 512, 512, 128, 128, None, True, None, False, 1),
-    ("float16", 8, 4, 1, 500, 256, 256, "float16", False, 50.0, True, 3),
-    ("float32", 4, 4, 5, 500, 80, 72, "float32", True, None, False, 1),
+    ("bfloat16", 32, 8, 1, 4096, (128, 128), (8, 8), None, False, None, False, 8),
+    ("bfloat16", 32, 8, 1, 4096, (128, 128), (8, 8), "bool", False, None, False, 8),
+    ("bfloat16", 32, 8, 1, 4096, (128, 128), (4, 4), "bool", False, None, False, 8),
+    ("bfloat16", 32, 8, 512, 512, (128, 128), (8, 8), None, True, None, False, 1),
+    ("float16", 8, 4, 1, 500, (256, 256), (8, 4), "float16", False, 50.0, True, 3),
+    ("float32", 4, 4, 5, 500, (80, 72), (8, 8), "float32", True, None, False, 1),
+    ("float32", 4, 4, 5, 500, (80, 72), (4, 8), "float32", True, None, False, 1),
 ]
 SLOW = [
-    (dtype, 4, 1, length, 512, size, size, mask, mask is None, None, mask is None, splits)
+    (dtype, 4, 1, length, 512, (size, size), bits, mask, mask is None, None, mask is None, splits)
     for dtype in ("bfloat16", "float16", "float32")
     for size in (64, 96, 128, 256)
     for length in (4, 8, 16, 512)
     for mask, splits in ((None, 1), ("bool", 4), ("float32", 4))
+    for bits in ((8, 8), (4, 4))
 ]
-
-COMPILE = """
-import json, sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from icw_compile.formats.scaled import scale_dtype_for
-
-backend, arch, cases = json.loads(sys.argv[1])
-torch.version.hip = "some" if backend == "hip" else None
-
-from icw_compile.kernels import attention_triton, gpu
-
-class Driver:
-    # What Triton asks of a device when it compiles for one.
-    get_current_target = staticmethod(lambda: GPUTarget(backend, arch, 64 if backend == "hip" else 32))
-    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-
-class Compiled:
-    # A kernel that is compiled for the arguments it is launched with, and not launched.
-    def __init__(self, kernel):
-        self.kernel = kernel
-    def __getitem__(self, grid):
-        def launch(*args, **kwargs):
-            compiled = self.kernel.run(*args, grid=grid, warmup=True, **kwargs)
-            code = compiled.asm["hsaco" if backend == "hip" else "cubin"]
-            print(json.dumps([self.kernel.__name__, len(code), compiled.metadata.shared]))
-        return launch
-
-triton.runtime.driver.set_active(Driver())
-attention_triton.attend = Compiled(attention_triton.attend)
-attention_triton.merge = Compiled(attention_triton.merge)
-for dtype, query_heads, heads, tokens, length, size, value_size, mask, causal, softcap, sinks, splits in cases:
-    dtype = getattr(torch, dtype)
-    def scale():
-        return torch.empty(1, heads, length, 1, dtype=scale_dtype_for(dtype))
-    operator = gpu.attention_lse_triton if sinks else gpu.attention_triton
-    operator(
-        torch.empty(1, query_heads, tokens, size, dtype=dtype),
-        torch.empty(1, heads, length, size, dtype=torch.int8), scale(),
-        torch.empty(1, heads, length, value_size, dtype=torch.int8), scale(),
-        mask and torch.empty(1, 1, tokens, length, dtype=getattr(torch, mask)),
-        causal, 0.1, softcap, torch.empty(query_heads, dtype=dtype) if sinks else None, splits,
-    )
-"""
 
 
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
@@ -417,17 +509,13 @@ for dtype, query_heads, heads, tokens, length, size, value_size, mask, causal, s
     [("cuda", 80, 99 * 1024), ("cuda", 90, 99 * 1024), ("hip", "gfx942", 64 * 1024)],
     ids=["sm_80", "sm_90", "gfx942"],
 )
-def test_compiles_for(backend, arch, shared_memory, cases):
+def test_compiles_for(backend, arch, shared_memory, cases, tmp_path):
     """What is launched compiles to machine code, and fits in the shared memory that every such device has."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", COMPILE, json.dumps([backend, arch, cases])]
-    process = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr[-4000:]
-    compiled = [json.loads(line) for line in process.stdout.splitlines()]
-    assert [name for name, _, _ in compiled] == [
+    compiled = compile_for(backend, arch, cases, tmp_path)
+    assert [code.name for code in compiled] == [
         name for case in cases for name in ("attend", "merge")[: 1 if case[-1] == 1 else 2]
     ]
-    assert all(size > 0 and shared <= shared_memory for _, size, shared in compiled)
+    assert all(code.path.stat().st_size > 0 and code.shared <= shared_memory for code in compiled)
 
 
 HEADS = [(32, 8), (32, 32), (32, 1), (12, 2), (9, 1)]

@@ -1,4 +1,4 @@
-"""The Triton kernels behind `icw_compile.kernels.gpu`: attention over an int8 key/value cache. Imports Triton.
+"""The Triton kernels behind `icw_compile.kernels.gpu`: attention over a key/value cache of 8 or 4 bits. Imports Triton.
 
 What they compute is ``icw_int8kv::attention`` (`icw_compile.kernels.inductor`); how:
 
@@ -12,6 +12,8 @@ What they compute is ``icw_int8kv::attention`` (`icw_compile.kernels.inductor`);
   without error. The scales of the keys multiply the scores, those of the values the weights. A float16 model's weights
   go into ``tl.dot`` as a sum of two bfloat16 numbers: float16 has no room for a weight times any scale. Float32 takes
   three products of TF32 numbers, which give back its precision.
+* Rows of 4 bits become rows of 8 after they are loaded, each of keys and values: what follows does not know which they
+  were. The two channels of a byte lie side by side then, and the query is read, the output written, in that order.
 * Blocks that no row of the tile may read, by a boolean mask or causally, are skipped before their rows or scales are
   loaded. Without a mask, the blocks that every row reads whole run in a loop without a test in it, whose loads Triton
   pipelines.
@@ -32,33 +34,106 @@ __all__ = ["attend", "merge"]
 CHUNK = tl.constexpr(16)
 # Triton's interpreter keeps bfloat16 as 16-bit integers, and multiplies those.
 INTERPRETED = tl.constexpr(is_interpreting())
+IS_PTX = tl.constexpr(torch.version.hip is None and not is_interpreting())
 # Of float32 products. Triton's backend for AMD has no products of three TF32 numbers, and multiplies float32 as it is.
 PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
 
 @triton.jit
-def _int8_rows(
+def _loaded(
     base, start, stride, length, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr
 ):
-    """int8 ``[BLOCK, PADDED]``: rows from ``start``; zeros behind ``length``, if it is checked, and ``SIZE``."""
+    """``[BLOCK, PADDED]``: rows of numbers from ``start``; zeros behind ``length``, if it is checked, and ``SIZE``."""
     row = tl.arange(0, BLOCK)[:, None]
-    channel = tl.arange(0, PADDED)[None, :]
-    pointers = base + tl.cast(start, tl.int64) * stride + row * stride + channel
+    column = tl.arange(0, PADDED)[None, :]
+    pointers = base + tl.cast(start, tl.int64) * stride + row * stride + column
     if CHECKED:
-        return tl.load(pointers, mask=(start + row < length) & (channel < SIZE), other=0)
+        return tl.load(pointers, mask=(start + row < length) & (column < SIZE), other=0)
     if SIZE != PADDED:
-        return tl.load(pointers, mask=channel < SIZE, other=0)
+        return tl.load(pointers, mask=column < SIZE, other=0)
     return tl.load(pointers)
 
 
 @triton.jit
-def _scales(base, start, stride, length, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
-    """float32 ``[BLOCK]``: the scales of the rows from ``start``."""
+def _numbers(base, start, stride, length, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
+    """``[BLOCK]``: the scales, or the codes, of the rows from ``start``."""
     row = tl.arange(0, BLOCK)
     pointers = base + tl.cast(start, tl.int64) * stride + row * stride
     if CHECKED:
-        return tl.load(pointers, mask=start + row < length, other=0).to(tl.float32)
-    return tl.load(pointers).to(tl.float32)
+        return tl.load(pointers, mask=start + row < length, other=0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _table(code):
+    """int32: ``step`` and ``first`` of `_levels` for the table that ``code`` names (`icw_compile.formats.int4`)."""
+    i = code >> 4
+    width = 32 - i - tl.maximum(i - 8, 0)
+    first = ((code & 15) - 23) * (44 * width) + 128
+    # For both halves of a word. Where the lower one is negative it borrows one from the upper, which is a multiple of
+    # four: two more, and its upper byte stays what it is.
+    return 88 * width, first * 0x10001 + 0x20000
+
+
+@triton.jit
+def _levels(words, BIT: tl.constexpr, step, first):
+    """int32: the levels of the 4 bits from ``BIT`` and from ``BIT + 16`` of each word, in the upper bytes of its halves.
+
+    ``step`` and ``first`` are four times those of the definition: ``>> 6`` is to leave the lower bytes out.
+    """
+    return ((words >> BIT) & 0x000F000F) * step + first
+
+
+@triton.jit
+def _merged(low, high):
+    """int32: the four levels of two words of `_levels`, a byte each, by turns."""
+    if IS_PTX:  # One instruction; of the other spelling, LLVM makes an extraction of each byte.
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x7351;", "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return ((low >> 8) & 0x00FF00FF) | (high & -0x00FF0100)
+
+
+@triton.jit
+def _rows(
+    base,
+    codes,
+    start,
+    stride,
+    stride_codes,
+    length,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """int8 ``[BLOCK, PADDED]``: rows from ``start``, their channels in the order of `_channels`."""
+    if codes is None:
+        return _loaded(base, start, stride, length, SIZE, PADDED, BLOCK, CHECKED)
+    else:
+        words = _loaded(base, start, stride, length, SIZE // 8, PADDED // 8, BLOCK, CHECKED)
+        both = _numbers(codes, start, stride_codes, length, BLOCK, CHECKED).to(tl.int32)[:, None]
+        step, first = _table(both & 255)
+        high_step, high_first = _table((both >> 8) & 255)
+        even = _merged(_levels(words, 0, step, first), _levels(words, 4, high_step, high_first))
+        odd = _merged(_levels(words, 8, step, first), _levels(words, 12, high_step, high_first))
+        four = tl.interleave(even, odd)
+        upper = tl.join((four >> 8).to(tl.int8), (four >> 24).to(tl.int8))
+        return tl.reshape(tl.join(tl.join(four.to(tl.int8), (four >> 16).to(tl.int8)), upper), (BLOCK, PADDED))
+
+
+@triton.jit
+def _channels(codes, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """``[PADDED]``: the channels of a tile of `_rows`.
+
+    A packed byte has one of each half of the row, and of the four bytes of a word the second and the third are swapped.
+    """
+    column = tl.arange(0, PADDED)
+    if codes is None:
+        return column
+    else:
+        return column // 8 * 4 + column // 2 % 2 * 2 + column // 4 % 2 + column % 2 * (SIZE // 2)
 
 
 @triton.jit
@@ -83,12 +158,16 @@ def _step(
     softcap,
     key,
     key_scale,
+    key_codes,
     value,
     value_scale,
+    value_codes,
     stride_key,
     stride_key_scale,
+    stride_key_codes,
     stride_value,
     stride_value_scale,
+    stride_value_codes,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PADDED_HEAD_DIM: tl.constexpr,
@@ -101,9 +180,9 @@ def _step(
     ``taken[ROWS, BLOCK]`` says which positions a row may read; without ``CHECKED`` it may read all. ``bias``, the
     additive mask, is of that shape or ``None``.
     """
-    keys = _int8_rows(key, start, stride_key, length, HEAD_DIM, PADDED_HEAD_DIM, BLOCK, CHECKED)
-    key_scales = _scales(key_scale, start, stride_key_scale, length, BLOCK, CHECKED)
-    value_scales = _scales(value_scale, start, stride_value_scale, length, BLOCK, CHECKED)
+    keys = _rows(key, key_codes, start, stride_key, stride_key_codes, length, HEAD_DIM, PADDED_HEAD_DIM, BLOCK, CHECKED)
+    key_scales = _numbers(key_scale, start, stride_key_scale, length, BLOCK, CHECKED).to(tl.float32)
+    value_scales = _numbers(value_scale, start, stride_value_scale, length, BLOCK, CHECKED).to(tl.float32)
 
     scores = _multiply(query, tl.trans(keys), None) * (key_scales * scale)[None, :]
     if softcap is not None:
@@ -121,7 +200,9 @@ def _step(
     if CHECKED:
         weights = tl.where(taken, weights, 0.0)  # a scale that is not finite may lie where nothing is read
     # Not before: Triton takes them to the registers here, where those of the keys are free again.
-    values = _int8_rows(value, start, stride_value, length, VALUE_DIM, PADDED_VALUE_DIM, BLOCK, CHECKED)
+    values = _rows(
+        value, value_codes, start, stride_value, stride_value_codes, length, VALUE_DIM, PADDED_VALUE_DIM, BLOCK, CHECKED
+    )
     accumulator *= decay[:, None]
     if query.dtype == tl.float32:
         return new_largest, total, _multiply(weights, values, accumulator)
@@ -138,8 +219,12 @@ def _step(
         "length",
         "stride_key_scale_batch",
         "stride_key_scale_head",
+        "stride_key_codes_batch",
+        "stride_key_codes_head",
         "stride_value_scale_batch",
         "stride_value_scale_head",
+        "stride_value_codes_batch",
+        "stride_value_codes_head",
         "stride_mask_batch",
         "stride_mask_head",
         "stride_mask_token",
@@ -147,10 +232,12 @@ def _step(
 )
 def attend(
     query,  # [batch, query heads, tokens, HEAD_DIM]: float32, bfloat16 or float16
-    key,  # int8 [batch, heads, length, HEAD_DIM], as is `value` with VALUE_DIM
+    key,  # int8 [batch, heads, length, HEAD_DIM], as is `value` with VALUE_DIM; packed: int32 [..., HEAD_DIM / 8]
     key_scale,  # [batch, heads, length], as is `value_scale`
+    key_codes,  # None, or of packed rows int16 [batch, heads, length], as is `value_codes`: a byte for each half
     value,
     value_scale,
+    value_codes,
     mask,  # None, or [batch, query heads, tokens, length] by its strides: uint8, or additive
     sinks,  # None or [query heads]
     output,  # [batch, query heads, tokens, VALUE_DIM], with a state: float32 [..., tokens, splits, VALUE_DIM]
@@ -166,12 +253,18 @@ def attend(
     stride_key_scale_batch,
     stride_key_scale_head,
     stride_key_scale,
+    stride_key_codes_batch,
+    stride_key_codes_head,
+    stride_key_codes,
     stride_value_batch,
     stride_value_head,
     stride_value,
     stride_value_scale_batch,
     stride_value_scale_head,
     stride_value_scale,
+    stride_value_codes_batch,
+    stride_value_codes_head,
+    stride_value_codes,
     stride_mask_batch,
     stride_mask_head,
     stride_mask_token,
@@ -202,17 +295,21 @@ def attend(
     valid = row < tokens * GROUP
     token = row // GROUP
     query_head = head * GROUP + row % GROUP
-    channel = tl.arange(0, PADDED_HEAD_DIM)
+    channel = _channels(key_codes, HEAD_DIM, PADDED_HEAD_DIM)
     query += batch * stride_query_batch + query_head * stride_query_head + token.to(tl.int64) * stride_query_token
     rows = tl.load(
         query[:, None] + channel[None, :] * stride_query_channel,
-        mask=valid[:, None] & (channel < HEAD_DIM)[None, :],
+        mask=valid[:, None] & (tl.arange(0, PADDED_HEAD_DIM) < HEAD_DIM)[None, :],
         other=0,
     )
     key += batch * stride_key_batch + head * stride_key_head
     key_scale += batch * stride_key_scale_batch + head * stride_key_scale_head
     value += batch * stride_value_batch + head * stride_value_head
     value_scale += batch * stride_value_scale_batch + head * stride_value_scale_head
+    if key_codes is not None:
+        key_codes += batch * stride_key_codes_batch + head * stride_key_codes_head
+    if value_codes is not None:
+        value_codes += batch * stride_value_codes_batch + head * stride_value_codes_head
 
     largest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -242,12 +339,16 @@ def attend(
             softcap,
             key,
             key_scale,
+            key_codes,
             value,
             value_scale,
+            value_codes,
             stride_key,
             stride_key_scale,
+            stride_key_codes,
             stride_value,
             stride_value_scale,
+            stride_value_codes,
             HEAD_DIM,
             VALUE_DIM,
             PADDED_HEAD_DIM,
@@ -284,12 +385,16 @@ def attend(
                 softcap,
                 key,
                 key_scale,
+                key_codes,
                 value,
                 value_scale,
+                value_codes,
                 stride_key,
                 stride_key_scale,
+                stride_key_codes,
                 stride_value,
                 stride_value_scale,
+                stride_value_codes,
                 HEAD_DIM,
                 VALUE_DIM,
                 PADDED_HEAD_DIM,
@@ -307,11 +412,11 @@ def attend(
         at += split
         tl.store(state + at * 2, largest, mask=valid)
         tl.store(state + at * 2 + 1, total, mask=valid)
-    value_channel = tl.arange(0, PADDED_VALUE_DIM)[None, :]
+    value_channel = _channels(value_codes, VALUE_DIM, PADDED_VALUE_DIM)
     tl.store(
-        output + at[:, None] * VALUE_DIM + value_channel,
+        output + at[:, None] * VALUE_DIM + value_channel[None, :],
         accumulator.to(output.dtype.element_ty),
-        mask=valid[:, None] & (value_channel < VALUE_DIM),
+        mask=valid[:, None] & (tl.arange(0, PADDED_VALUE_DIM) < VALUE_DIM)[None, :],
     )
 
 

@@ -9,15 +9,18 @@ Shapes, in the letters of `icw_compile.kernels.inductor`: ``B`` batch, ``Hq`` qu
 query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
-value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, splits=0) -> [B, Hq, T, Dv]``
+value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, splits=0, key_codes=None, value_codes=None)
+-> [B, Hq, T, Dv]``
     The function, the arguments and the semantics of ``icw_int8kv::attention``, with one licence: a position that a mask
     takes out (``False``, or minus infinity) contributes nothing even if its scale is not finite, for its rows may never
     be read. ``query`` is bfloat16, float16 or float32; scales and sinks are of any floating dtype; ``attn_mask`` is
     ``None``, boolean or of any floating dtype, 4-dimensional, and broadcasts to ``[B, Hq, T, S]`` by its strides. Any
-    strides will do, except that the channels of the int8 tensors are contiguous. ``D`` and ``Dv`` are at most 256. The
-    result is contiguous, in the query's dtype. ``splits`` is for tests: how many programs share the positions, 0 for
-    as many as suit the device. Raises ValueError for shapes and dtypes that do not fit, and `KernelUnavailableError`
-    without Triton.
+    strides will do, except that the channels of stored tensors are contiguous. With ``key_codes``, uint8
+    ``[B, H, S, 2]``, the keys are packed as `icw_compile.formats.int4` has them, uint8 ``[B, H, S, D / 2]``; with
+    ``value_codes`` the values are. ``D`` and ``Dv`` are at most 256, of packed rows multiples of 8, and such rows begin
+    where a word of 32 bits does. The result is contiguous, in the query's dtype. ``splits`` is for tests: how many
+    programs share the positions, 0 for as many as suit the device. Raises ValueError for shapes and dtypes that do not
+    fit, and `KernelUnavailableError` without Triton.
 ``attention_lse(...) -> (output[B, Hq, T, Dv], lse float32[B, Hq, T])``
     The same, and the logarithm of the sum of exponentials of each query row's scores, its sink included: minus infinity
     for a row that reads nothing.
@@ -55,6 +58,8 @@ __all__ = [
 
 #: Largest head size: beyond it a tile does not fit in the shared memory of a multiprocessor.
 MAX_HEAD_DIM = 256
+#: Packed channels in the 32 bits that the kernel reads at a time.
+IN_A_WORD = 8
 #: Compute capability with bfloat16 tensor cores and asynchronous copies.
 MIN_CAPABILITY = (8, 0)
 #: More splits than this cost more to merge than they bring.
@@ -74,14 +79,16 @@ class Tiles(NamedTuple):
 
 def declines(call: AttentionCall) -> str | None:
     """Why the kernels do not take this call, or ``None`` if they do: `AttentionKernel.declines`."""
-    if reason := declines_rows(call, KERNEL.devices):
+    if reason := declines_rows(call, KERNEL.devices, ("int8", "int4")):
         return reason
     for name, stored in (("keys", call.key), ("values", call.value)):
-        size = stored.parts["qdata"].shape[3]
+        size = stored.channels
         if not isinstance(size, int):
             return f"the {name} have a symbolic number of channels"
         if size > MAX_HEAD_DIM:
             return f"the {name} have {size} channels: the kernel is for at most {MAX_HEAD_DIM}"
+        if stored.format == "int4" and size % IN_A_WORD != 0:
+            return f"the {name} have {size} channels: the kernel reads packed ones {IN_A_WORD} at a time"
     return _why_not_on(call.query.device)
 
 
@@ -183,14 +190,18 @@ def _compute(
     softcap: float | None,
     sinks: Tensor | None = None,
     splits: int = 0,
+    key_codes: Tensor | None = None,
+    value_codes: Tensor | None = None,
 ) -> Tensor:
     load()
     from icw_compile.kernels.attention_triton import attend, merge
 
-    _check(query, key_qdata, key_scale, value_qdata, value_scale, attn_mask, sinks)
+    _check(query, key_qdata, key_scale, key_codes, value_qdata, value_scale, value_codes, attn_mask, sinks)
     batch, query_heads, tokens, head_dim = query.shape
     heads, length = key_qdata.shape[1:3]
-    value_dim = value_qdata.shape[3]
+    value_dim = value_qdata.shape[3] * (1 if value_codes is None else 2)
+    key_qdata, key_codes = _words(key_qdata, key_codes)
+    value_qdata, value_codes = _words(value_qdata, value_codes)
     output = query.new_empty((batch, query_heads, tokens, value_dim))
     if output.numel() == 0:
         return output
@@ -215,8 +226,10 @@ def _compute(
             query,
             key_qdata,
             key_scale,
+            key_codes,
             value_qdata,
             value_scale,
+            value_codes,
             attn_mask,
             None if sinks is None else sinks.contiguous(),
             partial,
@@ -225,8 +238,10 @@ def _compute(
             *query.stride(),
             *key_qdata.stride()[:3],
             *key_scale.stride()[:3],
+            *((0, 0, 0) if key_codes is None else key_codes.stride()[:3]),
             *value_qdata.stride()[:3],
             *value_scale.stride()[:3],
+            *((0, 0, 0) if value_codes is None else value_codes.stride()[:3]),
             *mask_strides,
             heads,
             tokens,
@@ -252,6 +267,11 @@ def _compute(
     return output
 
 
+def _words(qdata: Tensor, codes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows and codes as the kernel reads them: of packed rows, int32 words and both codes of a row as an int16."""
+    return (qdata, None) if codes is None else (qdata.view(torch.int32), codes.view(torch.int16))
+
+
 def _processors(device: torch.device) -> int:
     """Multiprocessors of the device; 1 where Triton interprets on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -261,8 +281,10 @@ def _check(
     query: Tensor,
     key_qdata: Tensor,
     key_scale: Tensor,
+    key_codes: Tensor | None,
     value_qdata: Tensor,
     value_scale: Tensor,
+    value_codes: Tensor | None,
     attn_mask: Tensor | None,
     sinks: Tensor | None,
 ) -> None:
@@ -275,22 +297,9 @@ def _check(
     if key_qdata.dim() != 4 or value_qdata.dim() != 4:
         raise ValueError("key_qdata and value_qdata must have 4 dimensions")
     heads, length = key_qdata.shape[1:3]
-    value_dim = value_qdata.shape[3]
-    for name, tensor, shape in (
-        ("key_qdata", key_qdata, (batch, heads, length, head_dim)),
-        ("key_scale", key_scale, (batch, heads, length, 1)),
-        ("value_qdata", value_qdata, (batch, heads, length, value_dim)),
-        ("value_scale", value_scale, (batch, heads, length, 1)),
-    ):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be of shape {list(shape)}, not {list(tensor.shape)}")
-    for name, tensor in (("key_qdata", key_qdata), ("value_qdata", value_qdata)):
-        if tensor.dtype != torch.int8:
-            raise ValueError(f"{name} must be int8, not {tensor.dtype}")
-        if tensor.stride(3) != 1:
-            raise ValueError(f"the channels of {name} must be contiguous")
-        if tensor.shape[3] > MAX_HEAD_DIM:
-            raise ValueError(f"{name} has {tensor.shape[3]} channels: the kernel is for at most {MAX_HEAD_DIM}")
+    value_dim = value_qdata.shape[3] * (1 if value_codes is None else 2)
+    _check_rows("key", key_qdata, key_scale, key_codes, (batch, heads, length, head_dim))
+    _check_rows("value", value_qdata, value_scale, value_codes, (batch, heads, length, value_dim))
     if heads == 0 or query_heads % heads:
         raise ValueError(f"{query_heads} query heads cannot be grouped on {heads} key/value heads")
     if sinks is not None and tuple(sinks.shape) != (query_heads,):
@@ -303,9 +312,28 @@ def _check(
             raise ValueError(f"unsupported dtype of attn_mask: {attn_mask.dtype}")
 
 
+def _check_rows(name: str, qdata: Tensor, scale: Tensor, codes: Tensor | None, shape: tuple[int, ...]) -> None:
+    *rows, channels = shape
+    if channels > MAX_HEAD_DIM:
+        raise ValueError(f"{name}_qdata has {channels} channels: the kernel is for at most {MAX_HEAD_DIM}")
+    if codes is not None and channels % IN_A_WORD != 0:
+        raise ValueError(f"{name}_qdata has {channels} channels: the kernel reads packed ones {IN_A_WORD} at a time")
+    parts = {f"{name}_qdata": (qdata, torch.int8, channels), f"{name}_scale": (scale, scale.dtype, 1)}
+    if codes is not None:
+        parts[f"{name}_qdata"] = (qdata, torch.uint8, channels // 2)
+        parts[f"{name}_codes"] = (codes, torch.uint8, 2)
+    for part, (tensor, dtype, size) in parts.items():
+        if tuple(tensor.shape) != (*rows, size):
+            raise ValueError(f"{part} must be of shape {[*rows, size]}, not {list(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{part} must be {str(dtype).removeprefix('torch.')}, not {tensor.dtype}")
+        if size > 1 and tensor.stride(3) != 1:
+            raise ValueError(f"the channels of {part} must be contiguous")
+
+
 def _register() -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
-    arguments = f"({ATTENTION_ARGUMENTS}, int splits=0)"
+    arguments = f"({ATTENTION_ARGUMENTS}, int splits=0, Tensor? key_codes=None, Tensor? value_codes=None)"
     torch.library.define("icw_int8kv_triton::attention", f"{arguments} -> Tensor", tags=tags)
     torch.library.define("icw_int8kv_triton::attention_lse", f"{arguments} -> (Tensor output, Tensor lse)", tags=tags)
     torch.library.impl("icw_int8kv_triton::attention", "CUDA", attention_triton)
@@ -323,8 +351,11 @@ def _register() -> None:
         softcap: float | None,
         sinks: Tensor | None = None,
         splits: int = 0,
+        key_codes: Tensor | None = None,
+        value_codes: Tensor | None = None,
     ) -> Tensor:
-        return query.new_empty((*query.shape[:3], value_qdata.shape[3]))
+        channels = value_qdata.shape[3] * (1 if value_codes is None else 2)
+        return query.new_empty((*query.shape[:3], channels))
 
     def fake_lse(query: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
         return fake(query, *others, **named), query.new_empty(query.shape[:3], dtype=torch.float32)

@@ -38,6 +38,11 @@ class StoredRows:
     format: str
     parts: Mapping[str, Tensor]
 
+    @property
+    def channels(self) -> Any:
+        """Of a row: ``D`` or ``Dv``."""
+        return next(iter(self.parts.values())).shape[-1] * (2 if self.format == "int4" else 1)
+
     @classmethod
     def int8(cls, qdata: Tensor, scale: Tensor) -> "StoredRows":
         return cls("int8", {"qdata": qdata, "scale": scale})

@@ -1,0 +1,120 @@
+"""The machine code of the Triton kernels, compiled without a device for the arguments they are launched with."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+COMPILE = """
+import json, pathlib, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from icw_compile.formats.scaled import scale_dtype_for
+
+backend, arch, cases, folder = json.loads(sys.argv[1])
+torch.version.hip = "some" if backend == "hip" else None
+
+from icw_compile.kernels import attention_triton, gpu
+
+class Driver:
+    # What Triton asks of a device when it compiles for one.
+    get_current_target = staticmethod(lambda: GPUTarget(backend, arch, 64 if backend == "hip" else 32))
+    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+
+count = 0
+class Compiled:
+    # A kernel that is compiled for the arguments it is launched with, and not launched.
+    def __init__(self, kernel):
+        self.kernel = kernel
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            global count
+            compiled = self.kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            path = pathlib.Path(folder) / str(count)
+            path.write_bytes(compiled.asm["hsaco" if backend == "hip" else "cubin"])
+            print(json.dumps([self.kernel.__name__, str(path), compiled.metadata.shared]))
+            count += 1
+        return launch
+
+triton.runtime.driver.set_active(Driver())
+attention_triton.attend = Compiled(attention_triton.attend)
+attention_triton.merge = Compiled(attention_triton.merge)
+for dtype, query_heads, heads, tokens, length, sizes, bits, mask, causal, softcap, sinks, splits in cases:
+    dtype = getattr(torch, dtype)
+    stored, codes = [], {}
+    for role, size, each in zip(("key", "value"), sizes, bits):
+        packed = each == 4
+        rows = torch.empty(1, heads, length, size // 2 if packed else size, dtype=torch.uint8 if packed else torch.int8)
+        stored += [rows, torch.empty(1, heads, length, 1, dtype=scale_dtype_for(dtype))]
+        if packed:
+            codes[role + "_codes"] = torch.empty(1, heads, length, 2, dtype=torch.uint8)
+    operator = gpu.attention_lse_triton if sinks else gpu.attention_triton
+    operator(
+        torch.empty(1, query_heads, tokens, sizes[0], dtype=dtype),
+        *stored,
+        mask and torch.empty(1, 1, tokens, length, dtype=getattr(torch, mask)),
+        causal, 0.1, softcap, torch.empty(query_heads, dtype=dtype) if sinks else None, splits, **codes,
+    )
+"""
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """A compiled kernel.
+
+    Attributes:
+        name: of the kernel, ``"attend"`` or ``"merge"``.
+        path: of its cubin or code object.
+        shared: bytes of shared memory.
+    """
+
+    name: str
+    path: Path
+    shared: int
+
+    def resources(self) -> dict[str, int]:
+        """``REG``: registers of a thread; ``STACK``, ``LOCAL``: bytes of a thread that are in memory. NVIDIA's only."""
+        usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(self.path))
+        return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+
+    def loops(self) -> list[Counter[str]]:
+        """Instructions of each loop that has matrix products in it, in the order of the code. NVIDIA's only."""
+        code: list[str] = []
+        at: dict[str, int] = {}
+        found = []
+        for line in _run(triton.knobs.nvidia.nvdisasm.path, "-c", str(self.path)).splitlines():
+            if label := re.match(r"\s*(\.L_x_\d+):", line):
+                at[label[1]] = len(code)
+            elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*);", line):
+                code.append(instruction[1])
+                target = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
+                if instruction[1] == "BRA" and target and target[1] in at:
+                    found.append(Counter(code[at[target[1]] :]))
+        return [loop for loop in found if any("MMA" in name for name in loop)]
+
+
+def compile_for(backend: str, arch: Any, cases: list[tuple[Any, ...]], folder: Path) -> list[MachineCode]:
+    """Compile what is launched for each case, into ``folder``.
+
+    Args:
+        backend: ``"cuda"`` or ``"hip"``.
+        arch: ``80``, ``"gfx942"``, ...
+        cases: dtype, query heads, heads, query tokens, cached tokens, (D, Dv), bits of (keys, values), dtype of the
+            mask or ``None``, causal, softcap, whether there are sinks, splits.
+    """
+    command = [sys.executable, "-c", COMPILE, json.dumps([backend, arch, cases, str(folder)])]
+    lines = _run(*command, cwd="/", env={**os.environ, "TRITON_INTERPRET": "0"}).splitlines()
+    return [MachineCode(name, Path(path), shared) for name, path, shared in map(json.loads, lines)]
+
+
+def _run(*command: str, **others: Any) -> str:
+    process = subprocess.run(command, capture_output=True, text=True, check=False, **others)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout
