@@ -77,7 +77,7 @@ def _table(code):
 
 @triton.jit
 def _levels(words, BIT: tl.constexpr, step, first):
-    """int32: the levels of the 4 bits from ``BIT`` and from ``BIT + 16`` of each word, in the upper bytes of its halves.
+    """int32: the levels of the 4 bits from ``BIT`` and ``BIT + 16`` of each word, in the upper bytes of its halves.
 
     ``step`` and ``first`` are four times those of the definition: ``>> 6`` is to leave the lower bytes out.
     """
