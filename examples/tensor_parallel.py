@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 2 examples/tensor_parallel.py Qwen/Qwen2.5-1.5B  # one of your own
 
 ``tp_plan="auto"`` is transformers' own: weights become DTensors, and every rank keeps the keys and values of its share
-of the heads. Nothing else changes: compile each rank's model, then generate. The small model is also run whole by each
-rank, and the example says how far the two are apart, in logits and in cache bytes.
+of the heads; or of all heads, where the plan of an architecture gathers them (Phi-3), which is also the way to fewer
+heads than ranks. Nothing else changes: compile each rank's model, then generate. The small model is also run whole by
+each rank, and the example says how far the two are apart, in logits and in cache bytes.
 """
 
 import os
@@ -20,14 +21,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    StaticCache,
+)
 
 import icw_compile
 from icw_compile import QuantizedKV
 
 PROMPT = torch.arange(3, 27).view(2, 12)  # [batch, tokens]
 STEPS = 6
-KINDS = ("dynamic", "static", "prepared", "sliding")
+KINDS = ("dynamic", "static", "prepared", "sliding", "replicated")
 
 
 @record
@@ -60,7 +69,7 @@ def compare(kinds: Iterable[str]) -> None:
     for kind in kinds:
         with shared_folder() as folder:
             if dist.get_rank() == 0:
-                small_model(kind, heads=ranks).save_pretrained(folder)  # one head of keys and values for each rank
+                small_model(kind, ranks).save_pretrained(folder)
             dist.barrier()
             whole = AutoModelForCausalLM.from_pretrained(folder).eval()
             split = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
@@ -69,6 +78,7 @@ def compare(kinds: Iterable[str]) -> None:
         logits, cache = decode(split, kind, backend="icw_int8kv", options=options)
         graphs, stock_graphs = len(icw_compile.report().graphs), graphs_of_stock(split, kind)
         distance = ((logits - expected).norm() / expected.norm()).item()
+        expected_share = 1 if kind == "replicated" else 1 / ranks
         share = icw_compile.cache_bytes(cache) / icw_compile.cache_bytes(whole_cache)
         assert all(isinstance(part, QuantizedKV) for layer in cache.layers for part in (layer.keys, layer.values))
         print(
@@ -77,7 +87,7 @@ def compare(kinds: Iterable[str]) -> None:
             end="",
             flush=True,
         )
-        assert distance <= 1e-5 and graphs <= stock_graphs and abs(share - 1 / ranks) < 0.02
+        assert distance <= 1e-5 and graphs <= stock_graphs and abs(share - expected_share) < 0.02
 
 
 @contextmanager
@@ -91,18 +101,20 @@ def shared_folder() -> Iterator[str]:
         shutil.rmtree(name[0])
 
 
-def small_model(kind: str, heads: int) -> PreTrainedModel:
+def small_model(kind: str, ranks: int) -> PreTrainedModel:
+    """One head of keys and values for each rank, or one for all of them."""
     torch.manual_seed(0)
-    config_class, window = (MistralConfig, {"sliding_window": 8}) if kind == "sliding" else (LlamaConfig, {})
+    architectures = {"sliding": (MistralConfig, {"sliding_window": 8}), "replicated": (Phi3Config, {"pad_token_id": 0})}
+    config_class, others = architectures.get(kind, (LlamaConfig, {}))
     config = config_class(
         vocab_size=256,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=2 * heads,
-        num_key_value_heads=heads,
+        num_attention_heads=2 * ranks,
+        num_key_value_heads=1 if kind == "replicated" else ranks,
         head_dim=32,
-        **window,
+        **others,
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 

@@ -49,6 +49,7 @@ PARAMETERS = {
     "gemma-2-2b": 2614,
     "phi-3-mini": 3821,
     "qwen2-1.5b": 1544,
+    "llama-3.1-70b": 70554,
 }
 
 

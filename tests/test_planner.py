@@ -22,7 +22,7 @@ from icw_compile.compat.transformers import meta_model, other_states
 from icw_compile.frontend.families import FAMILIES
 from icw_compile.lab.bench.shapes import load_config
 from icw_compile.lab.cli import app
-from icw_compile.lab.plan import estimated_weights, parse_bytes
+from icw_compile.lab.plan import estimated_exchange, estimated_weights, parse_bytes
 from icw_compile.lab.tiny import model_types, tiny_causal_lm, tiny_config
 from icw_compile.planner import BATCH, RANKS, TOKENS, plan
 
@@ -328,6 +328,9 @@ def test_command(tmp_path: Path) -> None:
     assert (found["float"]["cache_bytes"], found["stored"]["cache_bytes"]) == sizes
     assert found["stored"]["largest_context"] > 1.5 * found["float"]["largest_context"] > 0
     assert found["stored"]["largest_batch"] > found["float"]["largest_batch"] > 0
+    read = found["estimated_weight_bytes"] + found["stored"]["cache_bytes"]  # the embeddings give the logits too
+    assert found["stored"]["estimated_bytes_read_in_a_step"] == read
+    assert found["exchanges_in_a_step"] == 2 * 26 + 2 and "exchanges between ranks" in done.output
 
 
 def test_command_for_a_folder(tmp_path: Path) -> None:
@@ -353,6 +356,12 @@ def test_estimates() -> None:
         fewer = estimated_weights(model, torch.bfloat16, stored)
         assert 0.2 < (fewer.subs(RANKS, 1) - embedding) / (whole.subs(RANKS, 1) - embedding) < most
     assert 0.5 < whole.subs(RANKS, 2) / whole.subs(RANKS, 1) < 0.75
+    assert estimated_weights(model, torch.bfloat16, "float", read_in_a_step=True) == whole
+    untied = meta_model(tiny_config("llama"))
+    read, held = (estimated_weights(untied, torch.bfloat16, "float", read_in_a_step=each) for each in (True, False))
+    assert held.subs(RANKS, 1) - read.subs(RANKS, 1) == 2 * untied.get_input_embeddings().weight.numel()
+    untied.tp_plan["model.norm"] = "sequence_parallel"
+    assert estimated_exchange(untied, torch.bfloat16) is None, "not counted"
     assert [parse_bytes(each) for each in ("7", "1.5KiB", "2 GB")] == [7, 1536, 2 * 10**9]
     with pytest.raises(ValueError, match="no memory size"):
         parse_bytes("24 gigs")

@@ -151,7 +151,7 @@ def bench(
         str,
         typer.Option(
             help="A hub id, a folder, or a shape with random weights: tinyllama-1.1b, llama-3-8b, "
-            "mistral-7b, gemma-2-2b, phi-3-mini, qwen2-1.5b."
+            "mistral-7b, gemma-2-2b, phi-3-mini, qwen2-1.5b, llama-3.1-70b."
         ),
     ] = "tinyllama-1.1b",
     layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to its first layers.")] = None,
@@ -252,7 +252,7 @@ def plan(
         str,
         typer.Option(
             help="A hub id, a folder, or a shape: tinyllama-1.1b, llama-3-8b, mistral-7b, gemma-2-2b, phi-3-mini, "
-            "qwen2-1.5b. Only its configuration is read."
+            "qwen2-1.5b, llama-3.1-70b. Only its configuration is read."
         ),
     ] = "tinyllama-1.1b",
     memory: Annotated[

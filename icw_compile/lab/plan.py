@@ -1,6 +1,7 @@
 """``icw-compile plan``: what a model takes of a memory, and how long a context, or how large a batch, fits into it.
 
-The cache is counted to the byte (`icw_compile.plan`). Weights and activations are estimates, and are called so.
+The cache is counted to the byte (`icw_compile.plan`). Weights, activations, and what a decode step reads and exchanges
+are estimates, and are called so.
 """
 
 import json
@@ -20,7 +21,14 @@ from icw_compile.lab.bench.shapes import Weights, load_config
 from icw_compile.lab.terminal import answers, parse_options
 from icw_compile.planner import BATCH, RANKS, TOKENS, Plan, plan
 
-__all__ = ["Settings", "estimated_activations", "estimated_weights", "parse_bytes", "run_plan"]
+__all__ = [
+    "Settings",
+    "estimated_activations",
+    "estimated_exchange",
+    "estimated_weights",
+    "parse_bytes",
+    "run_plan",
+]
 
 _UNITS = {"": 1, "B": 1} | {f"{unit}B": 1000**i for i, unit in enumerate("KMGT", 1)}
 _UNITS |= {f"{unit}IB": 1024**i for i, unit in enumerate("KMGT", 1)}
@@ -28,6 +36,13 @@ _UNITS |= {f"{unit}IB": 1024**i for i, unit in enumerate("KMGT", 1)}
 KINDS: tuple[Literal["float", "stored"], ...] = ("float", "stored")
 #: Weights in one group of 4-bit ones, which share a scale and a zero point.
 GROUP = 128
+#: How often a ring of ranks passes on each share of what a module gives, by its style of tensor parallelism
+#: (``transformers.distributed.tensor_parallel``): two rounds add it up, one gathers it.
+ROUNDS = {
+    "rowwise": 2, "rowwise_rep": 2, "rowwise_split_input": 2, "packed_rowwise": 2, "embedding_rowwise": 2,
+    "moe_tp_experts": 2, "all_reduce": 2, "colwise_gather_output": 1, "colwise_rep": 1, "embedding_colwise": 1,
+    "colwise": 0, "packed_colwise": 0, "replicate": 0, "replicated_with_grad_allreduce": 0, "local_params": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,20 +74,25 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def estimated_weights(model: PreTrainedModel, dtype: torch.dtype, stored: Weights) -> Any:
+def estimated_weights(
+    model: PreTrainedModel, dtype: torch.dtype, stored: Weights, *, read_in_a_step: bool = False
+) -> Any:
     """Bytes of the weights on one rank, an expression in `RANKS`.
 
     All parameters of the model, tied ones once, in ``dtype``. With ``"int8"``, matrices but for embeddings and what
     gives the logits have one byte a number, and a scale of ``dtype`` for each row; with ``"int4"``, half a byte, and a
     scale and a zero point of ``dtype`` for each group of `GROUP`. What the tensor-parallel plan of the model splits is
-    divided by the ranks. A real checkpoint, and how it is loaded, may differ.
+    divided by the ranks. A real checkpoint, and how it is loaded, may differ. With ``read_in_a_step``, without
+    embeddings that do not give the logits too: a decode step reads no more of them than its tokens' rows.
     """
-    ends = {
-        id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None
-    }
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = {id(part.weight) for part in (embeddings, head) if part is not None}
+    looked_up = embeddings.weight if head is None or head.weight is not embeddings.weight else None
     split = {name for name, how in model.tp_plan.items() if "colwise" in how or "rowwise" in how}
     total: Any = sympy.Integer(0)
     for name, parameter in model.named_parameters():
+        if read_in_a_step and parameter is looked_up:
+            continue
         numbers = parameter.numel()
         if stored == "float" or parameter.dim() < 2 or id(parameter) in ends:
             size = numbers * dtype.itemsize
@@ -102,6 +122,27 @@ def estimated_activations(model: PreTrainedModel, dtype: torch.dtype, chunk: int
     return BATCH * sympy.Min(TOKENS, chunk) * per_token + 4 * BATCH * config.vocab_size
 
 
+def estimated_exchange(model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, Any] | None:
+    """What tensor parallelism exchanges in a decode step: how often, and the bytes that one rank sends in all of it.
+
+    The bytes are an expression in `BATCH` and `RANKS`: rings of ranks, which pass on each of ``ranks - 1`` shares of
+    ``batch * features`` numbers of ``dtype`` as often as `ROUNDS` says. What is cached is never exchanged.
+
+    Returns:
+        ``None`` if the plan of the model has a style that is not listed there.
+    """
+    styles = dict(model.tp_plan)
+    if not set(styles.values()) <= set(ROUNDS):
+        return None
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    sent = [
+        ROUNDS[styles[pattern]] * (getattr(module, "out_features", None) or hidden)
+        for name, module in model.named_modules()
+        if (pattern := re.sub(r"\d+", "*", name)) in styles and ROUNDS[styles[pattern]]
+    ]
+    return len(sent), BATCH * sum(sent) * dtype.itemsize * (RANKS - 1) / RANKS
+
+
 def run_plan(settings: Settings, *, json_file: Path | None) -> dict[str, Any]:
     """Print the table of a plan, and write it as JSON if asked; returns what is written.
 
@@ -118,6 +159,8 @@ def run_plan(settings: Settings, *, json_file: Path | None) -> dict[str, Any]:
         planned,
         estimated_weights(model, dtype, settings.weights),
         estimated_activations(model, dtype, settings.chunk),
+        estimated_weights(model, dtype, settings.weights, read_in_a_step=True),
+        estimated_exchange(model, dtype),
     )
     console = answers(140)
     console.print(str(planned), soft_wrap=True, highlight=False, markup=False)
@@ -127,7 +170,14 @@ def run_plan(settings: Settings, *, json_file: Path | None) -> dict[str, Any]:
     return found
 
 
-def _figures(settings: Settings, planned: Plan, weights: Any, activations: Any) -> dict[str, Any]:
+def _figures(
+    settings: Settings,
+    planned: Plan,
+    weights: Any,
+    activations: Any,
+    read: Any,
+    exchange: tuple[int, Any] | None,
+) -> dict[str, Any]:
     besides, ranks, batch = weights + activations, settings.ranks, settings.batch
     found: dict[str, Any] = {
         "settings": asdict(settings),
@@ -137,6 +187,10 @@ def _figures(settings: Settings, planned: Plan, weights: Any, activations: Any) 
         "windows": {str(symbol): tokens for symbol, tokens in planned.windows.items()},
         "estimated_weight_bytes": int(weights.subs(RANKS, ranks)),
     }
+    if ranks > 1 and exchange is not None:
+        times, sent = exchange
+        found["exchanges_in_a_step"] = times
+        found["estimated_bytes_sent_in_a_step"] = int(sent.subs({BATCH: batch, RANKS: ranks}))
     for of in KINDS:
         each: dict[str, Any] = {"expression": str(planned.float_bytes if of == "float" else planned.bytes)}
         at = settings.tokens
@@ -152,6 +206,7 @@ def _figures(settings: Settings, planned: Plan, weights: Any, activations: Any) 
             each["tokens"] = at
             each["cache_bytes"] = sizes.float_bytes if of == "float" else sizes.bytes
             each["estimated_activation_bytes"] = int(activations.subs({BATCH: batch, TOKENS: at}))
+            each["estimated_bytes_read_in_a_step"] = int(read.subs(RANKS, ranks)) + each["cache_bytes"]
         found[of] = each
     return found
 
@@ -178,7 +233,15 @@ def _table(settings: Settings, found: dict[str, Any]) -> Table:
         (f"weights {held}, an estimate", [weights, weights]),
         (f"activations of {settings.chunk:,} tokens a call, an estimate",
          [_gibibytes(found[kind].get("estimated_activation_bytes")) for kind in KINDS]),
+        ("a decode step then reads, an estimate",
+         [_gibibytes(found[kind].get("estimated_bytes_read_in_a_step")) for kind in KINDS]),
     ]  # fmt: skip
+    if "exchanges_in_a_step" in found:
+        sent = f"{found['estimated_bytes_sent_in_a_step'] / 1024**2:,.3f} MiB"
+        times = found["exchanges_in_a_step"]
+        rows.append((f"and sends in {times} exchanges between ranks, an estimate", [sent, sent]))
+    elif settings.ranks > 1:
+        rows.append(("and sends between ranks", ["not known"] * 2))
     for name, cells in rows:
         table.add_row(name, *cells)
     return table

@@ -71,6 +71,11 @@ SHAPES: dict[str, Shape] = {
         num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131_072,
         tie_word_embeddings=True,
     ),
+    "llama-3.1-70b": _shape(
+        "meta-llama/Llama-3.1-70B", "llama", 500_000.0, vocab_size=128_256, hidden_size=8192,
+        intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        max_position_embeddings=131_072,
+    ),
 }  # fmt: skip
 
 

@@ -6,28 +6,30 @@ A page is written by hand but for its regions, which stand between two comments:
     whatever was here                   | cached tokens | ...
     <!-- end -->                        <!-- end -->
 
-What a region shows is made of result files, which the commands ``bench``, ``eval``, ``sweep`` and ``demo`` write with
-``--json``; `REGIONS` says of which. A region that begins with ``<!-- typed: name -->`` holds what was written by hand
-before there was such a file, or a command that writes one; as soon as the file is there it becomes a ``result``.
+What a region shows is made of result files, which the commands ``bench``, ``eval``, ``sweep``, ``plan`` and ``demo``
+write with ``--json``; `REGIONS` says of which. A region that begins with ``<!-- typed: name -->`` holds what was
+written by hand before there was such a file, or a command that writes one; as soon as the file is there it becomes a
+``result``.
 ``tests/test_documents.py`` fails if a page is not what its result files give.
 
-`icw_compile.lab.documents.page` knows regions; `speed`, `quality` and `models` make what is in them, from the tables
-that the commands themselves print.
+`icw_compile.lab.documents.page` knows regions; `speed`, `quality`, `models` and `plans` make what is in them, most from
+the tables that the commands themselves print.
 """
 
 from pathlib import Path
 
-from icw_compile.lab.documents import models, quality, speed
+from icw_compile.lab.documents import models, plans, quality, speed
 from icw_compile.lab.documents.page import Region, Rendered, render
 
 __all__ = ["PAGES", "REGIONS", "Region", "Rendered", "render_page", "write_documents"]
 
 #: name -> what makes it. A name is used on as many pages as like.
-REGIONS: dict[str, Region] = {**speed.REGIONS, **quality.REGIONS, **models.REGIONS}
+REGIONS: dict[str, Region] = {**speed.REGIONS, **quality.REGIONS, **models.REGIONS, **plans.REGIONS}
 #: Everything that has regions, relative to the repository.
 PAGES = (
     "README.md",
     "docs/comparison.md",
+    "docs/integrations.md",
     "docs/models.md",
     "docs/quality.md",
     "docs/speed.md",
