@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Cache,
+    DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -20,10 +21,13 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    StaticCache,
 )
 
 import icw_compile
+from icw_compile import QuantizedKV
 from icw_compile.frontend.families import FAMILIES
+from icw_compile.lab.reference import dynamic_reference_cache
 from icw_compile.lab.tiny import VOCABULARY, tiny_causal_lm
 
 #: Run the rewritten graph as it is, with nothing in it but what Inductor could compile.
@@ -119,6 +123,23 @@ def relative_distance(actual: Tensor, expected: Tensor) -> float:
     """``|actual - expected| / |expected|`` in float64; NaN anywhere gives infinity."""
     distance = ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
     return distance if distance == distance else float("inf")
+
+
+def check_beside_weights(model: PreTrainedModel, kind: str, *, within: float = 1e-4, compiler: str = "eager") -> None:
+    """int8 in every layer of a ``kind`` of cache, in whole graphs, with the logits of the reference.
+
+    The weights of ``model`` are what the caller asks about. It is called compiled first, as users do.
+    """
+    chunks = (9, 1, 1, 2, 1)
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=24)
+    options = EAGER if compiler == "eager" else {}
+    compiled = torch.compile(model, backend="icw_int8kv", fullgraph=True, options=options)
+    ids = tokens(sum(chunks), batch=2)
+    actual = run(compiled, cache, ids, chunks)
+    assert relative_distance(actual, run(model, dynamic_reference_cache(model), ids, chunks)) <= within
+    assert all(isinstance(part, QuantizedKV) for layer in cache.layers for part in (layer.keys, layer.values))
+    assert graphs() and all(len(graph.sites) == 4 and not graph.skipped for graph in graphs())
+    assert all("dequantized" not in read for graph in graphs() for site in graph.sites for read in site.reads)
 
 
 def graphs() -> tuple[icw_compile.GraphReport, ...]:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support import EAGER, graphs, relative_distance, run, tiny_model, tokens
+from support import check_beside_weights, relative_distance, tiny_model, tokens
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 from icw_compile import QuantizedKV
 from icw_compile.lab.reference import dynamic_reference_cache
@@ -12,7 +12,6 @@ from icw_compile.lab.reference import dynamic_reference_cache
 torchao = pytest.importorskip("torchao.quantization", reason="torchao has no build for this platform")
 granularity = pytest.importorskip("torchao.quantization.granularity")
 
-CHUNKS = (9, 1, 1, 2, 1)
 #: Configuration -> the distance that is left. Activations that are rounded to int8 make much of a float's last bits.
 CONFIGS = {
     "Int8WeightOnlyConfig": 2e-3,
@@ -34,14 +33,7 @@ def quantized_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrained
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_int8_cache(name: str, kind: str) -> None:
-    model = quantized_model(name)
-    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=24)
-    compiled = torch.compile(model, backend="icw_int8kv", fullgraph=True, options=EAGER)
-    ids = tokens(sum(CHUNKS), batch=2)
-    actual = run(compiled, cache, ids, CHUNKS)
-    assert relative_distance(actual, run(model, dynamic_reference_cache(model), ids, CHUNKS)) <= CONFIGS[name]
-    assert all(isinstance(part, QuantizedKV) for layer in cache.layers for part in (layer.keys, layer.values))
-    assert all(len(graph.sites) == 4 and not graph.skipped for graph in graphs())
+    check_beside_weights(quantized_model(name), kind, within=CONFIGS[name])
 
 
 def test_generate_with_inductor() -> None:
