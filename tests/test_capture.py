@@ -1,17 +1,19 @@
 """Capture, and the private torch interfaces that it stands on: these tests notice when one of them changes."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support import compiled, graphs, run, tiny_model, tokens
+from support import compiled, graphs, relative_distance, run, tiny_model, tokens
 from torch import Tensor
 from torch.fx import GraphModule
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import icw_compile
 from icw_compile.frontend.capture import capture, example_inputs, source_name
+from icw_compile.lab.reference import dynamic_reference_cache
 from icw_compile.passes import KVGraph
 from icw_compile.passes.graph import layer_of
 
@@ -94,6 +96,31 @@ def test_sliding_layers_are_told_from_full_ones(name: str, kinds: str) -> None:
     expected = ["static sliding" if kind == "s" else "static" for kind in kinds for _ in range(2)]
     assert [site.cache.removesuffix(", created here") for site in graphs()[0].sites] == expected
     assert [site.cache for site in graphs()[1].sites] == expected
+
+
+class PacksItself(torch.nn.Linear):
+    """Has other weights from its first call on, as a 4-bit layer of bitsandbytes on a CPU."""
+
+    packed = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.packed:
+            self.weight.data = self.weight.data * 0.5
+            self.packed = True
+        return torch.nn.functional.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"icw.compiler": "inductor"}, marks=pytest.mark.slow)], ids=str)
+def test_weights_that_are_set_in_the_first_call(options: dict[str, str]) -> None:
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.__class__ = layer.mlp.down_proj.__class__ = PacksItself
+    plain = copy.deepcopy(model)
+    ids, chunks = tokens(12), (9, 1, 2)
+    actual = run(compiled(model, **options), DynamicCache(config=model.config), ids, chunks)
+    assert relative_distance(actual, run(plain, dynamic_reference_cache(plain), ids, chunks)) <= 1e-4
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+    assert all(len(graph.sites) == 4 and not graph.skipped for graph in graphs())
 
 
 def test_outside_of_torch_compile() -> None:

@@ -97,6 +97,13 @@ def test_fake_mode():
     assert captured(lambda x: x + 1, torch.ones(3), look=look)[0] == [True]
 
 
+def test_data_of_a_tensor():
+    def look(graph_module):
+        return [node.target for node in graph_module.graph.find_nodes(op="call_function")]
+
+    assert captured(lambda x: x.data + 1, torch.ones(3), look=look)[0][0][0] is dynamo.DATA
+
+
 def test_sources_of_inputs_and_guards():
     holder = Holder(Layer())
     holder.layers[0].keys = torch.ones(2)

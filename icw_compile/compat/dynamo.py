@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 __all__ = [
+    "DATA",
     "Owner",
     "Stored",
     "attribute_of",
@@ -37,6 +38,11 @@ __all__ = [
     "source_name",
     "stored_attributes",
 ]
+
+
+#: What Dynamo puts into its graph for ``x.data``. ``torch._C._autograd._get_data_attr``, in
+#: ``torch._dynamo.variables.tensor.TensorVariable.method_attr_data``.
+DATA: Any = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 
 
 def fake_mode() -> FakeTensorMode | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node, Proxy
 
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.compat.dynamo import example_value
+from icw_compile.compat.dynamo import DATA, example_value
 from icw_compile.compat.flex import FLEX_ATTENTION, Flex
 from icw_compile.compat.functorch import inside_transform, is_transform, tensor_of_level
 from icw_compile.compat.fx import (
@@ -84,6 +84,9 @@ class Retrace(Interpreter):
             if self._is_kept(node):
                 self.repeats.make_known((args, kwargs))
                 return self._keep(node)
+        if node.target is DATA:
+            # Of a fake tensor, `x.data` is made where a pre-dispatch trace does not look. Without gradients it is this.
+            return args[0].detach()
         call = self.repeats.call_of(node, args, kwargs)
         if call is not None and (result := self.repeats.again(node, call)) is not NotImplemented:
             return result
