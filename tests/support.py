@@ -125,7 +125,9 @@ def relative_distance(actual: Tensor, expected: Tensor) -> float:
     return distance if distance == distance else float("inf")
 
 
-def check_beside_weights(model: PreTrainedModel, kind: str, *, within: float = 1e-4, compiler: str = "eager") -> None:
+def check_beside_weights(
+    model: PreTrainedModel, kind: str, *, within: float = CLOSE_LOGITS, compiler: str = "eager"
+) -> None:
     """int8 in every layer of a ``kind`` of cache, in whole graphs, with the logits of the reference.
 
     The weights of ``model`` are what the caller asks about. It is called compiled first, as users do.

@@ -68,7 +68,7 @@ def test_adapters_switched_on_one_cache() -> None:
         model.set_adapter(name), plain.set_adapter(name)
         ids = tokens(length, batch=2, seed=len(found))
         found.append(run(model, cache, ids, (length,)))
-        assert relative_distance(found[-1], run(plain, reference, ids, (length,))) <= 1e-4
+        assert relative_distance(found[-1], run(plain, reference, ids, (length,))) <= CLOSE_LOGITS
     assert all(isinstance(part, QuantizedKV) for layer in cache.layers for part in (layer.keys, layer.values))
     assert all(len(graph.sites) == 4 and not graph.skipped for graph in graphs())
 
