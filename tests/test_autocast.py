@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from support import EAGER, graphs, relative_distance, tiny_model, tokens
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 from icw_compile import QuantizedKV
 from icw_compile.lab.reference import dynamic_reference_cache
@@ -54,14 +54,6 @@ def test_int8_at_every_step(name: str) -> None:
     assert reads and not any("dequantized" in read for read in reads)
     full_window = name == "mistral"  # takes one more, under autocast or not
     assert len(graphs()) <= graphs_of_stock(model) + full_window
-
-
-def test_a_static_cache_is_of_one_dtype() -> None:
-    """transformers writes keys and values into buffers of the keys' dtype: compiled or not, that is an error."""
-    model = tiny_model()
-    for each in (model, *(torch.compile(model, backend=name) for name in ("eager", "icw_int8kv"))):
-        with pytest.raises(RuntimeError, match="same dtype"):
-            run_in_pieces(each, StaticCache(model.config, max_cache_len=32))
 
 
 def test_autocast_that_ends() -> None:
