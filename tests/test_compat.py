@@ -99,7 +99,7 @@ def test_fake_mode():
 
 def test_data_of_a_tensor():
     def look(graph_module):
-        return [node.target for node in graph_module.graph.find_nodes(op="call_function")]
+        return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 
     assert captured(lambda x: x.data + 1, torch.ones(3), look=look)[0][0][0] is dynamo.DATA
 

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import check_beside_weights, tiny_model, tokens
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+from support import CLOSE_LOGITS, EAGER, relative_distance, run, tiny_model, tokens
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, DynamicCache, PreTrainedModel, StaticCache
+
+from icw_compile import QuantizedKV
+from icw_compile.lab.reference import dynamic_reference_cache
 
 REASON = "compressed-tensors has no build for this platform or this Python"
 quantization = pytest.importorskip("compressed_tensors.quantization", reason=REASON)
@@ -41,8 +44,12 @@ def packed_model(folder: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_int8_cache(kind: str, tmp_path: Path) -> None:
-    """The first call unpacks the weights, in code that ends the graph at each layer: so it comes before compiling."""
+    """Its layers compare addresses of memory, which ends the graph at each of them, compiled by any backend."""
     model = packed_model(tmp_path)
-    with torch.no_grad():
-        model(tokens(2))
-    check_beside_weights(model, kind)
+    ids, chunks = tokens(12, batch=2), (9, 1, 1, 1)
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=24)
+    compiled = torch.compile(model, backend="icw_int8kv", options=EAGER)
+    with torch._dynamo.config.patch(recompile_limit=64):
+        actual = run(compiled, cache, ids, chunks)
+    assert relative_distance(actual, run(model, dynamic_reference_cache(model), ids, chunks)) <= CLOSE_LOGITS
+    assert all(isinstance(part, QuantizedKV) for layer in cache.layers for part in (layer.keys, layer.values))
