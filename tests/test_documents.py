@@ -12,7 +12,7 @@ import pytest
 from icw_compile.lab.bench.startup import DepthResult, Start
 from icw_compile.lab.demo import Comparison, Parting
 from icw_compile.lab.documents import PAGES, REGIONS, models, quality, render_page, speed
-from icw_compile.lab.documents.page import Region, Rendered, details, markdown_table, render
+from icw_compile.lab.documents.page import Region, details, markdown_table, render
 from icw_compile.lab.sweep import Run, Swept, table
 from icw_compile.options import Options
 
@@ -34,7 +34,7 @@ def prose(page: str, regions: bool = True) -> str:
     """Without code, and without what stands in regions unless asked for."""
     text = read(page)
     if not regions:
-        text = re.sub(r"<!-- (?:result|typed): .*?<!-- end -->", "", text, flags=re.DOTALL)
+        text = re.sub(r"<!-- result: .*?<!-- end -->", "", text, flags=re.DOTALL)
     return re.sub(r"`[^`\n]*`", "code", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
 
 
@@ -47,7 +47,7 @@ def anchors(page: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_figure_is_what_the_result_files_give(page: str) -> None:
-    assert render_page(ROOT, page).text == read(page), "stale, or changed by hand: run `make docs`"
+    assert render_page(ROOT, page) == read(page), "stale, or changed by hand: run `make docs`"
 
 
 @pytest.mark.parametrize("page", WRITTEN)
@@ -63,10 +63,10 @@ def test_the_picture_shows_the_result_files() -> None:
 
 
 def test_pages() -> None:
-    assert {page for page in WRITTEN if "<!-- result:" in read(page) or "<!-- typed:" in read(page)} == set(PAGES)
+    assert {page for page in WRITTEN if "<!-- result:" in read(page)} == set(PAGES)
     assert len(read("README.md").splitlines()) <= 200
-    shown = set(re.findall(r"<!-- (?:result|typed): ([\w-]+) -->", "".join(map(read, PAGES))))
-    assert set(REGIONS) <= shown, "nobody sees them"
+    shown = set(re.findall(r"<!-- result: ([\w-]+) -->", "".join(map(read, PAGES))))
+    assert set(REGIONS) == shown, "nobody sees them"
     assert all(f"icw.{each.name}" in read("README.md") for each in fields(Options))
 
 
@@ -84,26 +84,19 @@ def test_links(page: str) -> None:
 
 def test_regions(tmp_path: Path) -> None:
     regions = {"sum": Region(("a.json", "b.json"), lambda a, b: f"{a + b}\n")}
-    page = "One.\n<!-- {} -->\nold\n<!-- end -->\nTwo.\n"
-    typed, result = page.format("typed: sum"), page.format("result: sum")
+    page = "One.\n<!-- result: sum -->\nold\n<!-- end -->\nTwo.\n"
     (tmp_path / "a.json").write_text("1")
-    # Without a file: what is typed stays and is named, what is a result cannot be made.
-    assert render(tmp_path, typed, regions) == Rendered(typed, ("sum",))
     with pytest.raises(FileNotFoundError):
-        render(tmp_path, result, regions)
-    # With it, both are made; once more changes nothing.
+        render(tmp_path, page, regions)
     (tmp_path / "b.json").write_text("2")
-    made = render(tmp_path, typed, regions)
-    assert made == render(tmp_path, result, regions) == render(tmp_path, made.text, regions)
-    assert made.text == page.format("result: sum").replace("old", "3") and not made.typed
-    # Of nobody: typed or an error.
-    assert render(tmp_path, page.format("typed: other"), regions).typed == ("other",)
+    made = render(tmp_path, page, regions)
+    assert made == render(tmp_path, made, regions) == page.replace("old", "3")  # once more changes nothing
     with pytest.raises(ValueError, match="'other' is not known; there are: sum"):
-        render(tmp_path, page.format("result: other"), regions)
+        render(tmp_path, page.replace("sum", "other"), regions)
 
 
 @pytest.mark.parametrize(
-    "text", ["<!-- result: sum -->\n3\n", "<!-- result: sum -->\n3\n<!-- typed: sum -->\n<!-- end -->"]
+    "text", ["<!-- result: sum -->\n3\n", "<!-- result: sum -->\n3\n<!-- result: sum -->\n<!-- end -->"]
 )
 def test_a_region_without_an_end(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text("3")

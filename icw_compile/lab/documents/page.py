@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Region", "Rendered", "details", "grid", "markdown_table", "render", "restore", "sentence"]
+__all__ = ["Region", "details", "grid", "markdown_table", "render", "restore", "sentence"]
 
 T = TypeVar("T")
-_REGION = re.compile(r"<!-- (result|typed): ([\w-]+) -->\n(.*?)<!-- (end|result|typed)", re.DOTALL)
+_REGION = re.compile(r"<!-- result: ([\w-]+) -->\n.*?<!-- (end|result)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,12 @@ class Region:
     files: tuple[str, ...]
     make: Callable[..., str]
 
-    def missing(self, root: Path) -> list[str]:
-        return [file for file in self.files if not (root / file).exists()]
-
     def text(self, root: Path) -> str:
         return self.make(*(json.loads((root / file).read_text(encoding="utf-8")) for file in self.files))
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A page: its text, and the names of its regions that are typed."""
-
-    text: str
-    typed: tuple[str, ...]
-
-
-def render(root: Path, text: str, regions: Mapping[str, Region]) -> Rendered:
-    """Make each region of ``text`` anew.
+def render(root: Path, text: str, regions: Mapping[str, Region]) -> str:
+    """``text`` with each of its regions made anew.
 
     Args:
         root: where result files are looked for.
@@ -53,27 +42,22 @@ def render(root: Path, text: str, regions: Mapping[str, Region]) -> Rendered:
 
     Raises:
         ValueError: an unknown region, or one without an end.
-        FileNotFoundError: a result file of a region that is not typed.
+        FileNotFoundError: a result file of a region.
     """
-    typed = []
 
     def again(match: re.Match[str]) -> str:
-        kind, name, body, end = match.groups()
+        name, end = match.groups()
         if end != "end":
             raise ValueError(f"the region {name!r} has no end")
-        region = regions.get(name)
-        if kind == "typed" and (region is None or region.missing(root)):
-            typed.append(name)
-        elif region is None:
+        if name not in regions:
             raise ValueError(f"the region {name!r} is not known; there are: {', '.join(sorted(regions))}")
-        else:
-            kind, body = "result", region.text(root).strip("\n") + "\n"
-        return f"<!-- {kind}: {name} -->\n{body}<!-- end"
+        made = regions[name].text(root).strip("\n")
+        return f"<!-- result: {name} -->\n{made}\n<!-- end"
 
     made, count = _REGION.subn(again, text)
-    if count != len(re.findall(r"<!-- (?:result|typed):", text)):
+    if count != text.count("<!-- result:"):
         raise ValueError("a region has no end")
-    return Rendered(made, tuple(typed))
+    return made
 
 
 def restore(kind: Callable[..., T], data: Mapping[str, Any], **changed: Any) -> T:
