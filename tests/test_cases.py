@@ -256,15 +256,12 @@ def test_hooks_of_ones_own() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [{"freezing": True}, {"cpp_wrapper": True}, {"freezing": True, "cpp_wrapper": True}], ids=str
-)
-def test_settings_that_recipes_for_cpus_ask_for(settings: dict[str, bool]) -> None:
-    """As ``TORCHINDUCTOR_FREEZING=1`` and ``TORCHINDUCTOR_CPP_WRAPPER=1`` set them for a whole process."""
+def test_freezing() -> None:
+    """As ``TORCHINDUCTOR_FREEZING=1`` sets it for a whole process."""
     plain = tiny_model(dtype=torch.bfloat16, num_hidden_layers=1)
     model, ids, chunks = copy.deepcopy(plain), tokens(12), (9, 1, 2)
     cache = StaticCache(model.config, max_cache_len=16)
-    with torch._inductor.config.patch(settings):
+    with torch._inductor.config.patch(freezing=True):
         actual = run(torch.compile(model, backend="icw_int8kv"), cache, ids, chunks)
     assert relative_distance(actual, run(plain, reference_cache(plain, 16), ids, chunks)) <= 2e-2
     assert is_int8(cache)
