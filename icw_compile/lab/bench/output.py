@@ -11,7 +11,7 @@ from icw_compile.lab.bench.model import CONTENDERS, ContextResult, Measured, con
 from icw_compile.lab.bench.operator import OPERATOR_CONTENDERS, OperatorResult
 from icw_compile.lab.bench.startup import DepthResult, Start
 
-__all__ = ["context_notes", "context_table", "depth_table", "operator_table", "plot_contexts", "plot_depths"]
+__all__ = ["context_notes", "context_table", "depth_table", "operator_table", "plot_contexts", "plot_depths", "times"]
 
 
 def context_table(result: ContextResult) -> Table:
@@ -27,7 +27,7 @@ def context_table(result: ContextResult) -> Table:
             table.add_row(name, *[""] * 5, measured.failed, style="red")
             continue
         decode, prefill = measured.decode_seconds, measured.prefill_seconds
-        over = _times(result.decode_ratio(name, fastest)) if fastest and decode else ""
+        over = times(result.decode_ratio(name, fastest)) if fastest and decode else ""
         table.add_row(
             name,
             _mebibytes(measured.cache_bytes),
@@ -64,9 +64,9 @@ def context_notes(result: ContextResult) -> list[str]:
             continue
         parts = []
         if result.measured[ours].prefill_seconds and result.measured[theirs].prefill_seconds:
-            parts.append(f"prefill {_times(result.prefill_ratio(ours, theirs))}")
+            parts.append(f"prefill {times(result.prefill_ratio(ours, theirs))}")
         if result.measured[ours].decode_seconds and result.measured[theirs].decode_seconds:
-            parts.append(f"decode {_times(result.decode_ratio(ours, theirs))}")
+            parts.append(f"decode {times(result.decode_ratio(ours, theirs))}")
         if (share := result.saved_share(ours, theirs)) is not None:
             parts.append(f"{share:.0%} of that saving in the rise")
         if parts:
@@ -100,11 +100,11 @@ def operator_table(result: OperatorResult) -> Table:
             name,
             _spread(spread, 1e3, 2),
             f"{read / spread.median / 1e9:.1f}",
-            _times(result.times_ours(name)),
+            times(result.times_ours(name)),
             f"{what} ({result.kernel})" if name == "int8" else what,
             style="bold" if name == "int8" else None,
         )
-    table.caption = "\n".join([f"a quarter full over full: {_times(result.quarter)}", *disturbance(result.other_load)])
+    table.caption = "\n".join([f"a quarter full over full: {times(result.quarter)}", *disturbance(result.other_load)])
     return table
 
 
@@ -125,7 +125,7 @@ def depth_table(result: DepthResult) -> Table:
     for name, cold in result.cold.items():
         warm = result.warm[name]
         over = [result.over_stock(starts, name) for starts in (result.cold, result.warm)]
-        ratios = ["" if each is None else _times(each) for each in over]
+        ratios = ["" if each is None else times(each) for each in over]
         totals = [_spread(Spread.of([start.total for start in starts]), 1.0, 1) for starts in (cold, warm)]
         table.add_row(
             name,
@@ -213,7 +213,8 @@ def _panels(count: int, title: str) -> tuple[Any, Sequence[Any]]:
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
-def _times(spread: Spread) -> str:
+def times(spread: Spread) -> str:
+    """A ratio with its quartiles."""
     return f"{spread.median:.3f}x ({spread.lower:.3f}-{spread.upper:.3f})"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from icw_compile.lab.bench.measure import Spread
 from icw_compile.lab.bench.model import ContextResult, Measured
 from icw_compile.lab.bench.operator import Case, OperatorResult
-from icw_compile.lab.bench.output import context_notes, context_table, depth_table, operator_table, plot_contexts
+from icw_compile.lab.bench.output import context_notes, context_table, depth_table, operator_table, plot_contexts, times
 from icw_compile.lab.bench.shapes import SHAPES
 from icw_compile.lab.bench.startup import DepthResult, Start
 from icw_compile.lab.demo import Comparison, Parting
@@ -166,7 +166,7 @@ def options(file: Data) -> str:
         rows.append((
             ", ".join(f"`{option}`" for option in name.removeprefix(f"{plain} ").split(",")),
             *(f"{share:.3f}x" for share in stored),
-            *(f"{ratio.median:.3f}x ({ratio.lower:.3f}-{ratio.upper:.3f})" for ratio in taken),
+            *map(times, taken),
         ))  # fmt: skip
     header = ("", *(f"{what}, {each.context:,} tokens" for what in ("cache", "decode step") for each in results))
     return (
