@@ -109,6 +109,8 @@ class Input:
         written: the graph writes into rows that are there already.
         adopted: the format in which it is to be stored, where the caller holds a float tensor: it is replaced in
             ``owner``, which is how Dynamo names the caller's place for it.
+        shows: another stored input, and the token of it from which on this one shows some of it: the graph reads and
+            writes it as a view of that one.
     """
 
     parts: tuple[str, ...]
@@ -117,6 +119,7 @@ class Input:
     written: bool = False
     adopted: Format | None = None
     owner: str = ""
+    shows: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,7 @@ class KVGraph:
         skipped: what looks like one and stays float.
         asked_float: storage that stays float because the caller wants it to.
         input_names: the placeholders of the graph as captured: the signature that the caller sees.
+        shown: the name of a stored placeholder -> that of the one that it is a view of here, and from which token on.
         inputs: placeholder name -> the `Input` that takes its place, of the inputs that are passed in as parts.
         outputs: the original outputs in terms of the present ones.
         storage: found by the ``storage`` pass for ``propagate``: the node that stands for a storage -> what it is.
@@ -270,6 +274,7 @@ class KVGraph:
         self.skipped: list[Skipped] = []
         self.asked_float: list[Skipped] = []
         self.input_names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
+        self.shown: dict[str, tuple[str, int]] = {}
         self.inputs: dict[str, Input] = {}
         self.outputs = [Output(i) for i in range(len(self.output_nodes))]
         self.storage: dict[Node, Storage] = {}

@@ -338,6 +338,10 @@ def _take_input(
     stored = fakes.of_parts(placeholders)
     names = tuple(each.name for each in placeholders)
     name = _name_of(graph, node, uses)
+    if node.name in graph.shown:  # the graph has another input in its place
+        graph.inputs[node.name] = Input(names, shows=graph.shown[node.name])
+        graph.graph.erase_node(node)
+        return
     written = any(is_mutation(alias) for alias in aliases(node))
     if node not in graph.growing:
         end = graph.endpoints.get(node)

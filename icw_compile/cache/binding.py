@@ -27,11 +27,14 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
     at = {name: position for position, name in enumerate(graph.input_names)}
     inputs = [(at[name], each, at.get(str(each.appended))) for name, each in graph.inputs.items()]
     adopted = [(position, each) for position, each, _ in inputs if each.adopted is not None]
+    shown = [(position, at[each.shows[0]], each.shows[1]) for position, each, _ in inputs if each.shows is not None]
     outputs = [(each, at.get(each.grown.input, -1) if each.grown is not None else -1) for each in graph.outputs]
     plain_outputs = all(output.position >= 0 for output in graph.outputs)
 
     def call(*args: Any) -> list[Any]:
         passed = list(args)
+        for position, whole, start in shown:
+            _check_shows(args[position], args[whole], start)
         if adopted:
             held = find_held_elsewhere({each.owner: args[position] for position, each in adopted}, passed)
             for position, each in adopted:
@@ -53,6 +56,16 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
         ]
 
     return call
+
+
+def _check_shows(tensor: QuantizedKV, whole: QuantizedKV, start: int) -> None:
+    """Raises: RuntimeError, if ``tensor`` does not show the rows of ``whole`` from ``start`` on."""
+    part, other = tensor.buffers[0], whole.buffers[0]
+    if part.data_ptr() != other.data_ptr() + start * other.stride(2) * other.itemsize:
+        raise RuntimeError(
+            "icw_int8kv: two key/value tensors shared memory when this graph was compiled, and share it in another way "
+            "now, or not at all. Compile the function once for each of the two ways, or anew (torch.compiler.reset())."
+        )
 
 
 def _unwrap(

@@ -60,15 +60,13 @@ class TensorOfParts(Tensor):
         """A tensor of these parts. Without ``size`` that of the first part; without ``stride`` its as well."""
         let_flex_attention_take(cls, cls.dequantize)  # once, before Dynamo can meet one
         first = parts[0]
-        offset = None
         if size is None:
             channels = layout.format.channels(EAGER, Stored(layout.format, tuple(parts), layout.axes))
             size = (*first.shape[:-1], channels)
             packed = channels // max(first.shape[-1], 1)
             stride = [step * packed for step in first.stride()[:-1]] + [1] if packed > 1 else first.stride()
-            offset = first.storage_offset() * max(packed, 1)
         self: Self = torch.Tensor._make_wrapper_subclass(
-            cls, size, strides=stride, storage_offset=offset, dtype=layout.format.dtype, device=first.device
+            cls, size, strides=stride, dtype=layout.format.dtype, device=first.device
         )
         self._names = _names_of(layout.format)
         for name, part in zip(self._names, parts, strict=True):

@@ -21,6 +21,7 @@ from icw_compile.compat.fx import (
     with_inner_tensors,
 )
 from icw_compile.frontend.endpoints import input_endpoints, output_endpoints
+from icw_compile.frontend.overlap import join_overlapping
 from icw_compile.frontend.retrace import Retrace, is_foreign
 from icw_compile.passes.graph import Endpoint, KVGraph, aliases, is_mutation
 
@@ -85,6 +86,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
             # As under `vmap`: a value of the trace that no node computes.
             raise NotCapturedError(f"retracing loses track of a tensor that `{next(iter(node.users))}` reads")
     stored, growing, adoptable = {}, set(), set()
+    ours: dict[Node, QuantizedKV] = {}
     endpoints: dict[Node, Endpoint] = {}
     news = module.graph.find_nodes(op="placeholder")
     for old, new, example in zip(placeholders, news, examples, strict=True):
@@ -94,6 +96,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         if old in inputs_at:
             endpoints[new] = inputs_at[old]
         if isinstance(example, QuantizedKV):
+            ours[new] = example
             with fake_mode:
                 stored[new] = example.whole.of_parts(_fresh(example.buffers))
             if example.grows:
@@ -103,7 +106,9 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     module.recompile()
     returned: Any = dynamo_graph.graph.output_node().args[0]
     returned_to = {i: outputs_at[node] for i, node in enumerate(returned) if node in outputs_at}
-    return KVGraph(module, fake_mode, stored, frozenset(growing), endpoints, returned_to, frozenset(adoptable))
+    graph = KVGraph(module, fake_mode, stored, frozenset(growing), endpoints, returned_to, frozenset(adoptable))
+    join_overlapping(graph, ours)
+    return graph
 
 
 def _grow_alike(inputs: Iterable[tuple[Node, Any]], endpoints: Mapping[Node, Endpoint]) -> None:

@@ -100,7 +100,8 @@ def _storing_quantized(
             if name not in bits:
                 return states
             shifts = self.__dict__.setdefault("shifts", {})
-            new, held = channel_shift(states), getattr(self, name, None)
+            # `all_keys`: a layer that keeps its prompt in front of its window, in one tensor of both.
+            new, held = channel_shift(states), getattr(self, f"all_{name}", getattr(self, name, None))
             if name not in shifts or held is None:
                 shifts[name] = new
             elif isinstance(self, StaticLayer) and states.shape[-2] > 1:  # as after a reset
@@ -110,7 +111,7 @@ def _storing_quantized(
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             own = key_states.shape[-2] if own_as_they_came and key_states.shape[-2] > FEW_TOKENS else 0
-            window = isinstance(self, StaticSlidingWindowLayer)
+            window = isinstance(self, StaticSlidingWindowLayer) and not hasattr(self, "all_keys")
             overflows = window and self.cumulative_length_int == 0 and key_states.shape[-2] > self.max_cache_len
             if sink_tokens or recent_tokens:
                 self.first = key_states.shape[-2] - self.max_cache_len if overflows else getattr(self, "first", 0)

@@ -36,6 +36,8 @@ from icw_compile.compat.transformers import attention_implementation
 from icw_compile.lab.reference import store_quantized
 from icw_compile.lab.terminal import progress
 from icw_compile.lab.tiny import TASKS, VOCABULARY, model_types, tiny_model
+from icw_compile.layers import layer_index
+from icw_compile.passes import Site
 from icw_compile.report import GraphReport, report, reset_report
 
 __all__ = ["Run", "Swept", "markdown", "run_sweep", "sweep", "sweep_type", "table"]
@@ -127,17 +129,17 @@ def run_sweep(
     """Sweep, print a table, write ``json_file``; returns the exit code: 1 for a wrong answer or a failure of ours."""
     pairs = _pairs(types, tasks)
     console = Console()
-    results = []
+    results: list[Swept] = []
     with progress() as bar:
         task = bar.add_task("model types", total=len(pairs))
         for result in sweep(types, tasks=tasks, attention=attention, jobs=jobs):
             results.append(result)
+            results.sort(key=lambda each: (list(TASKS).index(each.task), each.model_type))
+            if json_file is not None:  # each time: a sweep takes long, and may be stopped
+                json_file.write_text(json.dumps([each.to_dict() for each in results], indent=1) + "\n")
             said = ": ".join((f"{result.task}: {result.model_type}", result.status, *filter(None, [result.reason])))
             bar.console.print(said, style=_STYLES.get(result.status), markup=False, highlight=False)
             bar.advance(task)
-    results.sort(key=lambda result: (list(TASKS).index(result.task), result.model_type))
-    if json_file is not None:
-        json_file.write_text(json.dumps([result.to_dict() for result in results], indent=1) + "\n")
     if as_markdown:
         print(markdown(results))
     else:
@@ -314,14 +316,28 @@ def _judge(run: Run, graphs: Sequence[GraphReport]) -> tuple[str, str]:
     if not run.kv_layers:
         return "no kv cache", ""
     # After a graph break each graph holds some of the layers.
-    complete = run.graph_breaks or all(sites == 2 * run.kv_layers for sites in run.sites)
+    places = [_places(graph, 2 * run.kv_layers) for graph in graphs if graph.sites]
+    complete = run.graph_breaks or all(len(each) == 2 * run.kv_layers for each in places)
     if skipped or run.int8_layers < run.kv_layers or not complete:
         found = f"{run.int8_layers} of {run.kv_layers} layers, sites {run.sites}"
         return ("partly int8" if run.int8_layers else "float"), "; ".join([found, *sorted(skipped)])
-    unread = {site.name for graph in graphs for site in graph.sites if not site.reads}
+    unread = {place[0].name for each in places for place in each if not any(site.reads for site in place)}
     if unread and not run.graph_breaks:
         return "partly int8", f"not read: {', '.join(sorted(unread))}"
     return "int8", ""
+
+
+def _places(graph: GraphReport, expected: int) -> list[list[Site]]:
+    """The graph's sites one by one; if there are more than expected, those of one layer and role together.
+
+    A layer may keep its prompt apart from its window: attention reads both as one.
+    """
+    if len(graph.sites) <= expected:
+        return [[site] for site in graph.sites]
+    found: dict[Any, list[Site]] = {}
+    for site in graph.sites:
+        found.setdefault((layer_index(site.name), site.role), []).append(site)
+    return list(found.values())
 
 
 def _stock_cache(model: PreTrainedModel, kind: Kind, encoded: int | None) -> Any:
@@ -378,7 +394,9 @@ def _compiled(
     try:
         compiled = torch.compile(model, backend=backend, options=options)
         prompt = _logits(compiled, cache, ids[:, : CHUNKS[0]], inputs, CHUNKS[:1])
-        from_prompt = any(names for part in _parts(cache) for names in _stored(part).values())
+        # In whatever attribute: a layer of a model's own may keep its prompt apart from its window.
+        layers = [layer for part in _parts(cache) for layer in part.layers]
+        from_prompt = any(isinstance(held, QuantizedKV) for layer in layers for held in vars(layer).values())
         steps = _logits(compiled, cache, ids[:, CHUNKS[0] :], inputs, CHUNKS[1:])
         return torch.cat([prompt, steps], dim=1), from_prompt, graph_breaks(), None
     except Exception as error:
