@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from icw_compile import formats, kernels, watch
 from icw_compile.cache.binding import bind
-from icw_compile.compat.dynamo import example_value
+from icw_compile.compat.dynamo import example_value, keep_fakes_as_dynamo
 from icw_compile.compat.inductor import CUDA_GRAPHS, cache_key_tag, inductor, uses_cuda_graphs
 from icw_compile.frontend.capture import (
     NotCapturedError,
@@ -93,6 +93,7 @@ def _compile(
 ) -> Callable[..., Any]:
     if options.compiler == "eager":
         return module.forward
+    keep_fakes_as_dynamo(module)
     # torch's on-disk caches are keyed by the graph before decomposition, in which our operations are mere names.
     with cache_key_tag(_cache_tag()):
         return inductor(options.mode, inductor_options)(module, inputs)

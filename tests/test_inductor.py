@@ -106,6 +106,17 @@ def test_dynamic_cache_of_many_layers() -> None:
     assert len(graphs()) == 2 and all(layer.keys.spare_rows for layer in cache.layers)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
+def test_the_cpp_wrapper(kind: str) -> None:
+    """With lengths that are symbols: in a graph that looks exported, Inductor's C++ wrapper knows of none."""
+    model, ids = tiny_model(num_hidden_layers=1), tokens(12, batch=2)
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=24)
+    step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options={"cpp_wrapper": True})
+    actual = run(step, cache, ids, (9, 1, 1, 1))
+    assert relative_distance(actual, run(model, dynamic_reference_cache(model), ids, (9, 1, 1, 1))) <= CLOSE_LOGITS
+    assert len(graphs()) <= 3 and isinstance(cache.layers[0].keys, QuantizedKV)
+
+
 def test_writing_past_the_end() -> None:
     """As stock transformers under Inductor: a RuntimeError, and what was in the cache is still there."""
     model = tiny_model()

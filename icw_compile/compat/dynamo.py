@@ -34,6 +34,7 @@ __all__ = [
     "guarded_sources",
     "hand_over_module",
     "hand_over_placeholder",
+    "keep_fakes_as_dynamo",
     "recompile_limit",
     "source_name",
     "stored_attributes",
@@ -225,6 +226,17 @@ def hand_over_placeholder(old: Node, new: Node, *, has_source: bool = True) -> N
     new._dynamo_source = getattr(old, "_dynamo_source", None) if has_source else None
     if "tensor_dict" in old.meta:
         new.meta["tensor_dict"] = dict(old.meta["tensor_dict"])
+
+
+def keep_fakes_as_dynamo(module: GraphModule) -> None:
+    """Move the placeholders' fakes from where ``torch.export`` has them to where Dynamo has them.
+
+    Inductor's C++ wrapper takes a graph with the former for an exported one, in which no number is symbolic.
+    ``node.meta["example_value"]`` in place of ``["val"]``; ``torch._inductor.compile_fx``.
+    """
+    for node in module.graph.find_nodes(op="placeholder"):
+        if "val" in node.meta:
+            node.meta["example_value"] = node.meta.pop("val")
 
 
 def hand_over_module(old: GraphModule, new: GraphModule) -> None:
