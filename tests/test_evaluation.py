@@ -18,7 +18,15 @@ from icw_compile.lab.cli import app
 from icw_compile.lab.evaluation.advise import Advice, _try_out, candidates
 from icw_compile.lab.evaluation.codes import CODES as CODES_OF_4_BITS
 from icw_compile.lab.evaluation.command import Prepared
-from icw_compile.lab.evaluation.contenders import FLOAT, FLOAT_COMPILED, Contender, contenders, fp8_cache
+from icw_compile.lab.evaluation.contenders import (
+    FLOAT,
+    FLOAT_COMPILED,
+    HQQ_4,
+    QUANTO_4,
+    Contender,
+    contenders,
+    fp8_cache,
+)
 from icw_compile.lab.evaluation.hard import CASES, PAIRS, equivalence, harden
 from icw_compile.lab.evaluation.quality import Windows, measure
 from icw_compile.lab.evaluation.recall import Recall
@@ -132,6 +140,22 @@ def test_the_compiled_float_cache_is_a_row() -> None:
     for quality in (one[2], other[1]):
         assert quality["total"]["kl_mean"] < 1e-8 and quality["total"]["logit_distance"] < 1e-4
     assert one[1]["total"]["kl_mean"] > 1e-7 and one[1] == other[2]
+
+
+def test_others_of_four_bits_stand_beside_ours_of_four() -> None:
+    pytest.importorskip("hqq", reason="hqq has no build for this platform")
+    pytest.importorskip("optimum.quanto", reason="optimum-quanto has no build for this platform")
+    model = tiny_model()
+    assert {HQQ_4, QUANTO_4}.isdisjoint(row.name for row in contenders(model, [SETTING]))
+    rows = {row.name: row for row in contenders(model, [{"icw.value_bits": 4}])}
+    with torch.no_grad():
+        floats = model(tokens(141)).logits[:, -1]
+        for name in (HQQ_4, QUANTO_4):
+            cache = rows[name].make_cache(141)
+            for piece in tokens(141).split((140, 1), dim=1):  # more than it keeps in float
+                logits = model(piece, past_key_values=cache).logits[:, -1]
+            assert {layer.nbits for layer in cache.layers} == {4}
+            assert 1e-4 < relative_distance(logits, floats) < 0.5
 
 
 def test_fp8_cache_has_one_scale_per_tensor() -> None:

@@ -12,12 +12,13 @@ from transformers import Cache, PreTrainedModel, QuantizedCache, StaticCache
 
 from icw_compile.compat.transformers import StaticLayer, unregistered
 
-__all__ = ["FLOAT", "FLOAT_COMPILED", "HQQ", "HQQ_4", "Contender", "contenders", "fp8_cache", "has_hqq"]
+__all__ = ["FLOAT", "FLOAT_COMPILED", "HQQ", "HQQ_4", "QUANTO_4", "Contender", "contenders", "fp8_cache", "has_hqq"]
 
 FLOAT = "float"
 FLOAT_COMPILED = "float, compiled"
 HQQ = "HQQ 8-bit, last 128 tokens float"
 HQQ_4 = "HQQ 4-bit, last 128 tokens float"
+QUANTO_4 = "quanto 4-bit, last 128 tokens float"
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -42,9 +43,9 @@ def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]], ot
     """The float cache, which the rest is compared with; ours with each of the settings; the others.
 
     Those are: the float cache of the model as ``torch.compile`` has it, whose distance comes from rounding in another
-    order and which no compiled row can be expected to beat; HQQ, if installed, in 4 bits as well if a setting has them;
-    and fp8. All rows share one model:
-    Dynamo keeps what it compiles for one backend from another.
+    order and which no compiled row can be expected to beat; HQQ, if installed, in 4 bits as well if a setting has them,
+    and then quanto's 4 bits too; and fp8. All rows share one model: Dynamo keeps what it compiles for one backend from
+    another.
     """
 
     def static(length: int) -> StaticCache:
@@ -59,17 +60,21 @@ def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]], ot
     if not others:
         return rows
     rows.append(Contender(FLOAT_COMPILED, torch.compile(model, dynamic=False), static))
+    has_four = any(options.get(f"icw.{n}") == 4 for options in settings for n in ("bits", "key_bits", "value_bits"))
     if has_hqq():
         # Groups along the head of each token, as transformers' guide has it for this backend.
-        rows.append(Contender(HQQ, model, partial(_hqq, model, 8)))
-        if any(options.get(f"icw.{name}") == 4 for options in settings for name in ("bits", "key_bits", "value_bits")):
-            rows.append(Contender(HQQ_4, model, partial(_hqq, model, 4)))
+        hqq = partial(_quantized, "hqq", model, 1)
+        rows.append(Contender(HQQ, model, partial(hqq, 8)))
+        if has_four:
+            rows.append(Contender(HQQ_4, model, partial(hqq, 4)))
+    if has_four and find_spec("optimum") is not None and find_spec("optimum.quanto") is not None:
+        rows.append(Contender(QUANTO_4, model, partial(_quantized, "quanto", model, 0, 4)))  # its own default axis
     rows.append(Contender("fp8 per tensor", model, lambda length: fp8_cache(model, length)))
     return rows
 
 
-def _hqq(model: PreTrainedModel, bits: int, length: int) -> Cache:
-    return QuantizedCache("hqq", model.config, nbits=bits, axis_key=1, axis_value=1)
+def _quantized(backend: str, model: PreTrainedModel, axis: int, bits: int, length: int) -> Cache:
+    return QuantizedCache(backend, model.config, nbits=bits, axis_key=axis, axis_value=axis)
 
 
 def has_hqq() -> bool:
