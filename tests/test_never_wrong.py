@@ -599,6 +599,31 @@ def test_static_cache_of_layers_that_differ(heads: dict[str, Any]) -> None:
         assert ours.keys.shape == theirs.keys.shape and ours.values.shape == theirs.values.shape
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma4_text",
+        "qwen3_next",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3n_text", "lfm2", "falcon_h1")),
+    ],
+)
+def test_static_cache_of_layers_that_keep_no_keys(name: str) -> None:
+    """They read another layer's, or have a state of linear attention: these are as transformers makes them."""
+    model, ids = tiny_causal_lm(name), tokens(12)
+    cache, stock = icw_compile.static_cache(model, 1, 24), reference_cache(model, 24)
+    actual = run(compiled(model), cache, ids, (9, 1, 2))
+    assert relative_distance(actual, run(model, stock, ids, (9, 1, 2))) <= CLOSE_LOGITS
+    for ours, theirs in zip(cache.layers, stock.layers, strict=True):
+        expected = isinstance(getattr(theirs, "keys", None), Tensor)
+        assert expected == isinstance(getattr(ours, "keys", None), QuantizedKV)
+    assert not any(graph.skipped for graph in icw_compile.report().graphs)
+
+
+def test_static_cache_of_a_model_without_keys() -> None:
+    with pytest.raises(ValueError, match="mamba keeps keys and values in no layer"):
+        icw_compile.static_cache(tiny_causal_lm("mamba"), 1, 24)
+
+
 # B16: inputs that share memory.
 
 

@@ -31,6 +31,9 @@ def static_cache(
 ) -> StaticCache:
     """A transformers `StaticCache` whose layers already hold quantized zeros.
 
+    Layers that keep no keys and values are as transformers makes them: those that read another layer's, and those of
+    linear attention, whose states have one size for all lengths.
+
     Use it to allocate the cache once: to reuse it with ``reset()``, to start with a prefill that is not compiled, or
     to know beforehand that it fits.
 
@@ -47,8 +50,8 @@ def static_cache(
 
     Raises:
         TypeError: the dtype is not one of the three.
-        ValueError: other numbers of bits, the model has a layer whose state is no key/value cache, or heads that do not
-            divide among ranks.
+        ValueError: other numbers of bits, a model that keeps keys and values in no layer, or heads that do not divide
+            among ranks.
     """
     if isinstance(model_or_config, PreTrainedModel):
         config = model_or_config.config
@@ -60,15 +63,15 @@ def static_cache(
     dtype = dtype or config.dtype or torch.get_default_dtype()
     cache = StaticCache(config, max_cache_len=max_cache_len)
     layouts = [
-        make_format(dtype, bits=own or bits, equalize=equalize, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
-        for own in (key_bits, value_bits)
+        make_format(dtype, bits=each or bits, equalize=equalize, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
+        for each in (key_bits, value_bits)
     ]
+    own = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, StaticLayer)}
+    if not own:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
+        raise ValueError(f"{config.model_type} keeps keys and values in no layer: its cache is of {kinds}")
     sizes = layer_sizes(config)
-    for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, StaticLayer):
-            raise ValueError(
-                f"layer {i} of {config.model_type} keeps a {type(layer).__name__}, which is no key/value cache"
-            )
+    for i, layer in own.items():
         states = [
             torch.empty(batch_size, heads_of_rank(model_or_config, heads), 0, size, dtype=dtype, device=device or "cpu")
             for heads, size in sizes[i]
