@@ -15,7 +15,7 @@ multiplied for the keys and the output for the values. Rows that are kept in the
 kernel's attention and merged with its output. All compute the same function (`icw_compile.kernels.inductor`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,18 @@ from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats import Stored
 from icw_compile.formats.base import decode
 from icw_compile.formats.rules import RULES
-from icw_compile.kernels.interface import AttentionCall, StoredRows
-from icw_compile.passes.graph import FusedAttention, KVGraph, Skipped, Storage, args_of, called, layer_of
+from icw_compile.kernels.interface import AttentionCall, AttentionKernel, StoredRows
+from icw_compile.passes.graph import (
+    FusedAttention,
+    KVGraph,
+    Skipped,
+    Storage,
+    args_of,
+    called,
+    first_write,
+    layer_of,
+    root_of,
+)
 
 __all__ = ["lower"]
 
@@ -37,8 +47,9 @@ _ops = torch.ops.icw_int8kv
 def lower(graph: KVGraph) -> int:
     """Run the pass; returns the number of attentions lowered."""
     attentions, graph.attentions = graph.attentions, []
+    spans: dict[Node, Node] = {}
     for attention in attentions:
-        lowering, declined = _lower(graph, attention)
+        lowering, declined = _lower(graph, attention, spans)
         for value in (attention.key, attention.value):
             value.site.lowering, value.site.declined = lowering, declined
     decoded, graph.decoded = graph.decoded, {}
@@ -49,8 +60,8 @@ def lower(graph: KVGraph) -> int:
     return len(attentions)
 
 
-def _lower(graph: KVGraph, attention: FusedAttention) -> tuple[str, str]:
-    """How it is computed, and why not by a kernel."""
+def _lower(graph: KVGraph, attention: FusedAttention, spans: dict[Node, Node]) -> tuple[str, str]:
+    """How it is computed, and why not by a kernel. ``spans`` are those of the masks of attentions before it."""
     query, call = graph.tensor(args_of(attention.node)[0]), _attention_call(graph, attention)
     kernel = graph.find_kernel(query.device.type)
     reason = kernel if isinstance(kernel, str) else kernel.declines(call)
@@ -62,7 +73,11 @@ def _lower(graph: KVGraph, attention: FusedAttention) -> tuple[str, str]:
             for name, part in list(value.named.items())[2:]
         }
         rows = [part for value in stored for part in value.parts[:2]]
-        _call(graph, attention, kernel.operator, kernel.with_lse, rows, named)
+
+        def taken(mask: Node | None) -> dict[str, Node]:
+            return {**named, **_spans_of(graph, kernel, mask, graph.size(rows[0], 2), attention.node, spans)}
+
+        _call(graph, attention, kernel.operator, kernel.with_lse, rows, taken)
         return kernel.name, ""
     if statically_known_true(query.shape[2] == 1):
         with graph.before(attention.node):
@@ -70,7 +85,7 @@ def _lower(graph: KVGraph, attention: FusedAttention) -> tuple[str, str]:
         if None not in scaled:
             rows = [part for pair in scaled if pair is not None for part in pair]
             decode_step = (_ops.attention_decode.default, _ops.attention_decode_lse.default)
-            _call(graph, attention, *decode_step, rows, {})
+            _call(graph, attention, *decode_step, rows, lambda mask: {})
             return "inductor decode", reason or ""
     return "inductor prefill", reason or ""
 
@@ -102,17 +117,31 @@ def _base(stored: Stored) -> Stored:
     return stored
 
 
+def _spans_of(
+    graph: KVGraph, kernel: AttentionKernel, mask: Node | None, tokens: Any, node: Node, spans: dict[Node, Node]
+) -> dict[str, Node]:
+    """What the kernel takes besides the boolean mask of ``node``: once for all attentions that read the same.
+
+    ``spans`` are those of the masks that were met. One that was written into since then has others.
+    """
+    if kernel.mask_spans is None or mask is None or graph.tensor(mask).dtype != torch.bool:
+        return {}
+    if mask not in spans or first_write({root_of(mask)}, spans[mask], node) is not None:
+        spans[mask] = graph.call(kernel.mask_spans, mask, tokens)
+    return {"spans": spans[mask]}
+
+
 def _call(
     graph: KVGraph,
     attention: FusedAttention,
     operator: Any,
     with_lse: Any,
     rows: Sequence[Node],
-    named: Mapping[str, Node],
+    named: Callable[[Node | None], Mapping[str, Node]],
 ) -> None:
     """Let ``operator`` compute the attention, or, where rows are kept besides, ``with_lse`` and what merges them.
 
-    ``rows`` are two of the keys and two of the values, ``named`` what else it reads of them.
+    ``rows`` are two of the keys and two of the values, ``named`` what else it takes with a mask.
     """
     node, key, value = attention.node, attention.key.stored, attention.value.stored
     query, _, _, mask, is_causal, scale, softcap, *sinks = args_of(node)
@@ -120,13 +149,13 @@ def _call(
     with graph.before(node):
         inner_query = key.format.into_query(graph, query, key)
         if not key.kept and not value.kept:
-            output = graph.call(operator, inner_query, *rows, mask, *rest, *sinks, **named)
+            output = graph.call(operator, inner_query, *rows, mask, *rest, *sinks, **named(mask))
             output = value.format.into_output(graph, output, value)
         else:
             position = _kept_positions(graph, key, value)
             tokens = graph.size(rows[0], 2)
             others = graph.call(_ops.without_rows.default, mask, position, tokens)
-            output, lse = graph.call(with_lse, inner_query, *rows, others, *rest, *sinks, **named)
+            output, lse = graph.call(with_lse, inner_query, *rows, others, *rest, *sinks, **named(others))
             output = value.format.into_output(graph, output, value)
             exact = [_rows_at(graph, stored, position) for stored in (key, value)]
             output = graph.call(_ops.merge_rows.default, output, lse, query, *exact, position, mask, *rest, tokens)

@@ -321,9 +321,48 @@ def test_packed_rows_that_do_not_fit():
             kernel(changed, **named)
 
 
+def spans(draw, *shape):
+    """A boolean mask ``shape`` without holes: each row reads nothing, all, or from some position to another."""
+    *rows, length = shape
+    ends = torch.randint(-3, length + 3, (2, *rows, 1), generator=torch.Generator().manual_seed(draw)).clamp(0, length)
+    position = torch.arange(length)
+    return (position >= ends.amin(0)) & (position < ends.amax(0))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_masks_without_holes(splits):
+    for seed, rows in enumerate(((1, 1, 1), (2, 1, 1), (2, 1, 3), (2, 4, 1), (2, 4, 3))):
+        tensors = make(2, 4, 2, 3, 300, 64, 64, torch.float32, seed)
+        mask = spans(seed, *rows, 300)
+        check(tensors, mask, splits=splits)
+        check(tensors, mask, True, splits=splits, four_bits=FOUR_BITS[0])
+        one = mask.clone()
+        one[-1, -1, -1, 100:110] ^= True  # one row has a hole, the others have none
+        check(tensors, one, splits=splits)
+
+
+def test_a_mask_without_holes_is_not_read():
+    tensors = make(1, 4, 2, 2, 300, 64, 64, torch.float32)
+    mask = spans(5, 1, 1, 2, 300)
+    given = gpu.mask_spans(mask, 300).to(DEVICE)
+    assert given.tolist() == [
+        [[[min(at), max(at) + 1, len(at)] for at in (row.nonzero().flatten().tolist() for row in mask[0, 0])]]
+    ]
+    expected = kernel(tensors, mask)
+    assert expected.isfinite().all() and torch.equal(kernel(tensors, ~mask, spans=given), expected)
+
+
+def test_spans_of_masks():
+    assert gpu.mask_spans(torch.zeros(1, 1, 1, 5).bool(), 5).tolist() == [[[[5, 0, 0]]]]
+    assert gpu.mask_spans(torch.ones(1, 1, 1, 1).bool(), 5).tolist() == [[[[0, 5, 5]]]]
+    mask = torch.tensor([0, 1, 0, 1, 0]).bool().view(1, 1, 1, 5)
+    assert gpu.mask_spans(mask, 5).tolist() == [[[[1, 4, 2]]]]
+
+
 def test_empty_cache_and_batch():
     tensors = make(1, 4, 2, 1, 8, 64, 64, torch.bfloat16)
-    assert (kernel([tensors[0], *(t[:, :, :0] for t in tensors[1:])]) == 0).all()
+    for mask in (None, torch.ones(1, 1, 1, 0, dtype=torch.bool)):
+        assert (kernel([tensors[0], *(t[:, :, :0] for t in tensors[1:])], mask) == 0).all()
     assert kernel([t[:0] for t in tensors]).shape == (0, 4, 1, 64)
 
 
@@ -352,6 +391,8 @@ def test_arguments_that_do_not_fit():
         kernel(tensors, torch.ones(1, 1, 1, 99, dtype=torch.bool))
     with pytest.raises(ValueError, match="unsupported dtype of attn_mask"):
         kernel(tensors, torch.ones(1, 1, 1, 100, dtype=torch.int32))
+    with pytest.raises(ValueError, match="spans are those of a boolean mask"):
+        kernel(tensors, torch.zeros(1, 1, 1, 100), spans=torch.zeros(1, 1, 1, 3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"sinks must be of shape \[4\]"):
         kernel(tensors, sinks=torch.zeros(2))
     with pytest.raises(ValueError, match="at most 256"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.functional import dropout, softmax
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.kernels import AttentionCall, AttentionKernel
+from icw_compile.kernels import AttentionCall, AttentionKernel, gpu
 from icw_compile.lab.reference import quantize_dequantize
 from icw_compile.passes import PASSES, KVGraph, run_passes
 from icw_compile.passes.attention import match_attention
@@ -313,3 +314,22 @@ def test_lowering_to_a_kernel(kernel: AttentionKernel | str, length: int, loweri
     run_passes(graph, PASSES)
     assert [(site.lowering, site.declined) for site in graph.sites] == [lowering, lowering]
     assert devices == ["cpu"]
+
+
+def test_a_mask_has_spans_once() -> None:
+    """For all attentions that read it, and once more after it was written into."""
+
+    def twice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, is_written: bool) -> Tensor:
+        mask = mask.clone()
+        first = sdpa(q, repeat_kv(k), repeat_kv(v), attn_mask=mask)
+        if is_written:
+            mask[..., :3].fill_(False)
+        return sdpa(first, repeat_kv(k), repeat_kv(v), attn_mask=mask)
+
+    kernel = replace(gpu.KERNEL, declines=lambda call: None)
+    for is_written, expected in ((False, 1), (True, 2)):
+        graph = trace(partial(twice, is_written=is_written), query(), kv(), kv(), boolean_mask(1), quantized=[1, 2])
+        graph.find_kernel = lambda device: kernel
+        run_passes(graph, PASSES)
+        found = counts(graph)
+        assert (found["attention"], found["mask_spans"]) == (2, expected)

@@ -15,8 +15,9 @@ What they compute is ``icw_int8kv::attention`` (`icw_compile.kernels.inductor`);
 * Rows of 4 bits become rows of 8 after they are loaded, each of keys and values: what follows does not know which they
   were. The two channels of a byte lie side by side then, and the query is read, the output written, in that order.
 * Blocks that no row of the tile may read, by a boolean mask or causally, are skipped before their rows or scales are
-  loaded. Without a mask, the blocks that every row reads whole run in a loop without a test in it, whose loads Triton
-  pipelines.
+  loaded. Those that every row reads whole run in a loop without a test in it, whose loads Triton pipelines. A boolean
+  mask without holes, as of what is cached, a window or padding, is known by where its rows begin and end, and is not
+  read; of one with holes, and of an additive one, all blocks are read in part.
 * Sinks are where the softmax starts: a first score that has no value.
 
 Lengths are not specialised: a cache that grows compiles nothing anew.
@@ -228,6 +229,9 @@ def _step(
         "stride_mask_batch",
         "stride_mask_head",
         "stride_mask_token",
+        "stride_spans_batch",
+        "stride_spans_head",
+        "stride_spans_token",
     ]
 )
 def attend(
@@ -239,6 +243,7 @@ def attend(
     value_scale,
     value_codes,
     mask,  # None, or [batch, query heads, tokens, length] by its strides: uint8, or additive
+    spans,  # of a mask of uint8: int32 [batch, query heads, tokens, 3] by its strides, see `mask_spans`
     sinks,  # None or [query heads]
     output,  # [batch, query heads, tokens, VALUE_DIM], with a state: float32 [..., tokens, splits, VALUE_DIM]
     state,  # None for one split, else float32 [batch, query heads, tokens, splits, 2]
@@ -269,6 +274,9 @@ def attend(
     stride_mask_head,
     stride_mask_token,
     stride_mask,
+    stride_spans_batch,
+    stride_spans_head,
+    stride_spans_token,
     heads,
     tokens,
     length,
@@ -318,14 +326,27 @@ def attend(
         total = tl.where(largest == -float("inf"), 0.0, 1.0)
     accumulator = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
 
-    end = length
-    whole = length // BLOCK  # blocks that every row reads whole
+    # Of the blocks from first_block to last_block, every row reads those whole that are ``whole`` from first_whole on.
+    begin, end, whole_begin, whole_end = 0, length, 0, length
     if IS_CAUSAL:
         end = tl.minimum(end, (tl.minimum(tile * ROWS + ROWS, tokens * GROUP) - 1) // GROUP + 1)
-        whole = tl.minimum(whole, (tile * ROWS // GROUP + 1) // BLOCK)
-    if mask is not None:
-        whole = 0
-    for block in range(split, whole, splits):
+        whole_end = tl.minimum(whole_end, tile * ROWS // GROUP + 1)
+    if mask is not None and spans is None:
+        whole_end = 0
+    if spans is not None:
+        span = spans + batch * stride_spans_batch + query_head * stride_spans_head
+        span += token.to(tl.int64) * stride_spans_token
+        low, high = tl.load(span, mask=valid, other=0), tl.load(span + 1, mask=valid, other=0)
+        count = tl.load(span + 2, mask=valid, other=0)
+        has_holes = tl.max((count != tl.maximum(high - low, 0)).to(tl.int32)) != 0
+        begin = tl.where(has_holes, 0, tl.min(tl.where(valid, low, length)))
+        end = tl.where(has_holes, end, tl.minimum(end, tl.max(high)))
+        whole_begin = tl.max(low)
+        whole_end = tl.where(has_holes, 0, tl.minimum(whole_end, tl.min(tl.where(valid, high, length))))
+    first_block, last_block = begin // BLOCK, tl.cdiv(end, BLOCK)
+    first_whole = tl.cdiv(whole_begin, BLOCK)
+    whole = tl.maximum(whole_end // BLOCK - first_whole, 0)
+    for index in range(split, whole, splits):
         largest, total, accumulator = _step(
             rows,
             largest,
@@ -333,7 +354,7 @@ def attend(
             accumulator,
             None,
             None,
-            block * BLOCK,
+            (first_whole + index) * BLOCK,
             length,
             scale,
             softcap,
@@ -356,7 +377,10 @@ def attend(
             BLOCK,
             CHECKED=False,
         )
-    for block in range(split + tl.cdiv(tl.maximum(whole - split, 0), splits) * splits, tl.cdiv(end, BLOCK), splits):
+    partial = tl.maximum(last_block - first_block - whole, 0)
+    for index in range(split + tl.cdiv(tl.maximum(whole - split, 0), splits) * splits, whole + partial, splits):
+        block = first_block + index - whole
+        block += tl.where((whole > 0) & (block >= first_whole), whole, 0)
         position = block * BLOCK + tl.arange(0, BLOCK)
         taken = valid[:, None] & (position < length)[None, :]
         if IS_CAUSAL:
@@ -365,9 +389,12 @@ def attend(
         if mask is not None:
             row_mask = mask + batch * stride_mask_batch + query_head * stride_mask_head
             row_mask += token.to(tl.int64) * stride_mask_token
-            entries = tl.load(row_mask[:, None] + position.to(tl.int64)[None, :] * stride_mask, mask=taken, other=0)
-            if mask.dtype.element_ty == tl.uint8:
-                taken &= entries != 0
+            if spans is not None:
+                taken &= (position[None, :] >= low[:, None]) & (position[None, :] < high[:, None])
+            read = taken if spans is None else taken & has_holes
+            entries = tl.load(row_mask[:, None] + position.to(tl.int64)[None, :] * stride_mask, mask=read, other=0)
+            if spans is not None:
+                taken &= (entries != 0) | (has_holes == 0)
             else:
                 bias = entries.to(tl.float32)
                 taken &= bias != -float("inf")

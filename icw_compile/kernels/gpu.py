@@ -9,8 +9,8 @@ Shapes, in the letters of `icw_compile.kernels.inductor`: ``B`` batch, ``Hq`` qu
 query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
-value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, splits=0, key_codes=None, value_codes=None)
--> [B, Hq, T, Dv]``
+value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, splits=0, key_codes=None, value_codes=None,
+spans=None) -> [B, Hq, T, Dv]``
     The function, the arguments and the semantics of ``icw_int8kv::attention``, with one licence: a position that a mask
     takes out (``False``, or minus infinity) contributes nothing even if its scale is not finite, for its rows may never
     be read. ``query`` is bfloat16, float16 or float32; scales and sinks are of any floating dtype; ``attn_mask`` is
@@ -21,6 +21,10 @@ value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, split
     where a word of 32 bits does. The result is contiguous, in the query's dtype. ``splits`` is for tests: how many
     programs share the positions, 0 for as many as suit the device. Raises ValueError for shapes and dtypes that do not
     fit, and `KernelUnavailableError` without Triton.
+``mask_spans(attn_mask[b, h, t, S or 1], S) -> int32[b, h, t, 3]``
+    Of a boolean mask, for each row, the first position that it reads, the one behind the last, and how many it reads;
+    ``S, 0, 0`` if none. The kernel reads no mask where the rows have no holes. ``spans`` is this, for layers that share
+    a mask; without it, it is worked out at each call.
 ``attention_lse(...) -> (output[B, Hq, T, Dv], lse float32[B, Hq, T])``
     The same, and the logarithm of the sum of exponentials of each query row's scores, its sink included: minus infinity
     for a row that reads nothing.
@@ -53,6 +57,7 @@ __all__ = [
     "choose_splits",
     "choose_tiles",
     "load",
+    "mask_spans",
     "padded",
 ]
 
@@ -69,12 +74,17 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tiles(NamedTuple):
-    """How `attend` is compiled: query rows and cached positions of a tile, warps, stages of its pipelined loop."""
+    """How `attend` is compiled: query rows and cached positions of a tile, warps, stages of its pipelined loop.
+
+    ``registers`` is at most how many a thread has, where that is said: three programs of 168 and four warps fit on a
+    multiprocessor. What is beyond goes to memory, in the loop that reads a mask.
+    """
 
     rows: int
     block: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def declines(call: AttentionCall) -> str | None:
@@ -120,8 +130,8 @@ def load() -> None:
 #: (or hardly a) register goes to memory, two or three programs of the smallest fit on a multiprocessor, and all are
 #: within the 99 KiB of shared memory that every device from sm_80 on has. Not by timing: that takes a GPU.
 _TILES = {
-    64: (Tiles(16, 64, 4, 3), Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
-    128: (Tiles(16, 64, 4, 3), Tiles(32, 32, 4, 3), Tiles(64, 32, 8, 3), Tiles(128, 32, 8, 3)),
+    64: (Tiles(16, 64, 4, 3, 168), Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
+    128: (Tiles(16, 64, 4, 3, 168), Tiles(32, 32, 4, 3), Tiles(64, 32, 8, 3), Tiles(128, 32, 8, 3)),
     256: (Tiles(16, 32, 4, 3), Tiles(32, 32, 8, 2), Tiles(64, 32, 8, 2)),
 }
 _FLOAT32_TILES = {
@@ -166,6 +176,15 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def mask_spans(attn_mask: Tensor, length: int) -> Tensor:
+    """``icw_int8kv_triton::mask_spans``: where each row of a boolean mask begins and ends, int32 ``[b, h, t, 3]``."""
+    mask = attn_mask.expand(*attn_mask.shape[:3], length)
+    position = torch.arange(length, dtype=torch.int32, device=mask.device)
+    first = torch.where(mask, position, length).amin(dim=-1)
+    behind = torch.where(mask, position + 1, 0).amax(dim=-1)
+    return torch.stack([first, behind, mask.sum(dim=-1, dtype=torch.int32)], dim=-1)
+
+
 def attention_triton(*arguments: Any, **named: Any) -> Tensor:
     """``icw_int8kv_triton::attention`` on CUDA tensors, or on any where Triton interprets."""
     return _compute(None, *arguments, **named)
@@ -192,11 +211,12 @@ def _compute(
     splits: int = 0,
     key_codes: Tensor | None = None,
     value_codes: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor:
     load()
     from icw_compile.kernels.attention_triton import attend, merge
 
-    _check(query, key_qdata, key_scale, key_codes, value_qdata, value_scale, value_codes, attn_mask, sinks)
+    _check(query, key_qdata, key_scale, key_codes, value_qdata, value_scale, value_codes, attn_mask, sinks, spans)
     batch, query_heads, tokens, head_dim = query.shape
     heads, length = key_qdata.shape[1:3]
     value_dim = value_qdata.shape[3] * (1 if value_codes is None else 2)
@@ -216,10 +236,15 @@ def _compute(
         rows = (batch, query_heads, tokens, splits)
         partial = query.new_empty((*rows, value_dim), dtype=torch.float32)
         state = query.new_empty((*rows, 2), dtype=torch.float32)
+    if length == 0:
+        attn_mask = spans = None
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    span_strides: tuple[int, ...] = (0, 0, 0)
     if attn_mask is not None:
         mask_strides = attn_mask.expand(batch, query_heads, tokens, length).stride()
         if attn_mask.dtype == torch.bool:
+            spans = mask_spans(attn_mask, length) if spans is None else spans.contiguous()
+            span_strides = spans.expand(batch, query_heads, tokens, 3).stride()[:3]
             attn_mask = attn_mask.view(torch.uint8)
     with torch.cuda.device_of(query):
         attend[(tiles, splits)](
@@ -231,6 +256,7 @@ def _compute(
             value_scale,
             value_codes,
             attn_mask,
+            spans,
             None if sinks is None else sinks.contiguous(),
             partial,
             state,
@@ -243,6 +269,7 @@ def _compute(
             *value_scale.stride()[:3],
             *((0, 0, 0) if value_codes is None else value_codes.stride()[:3]),
             *mask_strides,
+            *span_strides,
             heads,
             tokens,
             length,
@@ -258,6 +285,8 @@ def _compute(
             BLOCK=chosen.block,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
+            # An option of Triton's backend for NVIDIA.
+            **({} if torch.version.hip is not None or chosen.registers is None else {"maxnreg": chosen.registers}),
         )
         if state is not None:
             merge[(batch * query_heads * tokens,)](
@@ -287,6 +316,7 @@ def _check(
     value_codes: Tensor | None,
     attn_mask: Tensor | None,
     sinks: Tensor | None,
+    spans: Tensor | None,
 ) -> None:
     """Refuse what the kernels would read wrongly."""
     if query.dim() != 4:
@@ -310,6 +340,8 @@ def _check(
             raise ValueError(f"attn_mask of shape {list(attn_mask.shape)} does not broadcast to {list(full)}")
         if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
             raise ValueError(f"unsupported dtype of attn_mask: {attn_mask.dtype}")
+    if spans is not None and (attn_mask is None or attn_mask.dtype != torch.bool):
+        raise ValueError("spans are those of a boolean mask")
 
 
 def _check_rows(name: str, qdata: Tensor, scale: Tensor, codes: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -333,9 +365,13 @@ def _check_rows(name: str, qdata: Tensor, scale: Tensor, codes: Tensor | None, s
 
 def _register() -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
-    arguments = f"({ATTENTION_ARGUMENTS}, int splits=0, Tensor? key_codes=None, Tensor? value_codes=None)"
+    arguments = (
+        f"({ATTENTION_ARGUMENTS}, int splits=0, Tensor? key_codes=None, Tensor? value_codes=None, Tensor? spans=None)"
+    )
     torch.library.define("icw_int8kv_triton::attention", f"{arguments} -> Tensor", tags=tags)
     torch.library.define("icw_int8kv_triton::attention_lse", f"{arguments} -> (Tensor output, Tensor lse)", tags=tags)
+    torch.library.define("icw_int8kv_triton::mask_spans", "(Tensor attn_mask, SymInt length) -> Tensor")
+    torch.library.impl("icw_int8kv_triton::mask_spans", "CompositeImplicitAutograd", mask_spans)
     torch.library.impl("icw_int8kv_triton::attention", "CUDA", attention_triton)
     torch.library.impl("icw_int8kv_triton::attention_lse", "CUDA", attention_lse_triton)
 
@@ -353,6 +389,7 @@ def _register() -> None:
         splits: int = 0,
         key_codes: Tensor | None = None,
         value_codes: Tensor | None = None,
+        spans: Tensor | None = None,
     ) -> Tensor:
         channels = value_qdata.shape[3] * (1 if value_codes is None else 2)
         return query.new_empty((*query.shape[:3], channels))
@@ -370,4 +407,13 @@ _register()
 attention = torch.ops.icw_int8kv_triton.attention.default
 attention_lse = torch.ops.icw_int8kv_triton.attention_lse.default
 
-KERNEL = AttentionKernel("triton kernel", "triton", ("cuda",), load, declines, attention, attention_lse)
+KERNEL = AttentionKernel(
+    "triton kernel",
+    "triton",
+    ("cuda",),
+    load,
+    declines,
+    attention,
+    attention_lse,
+    torch.ops.icw_int8kv_triton.mask_spans.default,
+)

@@ -88,6 +88,8 @@ class AttentionKernel:
             of keys and values take the place of decoded ones; others follow by name, as ``key_codes``.
         with_lse: the same, and the logarithm of the sum of exponentials of each row's scores, its sink included:
             float32 ``[B, Hq, T]``.
+        mask_spans: ``None``, or what both take as ``spans``, of a boolean mask and ``S``: it is worked out once for all
+            layers that share the mask.
     """
 
     name: str
@@ -97,6 +99,7 @@ class AttentionKernel:
     declines: Callable[[AttentionCall], str | None]
     operator: Any
     with_lse: Any
+    mask_spans: Any = None
 
 
 _QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

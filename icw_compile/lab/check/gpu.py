@@ -98,7 +98,10 @@ def _decode_case(case: tuple[int, int, int, int, int], best: float, device: torc
 
     def seconds(mask: Tensor | None, tokens: int = 1) -> float:
         query = torch.randn(batch, query_heads, tokens, size, device=device, dtype=BF16)
-        return timed([partial(found.operator, query, *cache, mask, False, size**-0.5, None) for cache in caches])
+        # What all layers of a step share is no part of it.
+        spans = {} if mask is None else {"spans": found.mask_spans(mask, length)}
+        call = partial(found.operator, query, **spans)
+        return timed([partial(call, *cache, mask, False, size**-0.5, None) for cache in caches])
 
     for name, mask in masks.items():
         took, share = seconds(mask), 1.0 if mask is None else mask.float().mean().item()
