@@ -8,20 +8,23 @@ What they compute is ``icw_int8kv::attention`` (`icw_compile.kernels.inductor`);
 * Split-KV ("flash decoding"): where the tiles alone do not fill the device, ``split`` programs share a tile. They take
   every ``splits``-th block of positions, not a contiguous part each: a cache that is filled to a quarter keeps all
   of them busy. Each yields (largest score, sum, weighted values) for each row, and `merge` combines them.
-* Integers up to 256 are exact in bfloat16, up to 2048 in float16: the int8 rows become an operand of ``tl.dot``
-  without error. The scales of the keys multiply the scores, those of the values the weights. A float16 model's weights
-  go into ``tl.dot`` as a sum of two bfloat16 numbers: float16 has no room for a weight times any scale. Float32 takes
-  three products of TF32 numbers, which give back its precision.
+* The scales of the keys multiply the scores, those of the values the weights. The int8 rows of keys are multiplied as
+  they are, by queries of two int8 digits. Those of values become float16 without error; the weights are float16 too,
+  and for their sake the softmax is relative to the largest score times a value's scale. Float32 models take three
+  products of TF32 numbers, which give back its precision.
 * Rows of 4 bits become rows of 8 after they are loaded, each of keys and values: what follows does not know which they
   were. The two channels of a byte lie side by side then, and the query is read, the output written, in that order.
 * Blocks that no row of the tile may read, by a boolean mask or causally, are skipped before their rows or scales are
   loaded. Those that every row reads whole run in a loop without a test in it, whose loads Triton pipelines. A boolean
-  mask without holes, as of what is cached, a window or padding, is known by where its rows begin and end, and is not
-  read; of one with holes, and of an additive one, all blocks are read in part.
-* Sinks are where the softmax starts: a first score that has no value.
+  mask without holes, as of what is cached, a window or padding, is known by where its rows begin and end, and is read
+  for the blocks at the ends; of one with holes, and of an additive one, all blocks are read in part.
+* Sinks are one more score, which has no value, when all others are known.
 
-Lengths are not specialised: a cache that grows compiles nothing anew.
+Lengths are not specialised, but for whether heads have an even number of scales: a cache that grows compiles nothing
+anew.
 """
+
+import math
 
 import torch
 import triton
@@ -33,11 +36,22 @@ __all__ = ["attend", "merge"]
 
 # Splits that `merge` reads at a time.
 CHUNK = tl.constexpr(16)
-# Triton's interpreter keeps bfloat16 as 16-bit integers, and multiplies those.
-INTERPRETED = tl.constexpr(is_interpreting())
 IS_PTX = tl.constexpr(torch.version.hip is None and not is_interpreting())
 # Of float32 products. Triton's backend for AMD has no products of three TF32 numbers, and multiplies float32 as it is.
 PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
+# The bytes of four channels to two pairs of float16, the even and the odd ones: 1024 + 128 + x has x + 128 in its last
+# eight bits. Instructions that convert take four times as long.
+HALVES = tl.constexpr("""{
+    .reg .b32 shifted, even, odd, origin;
+    mov.b32 origin, 0x64806480;
+    xor.b32 shifted, $2, 0x80808080;
+    prmt.b32 even, shifted, 0x64, 0x4240;
+    prmt.b32 odd, shifted, 0x64, 0x4341;
+    sub.f16x2 $0, even, origin;
+    sub.f16x2 $1, odd, origin;
+}""")
+ORIGIN = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2**23, to which an integer adds itself
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -97,7 +111,7 @@ def _merged(low, high):
 
 
 @triton.jit
-def _rows(
+def _fours(
     base,
     codes,
     start,
@@ -109,19 +123,74 @@ def _rows(
     BLOCK: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """int8 ``[BLOCK, PADDED]``: rows from ``start``, their channels in the order of `_channels`."""
+    """int32 ``[BLOCK, PADDED / 4]``: of packed rows from ``start``, four levels each, in the order of `_channels`."""
+    words = _loaded(base, start, stride, length, SIZE // 8, PADDED // 8, BLOCK, CHECKED)
+    both = _numbers(codes, start, stride_codes, length, BLOCK, CHECKED).to(tl.int32)[:, None]
+    step, first = _table(both & 255)
+    high_step, high_first = _table((both >> 8) & 255)
+    even = _merged(_levels(words, 0, step, first), _levels(words, 4, high_step, high_first))
+    odd = _merged(_levels(words, 8, step, first), _levels(words, 12, high_step, high_first))
+    return tl.interleave(even, odd)
+
+
+@triton.jit
+def _keys(
+    base,
+    codes,
+    start,
+    stride,
+    stride_codes,
+    length,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """int8 ``[PADDED, BLOCK]``: the rows from ``start``, their channels in the order of `_channels`."""
     if codes is None:
-        return _loaded(base, start, stride, length, SIZE, PADDED, BLOCK, CHECKED)
+        rows = _loaded(base, start, stride, length, SIZE, PADDED, BLOCK, CHECKED)
     else:
-        words = _loaded(base, start, stride, length, SIZE // 8, PADDED // 8, BLOCK, CHECKED)
-        both = _numbers(codes, start, stride_codes, length, BLOCK, CHECKED).to(tl.int32)[:, None]
-        step, first = _table(both & 255)
-        high_step, high_first = _table((both >> 8) & 255)
-        even = _merged(_levels(words, 0, step, first), _levels(words, 4, high_step, high_first))
-        odd = _merged(_levels(words, 8, step, first), _levels(words, 12, high_step, high_first))
-        four = tl.interleave(even, odd)
+        four = _fours(base, codes, start, stride, stride_codes, length, SIZE, PADDED, BLOCK, CHECKED)
         upper = tl.join((four >> 8).to(tl.int8), (four >> 24).to(tl.int8))
-        return tl.reshape(tl.join(tl.join(four.to(tl.int8), (four >> 16).to(tl.int8)), upper), (BLOCK, PADDED))
+        rows = tl.reshape(tl.join(tl.join(four.to(tl.int8), (four >> 16).to(tl.int8)), upper), (BLOCK, PADDED))
+    return tl.trans(rows)
+
+
+@triton.jit
+def _values(
+    base,
+    codes,
+    start,
+    stride,
+    stride_codes,
+    length,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHECKED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Two of ``DTYPE`` ``[BLOCK, PADDED / 2]``: the even and the odd channels of the rows from ``start``, exactly.
+
+    They come in pairs, for the hardware transposes what is of 16 bits and not what is of 8.
+    """
+    if codes is None:
+        pairs = _loaded(base, start, stride, length, (SIZE + 1) // 2, PADDED // 2, BLOCK, CHECKED)
+    else:
+        four = _fours(base, codes, start, stride, stride_codes, length, SIZE, PADDED, BLOCK, CHECKED)
+        pairs = tl.reshape(tl.join(four.to(tl.int16), (four >> 16).to(tl.int16)), (BLOCK, PADDED // 2))
+    return _halves(pairs, DTYPE)
+
+
+@triton.jit
+def _halves(pairs, DTYPE: tl.constexpr):
+    """The lower and the upper int8 of each int16 as float16 or float32."""
+    if IS_PTX and DTYPE == tl.float16:  # noqa: SIM300
+        return tl.inline_asm_elementwise(
+            HALVES, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        return pairs.to(tl.int8).to(DTYPE), (pairs >> 8).to(DTYPE)
 
 
 @triton.jit
@@ -138,19 +207,70 @@ def _channels(codes, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _multiply(left, rows, accumulator):
-    """``accumulator + left @ rows`` for a float tile and an int8 one, which becomes ``left``'s dtype without error."""
-    if INTERPRETED:
-        return tl.dot(left.to(tl.float32), rows.to(tl.float32), accumulator, input_precision=PRECISION)
-    return tl.dot(left, rows.to(left.dtype), accumulator, input_precision=PRECISION)
+def _digits(rows):
+    """int8, int8 ``[ROWS, D]`` and float32 ``[ROWS]``: rows as ``(256 * high + low) * scale``, rounded to 16 bits.
+
+    The scale of a row that is not finite is NaN.
+    """
+    rows = rows.to(tl.float32)
+    unit = tl.maximum(tl.max(tl.abs(rows), 1), 2.0**-100) / (127 * 256)
+    rounded = tl.floor(rows / unit[:, None] + 0.5)
+    high = tl.floor(rounded / 256 + 0.5)
+    return high.to(tl.int8), (rounded - high * 256).to(tl.int8), unit + tl.sum(rows * 0, 1)
+
+
+@triton.jit
+def _plus_origin(integers):
+    """float32: ``integers``, at most 2**22, to which the bits of 1.5 * 2**23 were added."""
+    return integers.to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+def _products(query, low, keys):
+    """float32: ``query @ keys``, or ``(256 * query + low) @ keys``, which is exact but for the last rounding."""
+    if low is None:
+        return tl.dot(query, keys.to(tl.float32), input_precision=PRECISION)
+    else:
+        origin = tl.full([query.shape[0], keys.shape[1]], ORIGIN, tl.int32)
+        return _plus_origin(tl.dot(query, keys, origin, out_dtype=tl.int32)) * 256 + _plus_origin(
+            tl.dot(low, keys, origin, out_dtype=tl.int32)
+        )
+
+
+@triton.jit
+def _exponent(scales):
+    """float32: the binary exponents of ``scales``, none below -64."""
+    return tl.maximum(_plus_origin((scales.to(tl.int32, bitcast=True) >> 23 & 255) + ORIGIN) - 127, -64)
+
+
+@triton.jit
+def _even(offset, IS_EVEN: tl.constexpr):
+    """``offset``, of which the compiler knows that it is even: asynchronous copies are of four bytes or more."""
+    if IS_EVEN:
+        return offset // 2 * 2
+    else:
+        return offset
+
+
+@triton.jit
+def _uniform(number):
+    """``number``, which is the same in all threads: said so that the compiler keeps it once for all of them."""
+    if IS_PTX:  # Not pure: it stays where all threads come by.
+        return tl.inline_asm_elementwise(
+            "redux.sync.min.s32 $0, $1, -1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        return number
 
 
 @triton.jit
 def _step(
     query,
+    low,
     largest,
     total,
-    accumulator,
+    even,
+    odd,
     taken,
     bias,
     start,
@@ -174,44 +294,54 @@ def _step(
     PADDED_HEAD_DIM: tl.constexpr,
     PADDED_VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """One block of positions in the online softmax: the new ``largest, total, accumulator``.
+    """One block of positions in the online softmax: the new ``largest, total, even, odd``.
 
-    ``taken[ROWS, BLOCK]`` says which positions a row may read; without ``CHECKED`` it may read all. ``bias``, the
-    additive mask, is of that shape or ``None``.
+    Scores are in units of ``log(2) * UNIT``. ``largest`` is of the scores times the value's scale, so that the weights
+    of values, below 2**15, are as float16 what they are as float32. ``taken[ROWS, BLOCK]`` says which positions a row
+    may read; without ``CHECKED`` it may read all. ``bias``, the additive mask, is of that shape or ``None``.
     """
-    keys = _rows(key, key_codes, start, stride_key, stride_key_codes, length, HEAD_DIM, PADDED_HEAD_DIM, BLOCK, CHECKED)
+    keys = _keys(key, key_codes, start, stride_key, stride_key_codes, length, HEAD_DIM, PADDED_HEAD_DIM, BLOCK, CHECKED)
     key_scales = _numbers(key_scale, start, stride_key_scale, length, BLOCK, CHECKED).to(tl.float32)
     value_scales = _numbers(value_scale, start, stride_value_scale, length, BLOCK, CHECKED).to(tl.float32)
 
-    scores = _multiply(query, tl.trans(keys), None) * (key_scales * scale)[None, :]
+    scores = _products(query, low, keys) * key_scales[None, :] * scale[:, None]
     if softcap is not None:
-        scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+        scores = softcap * (LOG2_E / UNIT) * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
     if bias is not None:
         scores += bias
     if CHECKED:
         scores = tl.where(taken, scores, -float("inf"))
-    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    new_largest = tl.maximum(largest, tl.max(scores + ((_exponent(value_scales) - 14) / UNIT)[None, :], 1))
     shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-    decay = tl.exp(largest - shift)
-    weights = tl.exp(scores - shift[:, None])
-    total = total * decay + tl.sum(weights, 1)
-    weights *= value_scales[None, :]
-    if CHECKED:
-        weights = tl.where(taken, weights, 0.0)  # a scale that is not finite may lie where nothing is read
+    decay = tl.exp2((largest - shift) * UNIT)
+    weights = tl.exp2((scores - shift[:, None]) * UNIT)
+    total = total * decay[:, None] + weights
+    if CHECKED:  # a scale that is not finite may lie where nothing is read
+        weights = tl.where(weights == 0, 0.0, weights * value_scales[None, :])
+    else:
+        weights *= value_scales[None, :]
+    DTYPE: tl.constexpr = tl.float32 if low is None else tl.float16
+    weights = weights.to(DTYPE)
     # Not before: Triton takes them to the registers here, where those of the keys are free again.
-    values = _rows(
-        value, value_codes, start, stride_value, stride_value_codes, length, VALUE_DIM, PADDED_VALUE_DIM, BLOCK, CHECKED
+    even_values, odd_values = _values(
+        value,
+        value_codes,
+        start,
+        stride_value,
+        stride_value_codes,
+        length,
+        VALUE_DIM,
+        PADDED_VALUE_DIM,
+        BLOCK,
+        CHECKED,
+        DTYPE,
     )
-    accumulator *= decay[:, None]
-    if query.dtype == tl.float32:
-        return new_largest, total, _multiply(weights, values, accumulator)
-    high = weights.to(tl.bfloat16)
-    accumulator = _multiply(high, values, accumulator)
-    if query.dtype == tl.float16:
-        accumulator = _multiply((weights - high.to(tl.float32)).to(tl.bfloat16), values, accumulator)
-    return new_largest, total, accumulator
+    even = tl.dot(weights, even_values, even * decay[:, None], input_precision=PRECISION)
+    odd = tl.dot(weights, odd_values, odd * decay[:, None], input_precision=PRECISION)
+    return new_largest, total, even, odd
 
 
 @triton.jit(
@@ -226,9 +356,9 @@ def _step(
         "stride_value_scale_head",
         "stride_value_codes_batch",
         "stride_value_codes_head",
-        "stride_mask_batch",
-        "stride_mask_head",
-        "stride_mask_token",
+        "stride_bias_batch",
+        "stride_bias_head",
+        "stride_bias_token",
         "stride_spans_batch",
         "stride_spans_head",
         "stride_spans_token",
@@ -236,14 +366,14 @@ def _step(
 )
 def attend(
     query,  # [batch, query heads, tokens, HEAD_DIM]: float32, bfloat16 or float16
-    key,  # int8 [batch, heads, length, HEAD_DIM], as is `value` with VALUE_DIM; packed: int32 [..., HEAD_DIM / 8]
+    key,  # int8 [batch, heads, length, HEAD_DIM]; packed: int32 [..., HEAD_DIM / 8]
     key_scale,  # [batch, heads, length], as is `value_scale`
     key_codes,  # None, or of packed rows int16 [batch, heads, length], as is `value_codes`: a byte for each half
-    value,
+    value,  # int16 [batch, heads, length, VALUE_DIM / 2, rounded up]; packed: int32 [..., VALUE_DIM / 8]
     value_scale,
     value_codes,
-    mask,  # None, or [batch, query heads, tokens, length] by its strides: uint8, or additive
-    spans,  # of a mask of uint8: int32 [batch, query heads, tokens, 3] by its strides, see `mask_spans`
+    bias,  # None, or the additive mask [batch, query heads, tokens, length] by its strides
+    spans,  # None, or of a boolean mask int64 [batch, query heads, tokens, 3 + words] by its strides: `mask_spans`
     sinks,  # None or [query heads]
     output,  # [batch, query heads, tokens, VALUE_DIM], with a state: float32 [..., tokens, splits, VALUE_DIM]
     state,  # None for one split, else float32 [batch, query heads, tokens, splits, 2]
@@ -270,10 +400,10 @@ def attend(
     stride_value_codes_batch,
     stride_value_codes_head,
     stride_value_codes,
-    stride_mask_batch,
-    stride_mask_head,
-    stride_mask_token,
-    stride_mask,
+    stride_bias_batch,
+    stride_bias_head,
+    stride_bias_token,
+    stride_bias,
     stride_spans_batch,
     stride_spans_head,
     stride_spans_token,
@@ -287,6 +417,7 @@ def attend(
     VALUE_DIM: tl.constexpr,
     PADDED_HEAD_DIM: tl.constexpr,
     PADDED_VALUE_DIM: tl.constexpr,
+    IN_PAIRS: tl.constexpr,  # of no head do the scales and codes begin within a pair of them
     IS_CAUSAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -299,64 +430,73 @@ def attend(
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
 
-    row = tile * ROWS + tl.arange(0, ROWS)
-    valid = row < tokens * GROUP
+    # Rows behind the last one compute what it does, and store nothing.
+    row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), tokens * GROUP - 1)
     token = row // GROUP
     query_head = head * GROUP + row % GROUP
     channel = _channels(key_codes, HEAD_DIM, PADDED_HEAD_DIM)
     query += batch * stride_query_batch + query_head * stride_query_head + token.to(tl.int64) * stride_query_token
     rows = tl.load(
         query[:, None] + channel[None, :] * stride_query_channel,
-        mask=valid[:, None] & (tl.arange(0, PADDED_HEAD_DIM) < HEAD_DIM)[None, :],
+        mask=(tl.arange(0, PADDED_HEAD_DIM) < HEAD_DIM)[None, :],
         other=0,
     )
     key += batch * stride_key_batch + head * stride_key_head
-    key_scale += batch * stride_key_scale_batch + head * stride_key_scale_head
     value += batch * stride_value_batch + head * stride_value_head
-    value_scale += batch * stride_value_scale_batch + head * stride_value_scale_head
+    key_scale += _even(batch * stride_key_scale_batch + head * stride_key_scale_head, IN_PAIRS)
+    value_scale += _even(batch * stride_value_scale_batch + head * stride_value_scale_head, IN_PAIRS)
     if key_codes is not None:
-        key_codes += batch * stride_key_codes_batch + head * stride_key_codes_head
+        key_codes += _even(batch * stride_key_codes_batch + head * stride_key_codes_head, IN_PAIRS)
     if value_codes is not None:
-        value_codes += batch * stride_value_codes_batch + head * stride_value_codes_head
+        value_codes += _even(batch * stride_value_codes_batch + head * stride_value_codes_head, IN_PAIRS)
 
+    low = None
+    row_scale = tl.full([ROWS], scale, tl.float32)
+    if query.dtype.element_ty != tl.float32:
+        rows, low, unit = _digits(rows)
+        row_scale *= unit
+    # An additive mask may be of the largest numbers that there are, and is left in its unit.
+    UNIT: tl.constexpr = 1.0 if bias is None else LOG2_E
+    if softcap is None:
+        row_scale *= LOG2_E / UNIT
     largest = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    if sinks is not None:
-        largest = tl.load(sinks + query_head, mask=valid & (split == 0), other=-float("inf")).to(tl.float32)
-        total = tl.where(largest == -float("inf"), 0.0, 1.0)
-    accumulator = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    even = tl.zeros([ROWS, PADDED_VALUE_DIM // 2], tl.float32)
+    odd = tl.zeros([ROWS, PADDED_VALUE_DIM // 2], tl.float32)
 
     # Of the blocks from first_block to last_block, every row reads those whole that are ``whole`` from first_whole on.
     begin, end, whole_begin, whole_end = 0, length, 0, length
     if IS_CAUSAL:
         end = tl.minimum(end, (tl.minimum(tile * ROWS + ROWS, tokens * GROUP) - 1) // GROUP + 1)
         whole_end = tl.minimum(whole_end, tile * ROWS // GROUP + 1)
-    if mask is not None and spans is None:
+    if bias is not None:
         whole_end = 0
     if spans is not None:
-        span = spans + batch * stride_spans_batch + query_head * stride_spans_head
-        span += token.to(tl.int64) * stride_spans_token
-        low, high = tl.load(span, mask=valid, other=0), tl.load(span + 1, mask=valid, other=0)
-        count = tl.load(span + 2, mask=valid, other=0)
-        has_holes = tl.max((count != tl.maximum(high - low, 0)).to(tl.int32)) != 0
-        begin = tl.where(has_holes, 0, tl.min(tl.where(valid, low, length)))
-        end = tl.where(has_holes, end, tl.minimum(end, tl.max(high)))
-        whole_begin = tl.max(low)
-        whole_end = tl.where(has_holes, 0, tl.minimum(whole_end, tl.min(tl.where(valid, high, length))))
+        spans += batch * stride_spans_batch + head * GROUP * stride_spans_head
+        span = row % GROUP * stride_spans_head + token * stride_spans_token
+        first = tl.load(spans + span).to(tl.int32)
+        behind = tl.load(spans + 1 + span).to(tl.int32)
+        count = tl.load(spans + 2 + span).to(tl.int32)
+        has_holes = tl.max((count != tl.maximum(behind - first, 0)).to(tl.int32)) != 0
+        begin, end = _uniform(tl.min(first)), tl.minimum(end, _uniform(tl.max(behind)))
+        whole_begin = _uniform(tl.max(first))
+        whole_end = tl.minimum(whole_end, _uniform(tl.where(has_holes, 0, tl.min(behind))))
     first_block, last_block = begin // BLOCK, tl.cdiv(end, BLOCK)
     first_whole = tl.cdiv(whole_begin, BLOCK)
     whole = tl.maximum(whole_end // BLOCK - first_whole, 0)
     for index in range(split, whole, splits):
-        largest, total, accumulator = _step(
+        largest, total, even, odd = _step(
             rows,
+            low,
             largest,
             total,
-            accumulator,
+            even,
+            odd,
             None,
             None,
             (first_whole + index) * BLOCK,
             length,
-            scale,
+            row_scale,
             softcap,
             key,
             key_scale,
@@ -375,40 +515,45 @@ def attend(
             PADDED_HEAD_DIM,
             PADDED_VALUE_DIM,
             BLOCK,
+            UNIT,
             CHECKED=False,
         )
-    partial = tl.maximum(last_block - first_block - whole, 0)
-    for index in range(split + tl.cdiv(tl.maximum(whole - split, 0), splits) * splits, whole + partial, splits):
-        block = first_block + index - whole
-        block += tl.where((whole > 0) & (block >= first_whole), whole, 0)
-        position = block * BLOCK + tl.arange(0, BLOCK)
-        taken = valid[:, None] & (position < length)[None, :]
+    begin = first_block - whole + split + tl.cdiv(tl.maximum(whole - split, 0), splits) * splits
+    for index in range(begin, last_block - whole, splits):
+        block = index + tl.where(index >= first_whole, whole, 0)
+        column = tl.arange(0, BLOCK)
+        position = block * BLOCK + column
+        is_read = True
+        if spans is not None:
+            # 64 positions in a word. Behind the length it has zeros.
+            word = tl.load(spans + (3 + block * BLOCK // 64) + span) >> (block * BLOCK % 64)
+            taken = (word[:, None] >> column[None, :]) & 1 != 0
+            is_read = _uniform(tl.max((word != 0).to(tl.int32))) != 0
+        else:
+            taken = (position < length)[None, :]
         if IS_CAUSAL:
             taken &= position[None, :] <= token[:, None]
-        bias = None
-        if mask is not None:
-            row_mask = mask + batch * stride_mask_batch + query_head * stride_mask_head
-            row_mask += token.to(tl.int64) * stride_mask_token
-            if spans is not None:
-                taken &= (position[None, :] >= low[:, None]) & (position[None, :] < high[:, None])
-            read = taken if spans is None else taken & has_holes
-            entries = tl.load(row_mask[:, None] + position.to(tl.int64)[None, :] * stride_mask, mask=read, other=0)
-            if spans is not None:
-                taken &= (entries != 0) | (has_holes == 0)
-            else:
-                bias = entries.to(tl.float32)
-                taken &= bias != -float("inf")
-        if tl.max(taken.to(tl.int32)) != 0:
-            largest, total, accumulator = _step(
+        added = None
+        if bias is not None:
+            row_bias = bias + batch * stride_bias_batch + query_head * stride_bias_head
+            row_bias += token.to(tl.int64) * stride_bias_token
+            added = tl.load(row_bias[:, None] + position.to(tl.int64)[None, :] * stride_bias, mask=taken, other=0)
+            added = added.to(tl.float32)
+            taken &= added != -float("inf")
+            is_read = tl.max(taken.to(tl.int32)) != 0
+        if is_read:
+            largest, total, even, odd = _step(
                 rows,
+                low,
                 largest,
                 total,
-                accumulator,
+                even,
+                odd,
                 taken,
-                bias,
+                added,
                 block * BLOCK,
                 length,
-                scale,
+                row_scale,
                 softcap,
                 key,
                 key_scale,
@@ -427,16 +572,28 @@ def attend(
                 PADDED_HEAD_DIM,
                 PADDED_VALUE_DIM,
                 BLOCK,
+                UNIT,
                 CHECKED=True,
             )
-
-    at = ((batch * heads * GROUP + query_head) * tokens + token) * (1 if state is None else splits)
+    accumulator, total = tl.interleave(even, odd), tl.sum(total, 1)
+    largest *= UNIT / LOG2_E
+    if sinks is not None:
+        sink = tl.where(split == 0, tl.load(sinks + query_head).to(tl.float32), -float("inf"))
+        last = tl.maximum(largest, sink)
+        shift = tl.where(last == -float("inf"), 0.0, last)
+        decay = tl.exp(largest - shift)
+        accumulator *= decay[:, None]
+        total = total * decay + tl.exp(sink - shift)
+        largest = last
+    row = tile * ROWS + tl.arange(0, ROWS)
+    valid = row < tokens * GROUP
+    at = (batch * heads + head) * GROUP * tokens + (row % GROUP * tokens + row // GROUP)
     if state is None:
         accumulator = accumulator / tl.where(total == 0, 1.0, total)[:, None]
         if lse is not None:
             tl.store(lse + at, largest + tl.log(total), mask=valid)
     else:
-        at += split
+        at = at * splits + split
         tl.store(state + at * 2, largest, mask=valid)
         tl.store(state + at * 2 + 1, total, mask=valid)
     value_channel = _channels(value_codes, VALUE_DIM, PADDED_VALUE_DIM)

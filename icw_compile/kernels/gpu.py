@@ -12,19 +12,20 @@ query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` h
 value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, splits=0, key_codes=None, value_codes=None,
 spans=None) -> [B, Hq, T, Dv]``
     The function, the arguments and the semantics of ``icw_int8kv::attention``, with one licence: a position that a mask
-    takes out (``False``, or minus infinity) contributes nothing even if its scale is not finite, for its rows may never
-    be read. ``query`` is bfloat16, float16 or float32; scales and sinks are of any floating dtype; ``attn_mask`` is
-    ``None``, boolean or of any floating dtype, 4-dimensional, and broadcasts to ``[B, Hq, T, S]`` by its strides. Any
-    strides will do, except that the channels of stored tensors are contiguous. With ``key_codes``, uint8
-    ``[B, H, S, 2]``, the keys are packed as `icw_compile.formats.int4` has them, uint8 ``[B, H, S, D / 2]``; with
-    ``value_codes`` the values are. ``D`` and ``Dv`` are at most 256, of packed rows multiples of 8, and such rows begin
-    where a word of 32 bits does. The result is contiguous, in the query's dtype. ``splits`` is for tests: how many
-    programs share the positions, 0 for as many as suit the device. Raises ValueError for shapes and dtypes that do not
-    fit, and `KernelUnavailableError` without Triton.
-``mask_spans(attn_mask[b, h, t, S or 1], S) -> int32[b, h, t, 3]``
-    Of a boolean mask, for each row, the first position that it reads, the one behind the last, and how many it reads;
-    ``S, 0, 0`` if none. The kernel reads no mask where the rows have no holes. ``spans`` is this, for layers that share
-    a mask; without it, it is worked out at each call.
+    takes out (``False``, or minus infinity), or whose weight is zero, contributes nothing even if its scale is not
+    finite, for its rows may never be read. ``query`` is bfloat16, float16 or float32; scales and sinks are of any
+    floating dtype; ``attn_mask`` is ``None``, boolean or of any floating dtype, 4-dimensional, and broadcasts to ``[B,
+    Hq, T, S]`` by its strides. Any strides will do, except that the channels of stored tensors are contiguous. With
+    ``key_codes``, uint8 ``[B, H, S, 2]``, the keys are packed as `icw_compile.formats.int4` has them, uint8 ``[B, H, S,
+    D / 2]``; with ``value_codes`` the values are. ``D`` and ``Dv`` are at most 256, of packed rows multiples of 8, and
+    such rows begin where a word of 32 bits does. The result is contiguous, in the query's dtype. ``splits`` is for
+    tests: how many programs share the positions, 0 for as many as suit the device. Raises ValueError for shapes and
+    dtypes that do not fit, and `KernelUnavailableError` without Triton.
+``mask_spans(attn_mask[b, h, t, S or 1], S) -> int64[b, h, t, 3 + W]``
+    A boolean mask as the kernel reads it. Of each row the first position that it reads, the one behind the last, and
+    how many it reads, ``S, 0, 0`` if none; then the mask itself, 64 positions in each of ``W`` words, of which the
+    kernel reads those of blocks that are not read whole. ``spans`` is this, for layers that share a mask; without it,
+    it is worked out at each call.
 ``attention_lse(...) -> (output[B, Hq, T, Dv], lse float32[B, Hq, T])``
     The same, and the logarithm of the sum of exponentials of each query row's scores, its sink included: minus infinity
     for a row that reads nothing.
@@ -70,21 +71,27 @@ MIN_CAPABILITY = (8, 0)
 #: More splits than this cost more to merge than they bring.
 MAX_SPLITS = 128
 
+#: Of a multiprocessor, from sm_80 on.
+REGISTERS = 65536
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tiles(NamedTuple):
     """How `attend` is compiled: query rows and cached positions of a tile, warps, stages of its pipelined loop.
 
-    ``registers`` is at most how many a thread has, where that is said: three programs of 168 and four warps fit on a
-    multiprocessor. What is beyond goes to memory, in the loop that reads a mask.
+    ``registers`` is at most how many a thread has.
     """
 
     rows: int
     block: int
     warps: int
     stages: int
-    registers: int | None = None
+    registers: int
+
+    def programs(self) -> int:
+        """How many of them a multiprocessor has registers for."""
+        return REGISTERS // (32 * self.warps * self.registers)
 
 
 def declines(call: AttentionCall) -> str | None:
@@ -127,62 +134,73 @@ def load() -> None:
 
 
 #: Head size, rounded up -> the tiles for it, by rows. Chosen by what the compiled kernels of sm_80 and sm_90 need: no
-#: (or hardly a) register goes to memory, two or three programs of the smallest fit on a multiprocessor, and all are
-#: within the 99 KiB of shared memory that every device from sm_80 on has. Not by timing: that takes a GPU.
+#: register goes to memory, and all are within the 99 KiB of shared memory that every device from sm_80 on has. Not by
+#: timing: that takes a GPU.
 _TILES = {
-    64: (Tiles(16, 64, 4, 3, 168), Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
-    128: (Tiles(16, 64, 4, 3, 168), Tiles(32, 32, 4, 3), Tiles(64, 32, 8, 3), Tiles(128, 32, 8, 3)),
-    256: (Tiles(16, 32, 4, 3), Tiles(32, 32, 8, 2), Tiles(64, 32, 8, 2)),
+    64: (Tiles(16, 64, 4, 3, 128), Tiles(32, 32, 2, 3, 255), Tiles(64, 64, 4, 2, 255), Tiles(128, 64, 8, 2, 255)),
+    128: (Tiles(16, 64, 4, 3, 128), Tiles(32, 32, 4, 3, 128), Tiles(64, 32, 4, 3, 255), Tiles(128, 32, 8, 3, 255)),
+    256: (Tiles(16, 32, 4, 3, 160), Tiles(32, 32, 8, 2, 255), Tiles(64, 32, 8, 2, 255)),
 }
 _FLOAT32_TILES = {
-    64: (Tiles(16, 32, 4, 2), Tiles(32, 32, 4, 2)),
-    128: (Tiles(16, 32, 4, 2), Tiles(32, 32, 8, 2)),
-    256: (Tiles(16, 16, 4, 2),),
+    64: (Tiles(16, 32, 4, 2, 255), Tiles(32, 32, 4, 2, 255)),
+    128: (Tiles(16, 32, 4, 2, 255), Tiles(32, 32, 8, 2, 255)),
+    256: (Tiles(16, 16, 4, 2, 255),),
 }
 
 
-def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype) -> Tiles:
+def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype, is_packed: bool = False) -> Tiles:
     """The tiles for ``rows`` query rows of one key/value head.
 
     Args:
         rows: query tokens times query heads of the group.
         head_dim: the larger head size of keys and values, at most `MAX_HEAD_DIM`.
         dtype: of the query.
+        is_packed: whether keys and values are of 4 bits, which takes more registers.
     """
     table = _FLOAT32_TILES if dtype == torch.float32 else _TILES
     choices = table[next(size for size in table if head_dim <= size)]
-    return next((tiles for tiles in choices if rows <= tiles.rows), choices[-1])
+    tiles = next((tiles for tiles in choices if rows <= tiles.rows), choices[-1])
+    return tiles._replace(registers=min(tiles.registers + 40, 255)) if is_packed else tiles
 
 
-def choose_splits(tiles: int, blocks: int, rows: int, processors: int) -> int:
+@functools.lru_cache(1024)
+def choose_splits(tiles: int, blocks: int, programs: int) -> int:
     """How many programs share a tile's positions.
 
     Args:
         tiles: tiles of all sequences and key/value heads.
         blocks: blocks of positions, of the whole length.
-        rows: rows of a tile.
-        processors: multiprocessors of the device.
+        programs: how many the device runs at a time.
 
-    As many as fill the device: four programs for each multiprocessor with small tiles, two with large ones, and none
-    that has less to do than the others for want of a block.
+    The fewest with which the device is done within 5 % of the earliest that it can be. They run in waves; each takes as
+    long as the program that has the most blocks.
     """
-    programs = processors * (4 if rows <= 32 else 2)
-    splits = max(1, min(programs // max(tiles, 1), blocks, MAX_SPLITS))
-    return -(-blocks // -(-blocks // splits)) if blocks else 1
+
+    def took(splits: int) -> int:
+        return -(-tiles * splits // programs) * -(-blocks // splits)
+
+    choices = range(1, min(blocks, MAX_SPLITS) + 1)
+    earliest = min(map(took, choices), default=0)
+    return next((splits for splits in choices if 0.95 * took(splits) <= earliest), 1)
 
 
 def padded(size: int) -> int:
-    """A head size as a side of a tile: a power of two, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+    """A head size as a side of a tile: a power of two, at least 32."""
+    return max(32, 1 << (size - 1).bit_length())
 
 
 def mask_spans(attn_mask: Tensor, length: int) -> Tensor:
-    """``icw_int8kv_triton::mask_spans``: where each row of a boolean mask begins and ends, int32 ``[b, h, t, 3]``."""
-    mask = attn_mask.expand(*attn_mask.shape[:3], length)
-    position = torch.arange(length, dtype=torch.int32, device=mask.device)
-    first = torch.where(mask, position, length).amin(dim=-1)
-    behind = torch.where(mask, position + 1, 0).amax(dim=-1)
-    return torch.stack([first, behind, mask.sum(dim=-1, dtype=torch.int32)], dim=-1)
+    """``icw_int8kv_triton::mask_spans``: a boolean mask as the kernel reads it, int64 ``[b, h, t, 3 + words]``."""
+    rows = attn_mask.shape[:3]
+    mask = attn_mask.expand(*rows, length)
+    position = torch.arange(length, device=mask.device)
+    first = torch.where(mask, position, length).amin(dim=-1, keepdim=True)
+    behind = torch.where(mask, position + 1, 0).amax(dim=-1, keepdim=True)
+    count = mask.sum(dim=-1, keepdim=True)
+    words = -(-length // 64)
+    bits = torch.nn.functional.pad(mask, (0, words * 64 - length)).view(*rows, words, 64)
+    bit = torch.ones_like(position[:1]) << torch.arange(64, device=mask.device)
+    return torch.cat([first, behind, count, torch.where(bits, bit, 0).sum(dim=-1)], dim=-1)
 
 
 def attention_triton(*arguments: Any, **named: Any) -> Tensor:
@@ -220,16 +238,22 @@ def _compute(
     batch, query_heads, tokens, head_dim = query.shape
     heads, length = key_qdata.shape[1:3]
     value_dim = value_qdata.shape[3] * (1 if value_codes is None else 2)
-    key_qdata, key_codes = _words(key_qdata, key_codes)
-    value_qdata, value_codes = _words(value_qdata, value_codes)
+    if key_codes is not None:
+        key_qdata, key_codes = key_qdata.view(torch.int32), key_codes.view(torch.int16)
+    if value_codes is not None:
+        value_qdata, value_codes = value_qdata.view(torch.int32), value_codes.view(torch.int16)
+    else:
+        value_qdata = _pairs(value_qdata)
     output = query.new_empty((batch, query_heads, tokens, value_dim))
     if output.numel() == 0:
         return output
     group = query_heads // heads
     padded_head_dim, padded_value_dim = padded(head_dim), padded(value_dim)
-    chosen = choose_tiles(tokens * group, max(head_dim, value_dim), query.dtype)
+    is_packed = key_codes is not None and value_codes is not None
+    chosen = choose_tiles(tokens * group, max(head_dim, value_dim), query.dtype, is_packed)
     tiles = batch * heads * -(-tokens * group // chosen.rows)
-    splits = splits or choose_splits(tiles, -(-length // chosen.block), chosen.rows, _processors(query.device))
+    programs = _processors(query.device) * chosen.programs()
+    splits = splits or choose_splits(tiles, -(-length // chosen.block), programs)
     if splits == 1:
         partial, state = output, None
     else:
@@ -238,14 +262,15 @@ def _compute(
         state = query.new_empty((*rows, 2), dtype=torch.float32)
     if length == 0:
         attn_mask = spans = None
-    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    numbers = [x for x in (key_scale, key_codes, value_scale, value_codes) if x is not None]
+    bias: Tensor | None = None
+    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     span_strides: tuple[int, ...] = (0, 0, 0)
-    if attn_mask is not None:
-        mask_strides = attn_mask.expand(batch, query_heads, tokens, length).stride()
-        if attn_mask.dtype == torch.bool:
-            spans = mask_spans(attn_mask, length) if spans is None else spans.contiguous()
-            span_strides = spans.expand(batch, query_heads, tokens, 3).stride()[:3]
-            attn_mask = attn_mask.view(torch.uint8)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        spans = mask_spans(attn_mask, length) if spans is None else spans.contiguous()
+        span_strides = spans.expand(batch, query_heads, tokens, -1).stride()[:3]
+    elif attn_mask is not None:
+        bias, bias_strides = attn_mask, attn_mask.expand(batch, query_heads, tokens, length).stride()
     with torch.cuda.device_of(query):
         attend[(tiles, splits)](
             query,
@@ -255,7 +280,7 @@ def _compute(
             value_qdata,
             value_scale,
             value_codes,
-            attn_mask,
+            bias,
             spans,
             None if sinks is None else sinks.contiguous(),
             partial,
@@ -268,7 +293,7 @@ def _compute(
             *value_qdata.stride()[:3],
             *value_scale.stride()[:3],
             *((0, 0, 0) if value_codes is None else value_codes.stride()[:3]),
-            *mask_strides,
+            *bias_strides,
             *span_strides,
             heads,
             tokens,
@@ -280,13 +305,14 @@ def _compute(
             VALUE_DIM=value_dim,
             PADDED_HEAD_DIM=padded_head_dim,
             PADDED_VALUE_DIM=padded_value_dim,
+            IN_PAIRS=all(stride % 2 == 0 for x in numbers for stride in x.stride()[:2]),
             IS_CAUSAL=is_causal,
             ROWS=chosen.rows,
             BLOCK=chosen.block,
             num_warps=chosen.warps,
             num_stages=chosen.stages,
             # An option of Triton's backend for NVIDIA.
-            **({} if torch.version.hip is not None or chosen.registers is None else {"maxnreg": chosen.registers}),
+            **({} if torch.version.hip is not None else {"maxnreg": chosen.registers}),
         )
         if state is not None:
             merge[(batch * query_heads * tokens,)](
@@ -296,9 +322,13 @@ def _compute(
     return output
 
 
-def _words(qdata: Tensor, codes: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows and codes as the kernel reads them: of packed rows, int32 words and both codes of a row as an int16."""
-    return (qdata, None) if codes is None else (qdata.view(torch.int32), codes.view(torch.int16))
+def _pairs(qdata: Tensor) -> Tensor:
+    """int8 rows as pairs of channels, int16. Copies those that do not begin where a pair does."""
+    if qdata.shape[3] % 2:
+        qdata = torch.nn.functional.pad(qdata, (0, 1))
+    elif any(at % 2 for at in (qdata.storage_offset(), *qdata.stride()[:3])):
+        qdata = qdata.contiguous()
+    return qdata.view(torch.int16)
 
 
 def _processors(device: torch.device) -> int:
