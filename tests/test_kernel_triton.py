@@ -132,6 +132,88 @@ def test_empty_rows_are_zero(splits, sinks):
     assert (output[:, :, 0] != 0).any()
 
 
+def run_ptx(code, **registers):
+    """The few instructions of PTX that inline assembly here is of, on 32-bit numbers by name."""
+    numpy = pytest.importorskip("numpy")
+    known = {f"${i}": register for i, register in enumerate(registers.values())}
+
+    def read(name):
+        return known[name] if name in known else int(name, 0)
+
+    def halves(word):
+        return numpy.array([word], dtype=numpy.uint32).view(numpy.float16)
+
+    for line in code.strip("{} \n").split(";"):
+        operation, *names = line.replace(",", " ").split() or [""]
+        if operation in ("", ".reg"):
+            continue
+        to, *operands = names
+        values = [read(name) for name in operands]
+        if operation == "mov.b32":
+            known[to] = values[0]
+        elif operation == "xor.b32":
+            known[to] = values[0] ^ values[1]
+        elif operation == "sub.f16x2":
+            known[to] = int((halves(values[0]) - halves(values[1])).view(numpy.uint32)[0])
+        else:
+            assert operation == "prmt.b32"
+            both = (values[0] | values[1] << 32).to_bytes(8, "little")
+            known[to] = int.from_bytes(bytes(both[values[2] >> 4 * i & 15] for i in range(4)), "little")
+    return known
+
+
+def test_conversion_of_every_byte():
+    """What a GPU runs, instruction by instruction; the interpreter has another spelling of it."""
+    from icw_compile.kernels.attention_triton import HALVES
+
+    for byte in range(256):
+        others = [(byte * factor + 17) % 256 for factor in (3, 5, 7)]
+        for place in range(4):
+            four = torch.tensor([*others[:place], byte, *others[place:]], dtype=torch.uint8)
+            known = run_ptx(HALVES.value, even=0, odd=0, pairs=four.view(torch.int32).item() & 0xFFFFFFFF)
+            found = torch.tensor([known["$0"], known["$1"]], dtype=torch.uint32).view(torch.float16)
+            assert found.tolist() == four.view(torch.int8)[[0, 2, 1, 3]].tolist()
+
+
+def test_every_byte_and_the_largest_products():
+    every = torch.arange(-128, 128).to(torch.int8)
+    for dtype in TOLERANCE:
+        tensors = make(1, 4, 2, 1, 256, 256, 256, dtype)
+        for at, channel in enumerate(range(0, 256, 64)):
+            tensors[3][..., channel : channel + 64] = every.roll(at * 7)[:, None]
+        check(tensors)
+        tensors[1].fill_(-128)
+        tensors[1][:, :, ::3] = 127
+        tensors[0].fill_(1.0)  # of the largest digits
+        tensors[2] /= 256
+        check(tensors)
+
+
+def test_one_large_channel():
+    """Of a query, which is rounded to 16 bits relative to it."""
+    for dtype, size in ((torch.bfloat16, 300.0), (torch.float16, 30.0)):
+        tensors = make(1, 4, 2, 1, 200, 64, 64, dtype)
+        tensors[0][..., 5] = size
+        tensors[1][..., 5] = 0
+        check(tensors)
+        tensors[1][..., 5] = 1
+        check(tensors)
+
+
+def test_scales_of_values_far_apart():
+    """The largest belongs to a position of no weight, or of one that another row does not read."""
+    for dtype in (torch.bfloat16, torch.float16):
+        tensors = make(1, 4, 2, 2, 200, 64, 64, dtype)
+        tensors[4] = torch.full_like(tensors[4], 1e-3)
+        tensors[4][:, :, 70] = 1e3
+        mask = torch.ones(1, 1, 2, 200, dtype=torch.bool)
+        mask[:, :, 0, 70] = False
+        expected, actual = reference(tensors, mask), kernel(tensors, mask)
+        for token in range(2):
+            error = (actual[:, :, token].float() - expected[:, :, token]).norm() / expected[:, :, token].norm()
+            assert error <= TOLERANCE[dtype]
+
+
 def test_strides():
     tensors = make(2, 8, 4, 2, 220, 64, 64, torch.float32)
     query, key, key_scale, value, value_scale = tensors
@@ -341,22 +423,29 @@ def test_masks_without_holes(splits):
         check(tensors, one, splits=splits)
 
 
-def test_a_mask_without_holes_is_not_read():
+def test_spans_take_the_place_of_a_mask():
     tensors = make(1, 4, 2, 2, 300, 64, 64, torch.float32)
     mask = spans(5, 1, 1, 2, 300)
-    given = gpu.mask_spans(mask, 300).to(DEVICE)
-    assert given.tolist() == [
-        [[[min(at), max(at) + 1, len(at)] for at in (row.nonzero().flatten().tolist() for row in mask[0, 0])]]
-    ]
     expected = kernel(tensors, mask)
-    assert expected.isfinite().all() and torch.equal(kernel(tensors, ~mask, spans=given), expected)
+    assert expected.isfinite().all()
+    assert torch.equal(kernel(tensors, ~mask, spans=gpu.mask_spans(mask, 300).to(DEVICE)), expected)
 
 
 def test_spans_of_masks():
-    assert gpu.mask_spans(torch.zeros(1, 1, 1, 5).bool(), 5).tolist() == [[[[5, 0, 0]]]]
-    assert gpu.mask_spans(torch.ones(1, 1, 1, 1).bool(), 5).tolist() == [[[[0, 5, 5]]]]
-    mask = torch.tensor([0, 1, 0, 1, 0]).bool().view(1, 1, 1, 5)
-    assert gpu.mask_spans(mask, 5).tolist() == [[[[1, 4, 2]]]]
+    for mask, length in (
+        (torch.zeros(1, 1, 1, 5).bool(), 5),
+        (torch.ones(1, 1, 1, 1).bool(), 70),
+        (spans(3, 2, 3, 2, 128), 128),
+        (torch.rand(2, 1, 3, 200, generator=torch.Generator().manual_seed(1)) > 0.9, 200),
+    ):
+        found = gpu.mask_spans(mask, length)
+        assert found.shape == (*mask.shape[:3], 3 + -(-length // 64))
+        for row, (first, behind, count, *words) in zip(
+            mask.expand(-1, -1, -1, length).flatten(0, 2), found.flatten(0, 2).tolist()
+        ):
+            read = row.nonzero().flatten().tolist()
+            assert (first, behind, count) == ((read[0], read[-1] + 1, len(read)) if read else (length, 0, 0))
+            assert [64 * i + j for i, word in enumerate(words) for j in range(64) if word >> j & 1] == read
 
 
 def test_empty_cache_and_batch():
@@ -392,7 +481,7 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="unsupported dtype of attn_mask"):
         kernel(tensors, torch.ones(1, 1, 1, 100, dtype=torch.int32))
     with pytest.raises(ValueError, match="spans are those of a boolean mask"):
-        kernel(tensors, torch.zeros(1, 1, 1, 100), spans=torch.zeros(1, 1, 1, 3, dtype=torch.int32))
+        kernel(tensors, torch.zeros(1, 1, 1, 100), spans=torch.zeros(1, 1, 1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"sinks must be of shape \[4\]"):
         kernel(tensors, sinks=torch.zeros(2))
     with pytest.raises(ValueError, match="at most 256"):
@@ -421,14 +510,22 @@ def test_compiles_with_symbolic_length():
 
 def test_splits():
     """They fill the device, share the blocks evenly, and never outnumber them."""
-    assert gpu.choose_splits(tiles=8, blocks=512, rows=16, processors=132) == 64
-    assert gpu.choose_splits(tiles=8, blocks=5, rows=16, processors=132) == 5
-    assert gpu.choose_splits(tiles=1024, blocks=512, rows=128, processors=132) == 1
-    assert gpu.choose_splits(tiles=1, blocks=10_000, rows=16, processors=132) <= gpu.MAX_SPLITS
-    assert gpu.choose_splits(tiles=8, blocks=0, rows=16, processors=132) == 1
+    assert gpu.choose_splits(tiles=8, blocks=512, programs=528) == 64
+    assert gpu.choose_splits(tiles=8, blocks=5, programs=528) == 5
+    assert gpu.choose_splits(tiles=1024, blocks=512, programs=264) == 1
+    assert gpu.choose_splits(tiles=1, blocks=10_000, programs=528) <= gpu.MAX_SPLITS
+    assert gpu.choose_splits(tiles=8, blocks=0, programs=528) == 1
+    assert gpu.choose_splits(tiles=300, blocks=512, programs=528) == 7  # four waves, the last one full
     for blocks in range(1, 300):
-        splits = gpu.choose_splits(tiles=8, blocks=blocks, rows=16, processors=108)
+        splits = gpu.choose_splits(tiles=8, blocks=blocks, programs=432)
         assert -(-blocks // splits) * (splits - 1) < blocks
+
+
+def test_programs_of_a_multiprocessor():
+    """Decode of 8 bits leaves room for four."""
+    tiles = gpu.choose_tiles(4, 128, torch.bfloat16)
+    assert (tiles.rows, tiles.registers, tiles.programs()) == (16, 128, 4)
+    assert gpu.choose_tiles(4, 128, torch.bfloat16, is_packed=True).programs() == 3
 
 
 @pytest.mark.parametrize(
@@ -436,11 +533,8 @@ def test_splits():
     [(torch.bfloat16, (8, 8)), (torch.float32, (8, 8)), (torch.float32, (8, 4)), (torch.float32, (4, 4))],
     ids=str,
 )
-def test_whole_model(dtype, bits, monkeypatch):
-    """Prefill and decode through the backend; on the CPU the pass has to be told that the kernel is for it."""
-    if DEVICE == "cpu":
-        anything = replace(gpu.KERNEL, declines=lambda call: None)
-        monkeypatch.setattr("icw_compile.pipeline.find_kernel", lambda device_type, choice: anything)
+def test_whole_model(dtype, bits, everywhere):
+    """Prefill and decode through the backend."""
     model = tiny_model("gemma2", attention="eager", dtype=dtype).to(DEVICE)
     step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options={"icw.compiler": "eager"})
     ids, chunks = tokens(13).to(DEVICE), (10, 1, 2)
@@ -449,6 +543,50 @@ def test_whole_model(dtype, bits, monkeypatch):
     assert {site.lowering for graph in graphs() for site in graph.sites} == {"triton kernel"}
     distance = relative_distance(logits, run(model, reference_cache(model, 32, **stored), ids, chunks))
     assert distance < (2e-3 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """On the CPU, the pass takes the kernel as it does on a GPU."""
+    if DEVICE == "cpu":
+        anything = replace(gpu.KERNEL, declines=lambda call: None)
+        monkeypatch.setattr("icw_compile.pipeline.find_kernel", lambda device_type, choice: anything)
+
+
+def padded_by(*pads, length=14):
+    """A mask of padding ``[sequences, length]``: the tokens to take no notice of, at the left."""
+    return torch.stack([torch.arange(length) >= pad for pad in pads]).long()
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "padding"),
+    [
+        ("llama", 2, None),
+        ("llama", 2, padded_by(0, 5, 3)),
+        ("llama", 1, padded_by(4)),
+        ("llama", 2, padded_by(0, 14)),  # a sequence of padding alone reads nothing
+        ("llama", 2, padded_by(0, 5).index_fill(1, torch.tensor([7]), 0)),  # holes
+        ("mistral", 2, padded_by(0, 5)),  # a sliding window
+    ],
+)
+@torch.no_grad()
+def test_masks_of_whole_models(name, heads, padding, everywhere):
+    """A static cache, whose every mask is boolean: the logits of the reference."""
+    model = tiny_model(name, kv_heads=heads).to(DEVICE)
+    step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options={"icw.compiler": "eager"})
+    sequences = 1 if padding is None else len(padding)
+    ids = torch.cat([tokens(14)] * sequences).to(DEVICE)
+    caches = icw_compile.static_cache(model, sequences, 70), reference_cache(model, 70)
+    logits = [[], []]
+    for start, end in ((0, 10), (10, 11), (11, 14)):
+        given = None if padding is None else padding[:, :end].to(DEVICE)
+        for found, run_one, cache in zip(logits, (step, model), caches, strict=True):
+            found.append(run_one(ids[:, start:end], past_key_values=cache, attention_mask=given).logits)
+    actual, expected = (torch.cat(each, dim=1) for each in logits)
+    kept = slice(None) if padding is None else padding.bool()
+    assert relative_distance(actual[kept], expected[kept]) < 2e-3
+    assert actual.isfinite().all()
+    assert {site.lowering for graph in graphs() for site in graph.sites} == {"triton kernel"}
 
 
 def test_choosing_the_kernel():
