@@ -448,6 +448,16 @@ def test_spans_of_masks():
             assert [64 * i + j for i, word in enumerate(words) for j in range(64) if word >> j & 1] == read
 
 
+@pytest.mark.slow
+def test_spans_of_masks_compiled():
+    """Inductor computes them, in one graph for all lengths."""
+    compiled = torch.compile(gpu.mask_spans, dynamic=True, fullgraph=True)
+    for shape, length in (((1, 1, 1, 70), 70), ((2, 1, 3, 200), 200), ((2, 4, 1, 128), 128), ((1, 1, 2, 1), 65)):
+        for share in (0.02, 0.5, 1.0):
+            mask = torch.rand(shape, generator=torch.Generator().manual_seed(length), device="cpu") < share
+            assert torch.equal(compiled(mask.to(DEVICE), length).cpu(), gpu.mask_spans(mask, length))
+
+
 def test_empty_cache_and_batch():
     tensors = make(1, 4, 2, 1, 8, 64, 64, torch.bfloat16)
     for mask in (None, torch.ones(1, 1, 1, 0, dtype=torch.bool)):
