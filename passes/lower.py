@@ -35,6 +35,7 @@ from icw_compile.passes.graph import (
     called,
     first_write,
     layer_of,
+    layout_of,
     root_of,
 )
 
@@ -44,10 +45,14 @@ aten = torch.ops.aten
 _ops = torch.ops.icw_int8kv
 
 
+#: A mask, and for how many tokens -> the node that works out its spans.
+_Spans = dict[tuple[Node, Any], Node]
+
+
 def lower(graph: KVGraph) -> int:
     """Run the pass; returns the number of attentions lowered."""
     attentions, graph.attentions = graph.attentions, []
-    spans: dict[Node, Node] = {}
+    spans: _Spans = {}
     for attention in attentions:
         lowering, declined = _lower(graph, attention, spans)
         for value in (attention.key, attention.value):
@@ -60,7 +65,7 @@ def lower(graph: KVGraph) -> int:
     return len(attentions)
 
 
-def _lower(graph: KVGraph, attention: FusedAttention, spans: dict[Node, Node]) -> tuple[str, str]:
+def _lower(graph: KVGraph, attention: FusedAttention, spans: _Spans) -> tuple[str, str]:
     """How it is computed, and why not by a kernel. ``spans`` are those of the masks of attentions before it."""
     query, call = graph.tensor(args_of(attention.node)[0]), _attention_call(graph, attention)
     kernel = graph.find_kernel(query.device.type)
@@ -75,7 +80,7 @@ def _lower(graph: KVGraph, attention: FusedAttention, spans: dict[Node, Node]) -
         rows = [part for value in stored for part in value.parts[:2]]
 
         def taken(mask: Node | None) -> dict[str, Node]:
-            return {**named, **_spans_of(graph, kernel, mask, graph.size(rows[0], 2), attention.node, spans)}
+            return {**named, **_spans_of(graph, kernel, mask, rows[0], attention.node, spans)}
 
         _call(graph, attention, kernel.operator, kernel.with_lse, rows, taken)
         return kernel.name, ""
@@ -118,17 +123,19 @@ def _base(stored: Stored) -> Stored:
 
 
 def _spans_of(
-    graph: KVGraph, kernel: AttentionKernel, mask: Node | None, tokens: Any, node: Node, spans: dict[Node, Node]
+    graph: KVGraph, kernel: AttentionKernel, mask: Node | None, keys: Node, node: Node, spans: _Spans
 ) -> dict[str, Node]:
     """What the kernel takes besides the boolean mask of ``node``: once for all attentions that read the same.
 
-    ``spans`` are those of the masks that were met. One that was written into since then has others.
+    ``spans`` are those of the masks that were met, for so many tokens of ``keys``. A mask that was written into since
+    then has others.
     """
     if kernel.mask_spans is None or mask is None or graph.tensor(mask).dtype != torch.bool:
         return {}
-    if mask not in spans or first_write({root_of(mask)}, spans[mask], node) is not None:
-        spans[mask] = graph.call(kernel.mask_spans, mask, tokens)
-    return {"spans": spans[mask]}
+    key = mask, layout_of(graph.tensor(keys).shape[2])
+    if key not in spans or first_write({root_of(mask)}, spans[key], node) is not None:
+        spans[key] = graph.call(kernel.mask_spans, mask, graph.size(keys, 2))
+    return {"spans": spans[key]}
 
 
 def _call(

@@ -333,3 +333,14 @@ def test_a_mask_has_spans_once() -> None:
         run_passes(graph, PASSES)
         found = counts(graph)
         assert (found["attention"], found["mask_spans"]) == (2, expected)
+
+
+def test_a_mask_of_one_column_has_spans_for_each_length() -> None:
+    def both(q: Tensor, k: Tensor, v: Tensor, window: Tensor, mask: Tensor) -> Tensor:
+        return sdpa(sdpa(q, k, v, attn_mask=mask), window, window, attn_mask=mask)
+
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    graph = trace(both, query()[:, :2], kv(), kv(), kv()[:, :, :-2], mask, quantized=[1, 2, 3])
+    graph.find_kernel = lambda device: replace(gpu.KERNEL, declines=lambda call: None)
+    run_passes(graph, PASSES)
+    assert (counts(graph)["attention"], counts(graph)["mask_spans"]) == (2, 2)
