@@ -1,7 +1,7 @@
 """The graph that passes work on, and what they know about it: its key/value storage, its signature, its sites."""
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -10,8 +10,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from icw_compile.compat.fx import (
-    another_fake,
+    FakeLayout,
     expression_of,
+    is_fake,
     is_operator,
     schema_of,
     statically_known_true,
@@ -325,27 +326,33 @@ class KVGraph:
     def _result(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What ``target`` returns for fake arguments.
 
-        An operation of ours is a dozen of torch's, the symbolic sizes of a view are slow to work out, and each layer
-        asks for the same: those results are made from the layout of the first.
+        An operation of ours is a dozen of torch's, symbolic sizes are slow to work out, and each layer asks for the
+        same: those results are made from the layout of the first.
         """
         with self.fake_mode or nullcontext(), torch.no_grad():
             tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-            if self.fake_mode is None or not _follows_from_layout(target, tensors):
+            if self.fake_mode is None or not _follows_from_layout(target):
                 return target(*args, **kwargs)
+            memories = [storage_of(each) for each in tensors]
             offsets = tuple(layout_of(each.storage_offset()) for each in tensors)
-            key = (target, offsets, layout_of(args), layout_of(tuple(kwargs.items())))
+            shared = tuple(map(memories.index, memories))
+            key = (target, shared, offsets, layout_of(args), layout_of(tuple(kwargs.items())))
             if key not in self._results:
-                memories = [storage_of(each) for each in tensors]
 
-                def result(fake: Any) -> _Result:
-                    memory = storage_of(fake)
-                    return _Result(fake, memories.index(memory) if memory in memories else None)
+                def result(value: Any) -> Any:
+                    if not is_fake(value):
+                        return value
+                    memory = storage_of(value)
+                    return _Result(FakeLayout(value), memories.index(memory) if memory in memories else None)
 
                 self._results[key] = tree_map(result, target(*args, **kwargs))
-            return tree_map(
-                lambda made: another_fake(made.fake, None if made.memory is None else tensors[made.memory]),
-                self._results[key],
-            )
+
+            def another(made: Any) -> Any:
+                if not isinstance(made, _Result):
+                    return made
+                return made.layout.another(None if made.memory is None else tensors[made.memory])
+
+            return tree_map(another, self._results[key])
 
     def number(self, size: int | torch.SymInt) -> int | Node | None:
         """``size`` as an argument of a node: itself, or the placeholder that carries it; ``None`` if there is none."""
@@ -387,18 +394,19 @@ class KVGraph:
 
 @dataclass(frozen=True)
 class _Result:
-    """A fake result, and which of the tensors among the arguments it shares memory with."""
+    """The layout of a result, and which of the tensors among the arguments it shares memory with."""
 
-    fake: Any
+    layout: FakeLayout
     memory: int | None
 
 
-def _follows_from_layout(target: Any, tensors: Sequence[torch.Tensor]) -> bool:
+def _follows_from_layout(target: Any) -> bool:
     """Whether the layout of all that it is given says what a call returns, and in whose memory."""
-    if not is_operator(target):
-        return False
-    schema = schema_of(target)
-    return target.namespace == "icw_int8kv" or (schema.gives_views and not schema.is_mutable and len(tensors) == 1)
+    return is_operator(target) and not set(_TAGS) & set(target.tags)
+
+
+#: Operators with one of these return what is not known from layouts, or give what they take another one.
+_TAGS = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 
 
 def _short_name(target: Any) -> str | None:
@@ -409,10 +417,10 @@ def layout_of(value: Any) -> Any:
     """Arguments as a key: all that the shape, the strides and the dtype of a result can depend on."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.device, layout_of(value.shape), layout_of(value.stride())
-    if isinstance(value, torch.SymInt):
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return expression_of(value)
-    if isinstance(value, (float, torch.SymFloat)):
-        return float
+    if isinstance(value, (bool, float)):
+        return type(value), repr(value)  # True and 1.0 are not 1, and 0.0 is not -0.0
     return tuple(map(layout_of, value)) if isinstance(value, (list, tuple)) else value
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.fx.traceback
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from torch._subclasses import FakeTensorMode
@@ -382,24 +383,54 @@ def test_memory_of_fakes():
         assert fx.version_of(x) == before + 1 and fx.version_of(other) == 0
 
 
-def test_another_fake():
-    """Of the same layout, in memory of its own or in that of another; a trace sees nothing of it."""
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_layout_of_a_fake(dynamic):
+    """Fakes of one layout, in memory of their own or in that of another; a trace sees nothing of it, and no guard."""
     made = []
 
     def function(x):
-        part = x[1:].t()
-        made.append((fx.another_fake(part), fx.another_fake(part, x), part, x))
+        part = x[1:].transpose(0, 1)
+        layout = fx.FakeLayout(part)
+        with fx.outside_of_trace():  # it sees what is done to sizes
+            guards = len(mode.shape_env.guards)
+            made.append((layout.is_static, layout.another(), layout.another(x), part, x))
+            assert len(mode.shape_env.guards) == guards
         return part
 
-    with FakeTensorMode() as mode:
-        graph = fx.trace_pre_dispatch(function, [torch.ones(3, 4, dtype=torch.bfloat16)]).graph
-    assert [node.target for node in graph.nodes if node.op == "call_function"] == [aten.slice.Tensor, aten.t.default]
-    own, shared, part, x = only(made)
+    mode, other = FakeTensorMode(shape_env=ShapeEnv()), FakeTensorMode()
+    x = torch.ones(3, 4, dtype=torch.bfloat16)
+    with mode:
+        fake = mode.from_tensor(x, static_shapes=not dynamic)
+        graph = fx.trace_pre_dispatch(function, [fake]).graph
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert [each for each in called if each is not aten.sym_size.int] == [aten.slice.Tensor, aten.transpose.int]
+    is_static, own, shared, part, traced = only(made)
+    assert is_static != dynamic
     for each in (own, shared):
-        assert fx.is_fake(each) and each.fake_mode is mode and each.device == part.device
+        assert fx.is_fake(each) and each.fake_mode is mode and each.device == part.device and not each._is_view()
         assert (each.shape, each.stride(), each.dtype) == (part.shape, part.stride(), part.dtype)
-    assert fx.storage_of(own) != fx.storage_of(x) == fx.storage_of(shared)
-    assert shared.storage_offset() == part.storage_offset() == 4
+        assert not each.is_contiguous() and each.is_contiguous() == part.is_contiguous()
+    assert fx.storage_of(own) != fx.storage_of(traced) == fx.storage_of(shared)
+    assert shared.storage_offset() == part.storage_offset() and own.storage_offset() == 0
+    assert fx.FakeLayout(part, other).another().fake_mode is other
+
+
+def test_empty_fake():
+    """A fake of another size, contiguous or not, whatever mode is on and whatever traces."""
+
+    def function(x):
+        made = fx.empty_fake(x, (x.shape[0], 5)), fx.empty_fake(x, (2, 3), (1, 2), dtype=torch.int8)
+        for each in made:
+            assert fx.is_fake(each) and each.fake_mode is mode and each.device == x.device
+        assert made[0].dtype == x.dtype and made[0].is_contiguous() and made[0].shape == (x.shape[0], 5)
+        assert made[1].dtype == torch.int8 and made[1].stride() == (1, 2) and made[1].shape == (2, 3)
+        return x + 1
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode, enable_python_dispatcher():
+        graph = fx.trace_pre_dispatch(function, [mode.from_tensor(torch.ones(3, 4))]).graph
+    assert len([node for node in graph.nodes if node.target is aten.add.Tensor]) == 1
+    assert not any("empty" in str(node.target) for node in graph.nodes)
 
 
 def test_node_of():

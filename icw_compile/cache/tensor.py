@@ -12,7 +12,7 @@ from icw_compile.cache.decoded import read_only
 from icw_compile.cache.growth import Room
 from icw_compile.cache.parts import Layout, TensorOfParts
 from icw_compile.cache.uncompiled import note_read
-from icw_compile.compat.fx import is_fake, is_traced, schema_of, tree_leaves, tree_map, written_values
+from icw_compile.compat.fx import empty_fake, is_fake, is_traced, schema_of, tree_leaves, tree_map, written_values
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
 from icw_compile.formats.evaluate import EAGER, SHAPES
 from icw_compile.formats.rules import RULES
@@ -295,7 +295,7 @@ def _longer(x: QuantizedKV, tokens: Any) -> QuantizedKV:
     """The shape of ``x[B, H, T, D]`` with so many tokens."""
     value = x.whole
     parts = [
-        part.new_empty((*part.shape[:2], tokens, *part.shape[3:]) if spec.has_rows else part.shape)
+        empty_fake(part, (*part.shape[:2], tokens, *part.shape[3:]) if spec.has_rows else part.shape)
         for spec, part in zip(value.format.parts, value.parts, strict=True)
     ]
     return QuantizedKV.of(value.of_parts(parts))
@@ -314,6 +314,14 @@ def _is_real(x: QuantizedKV) -> bool:
 def _is_shape(x: QuantizedKV) -> bool:
     """Whether it is a fake of which nothing is noted down, as Dynamo's are: only shapes and layouts are asked for."""
     return all(map(is_fake, x.buffers)) and not is_traced()
+
+
+def _float_shape(value: Any) -> Any:
+    """For a `QuantizedKV` of fakes a fake of the float tensor that it stands for; anything else as it is."""
+    if not isinstance(value, QuantizedKV):
+        return value
+    part: Any = value.buffers[0]
+    return empty_fake(part, value.shape, value.stride(), dtype=value.dtype)
 
 
 def _gives_rows_by_value(func: Any, args: tuple[Any, ...]) -> bool:
@@ -368,10 +376,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def dequantized(value: Any) -> Any:
         if not isinstance(value, QuantizedKV):
             return value
-        if _is_shape(value):
-            made = value.buffers[0].new_empty_strided(value.shape, value.stride(), dtype=value.dtype)
-        else:
-            made = value.dequantize()
+        made = _float_shape(value) if _is_shape(value) else value.dequantize()
         return values.setdefault(id(value), (value, made))[1]
 
     plain_args, plain_kwargs = tree_map(dequantized, (args, kwargs))

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat import dynamo
 from icw_compile.compat.fx import (
+    FakeLayout,
     become_equal,
     carry_item,
     inner_tensors,
@@ -217,12 +218,12 @@ def _fresh(examples: Sequence[Any]) -> list[Any]:
     for i, example in enumerate(examples):
         if is_fake(example):
             sharing.setdefault(storage_of(example), []).append(i)
-    shared: dict[int, torch.UntypedStorage] = {}
+    shared: dict[int, torch.Tensor] = {}
     for members in sharing.values():
         if len(members) > 1:
             first = examples[members[0]]
             whole = torch.empty(first.untyped_storage().nbytes(), dtype=torch.uint8, device=first.device)
-            shared |= dict.fromkeys(members, whole.untyped_storage())
+            shared |= dict.fromkeys(members, whole)
     made = []
     for i, example in enumerate(examples):
         if not isinstance(example, torch.Tensor):
@@ -233,9 +234,10 @@ def _fresh(examples: Sequence[Any]) -> list[Any]:
             inner = inner_tensors(example)
             made.append(with_inner_tensors(example, dict(zip(inner, _fresh([*inner.values()]), strict=True))))
             continue
-        fresh = torch.empty_strided(size, stride, dtype=example.dtype, device=example.device)
-        if i in shared:
-            fresh = fresh.new_empty(0).set_(shared[i], example.storage_offset(), size, stride)
+        if is_fake(example):
+            fresh: torch.Tensor = FakeLayout(example, dynamo.fake_mode()).another(shared.get(i))
+        else:
+            fresh = torch.empty_strided(size, stride, dtype=example.dtype, device=example.device)
         carry_item(example, fresh)
         made.append(fresh)
     return made

@@ -14,6 +14,7 @@ that follow from their operands.
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from icw_compile.compat.fx import (
-    another_fake,
+    FakeLayout,
     current_tracer,
     expression_of,
     is_fake,
@@ -86,9 +87,9 @@ class _Renamed:
 
 @dataclass(frozen=True)
 class _Value:
-    """The fake result of a node, and whose memory it lies in: `_Operand`, `_Made`, or ``None`` for its own."""
+    """The layout of what a node returns, and whose memory it lies in: `_Operand`, `_Made`, or ``None`` for its own."""
 
-    fake: Any
+    layout: FakeLayout
     memory: Any
 
 
@@ -110,10 +111,14 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Expansion:
-    """What a call was traced into: its nodes, and its result in terms of `_Operand` and `_Made`."""
+    """What a call was traced into: its nodes, and its result in terms of `_Operand` and `_Made`.
+
+    ``is_symbolic``: the size of something in it is.
+    """
 
     steps: tuple[_Step, ...]
     result: Any
+    is_symbolic: bool
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ class Repeats:
         except (_NotAlike, TypeError):  # what cannot be hashed cannot be compared
             return None
         shared = tuple(map(memories.index, memories))
-        return Call((key, shared), tuple(tensors.values()), tuple(tensors)) if tensors else None
+        return Call((key, shared), tuple(tensors.values()), tuple(tensors))
 
     def again(self, node: Node, call: Call) -> Any:
         """The result of a call that was seen before, and is in the graph now; ``NotImplemented`` for a new one."""
@@ -154,7 +159,8 @@ class Repeats:
             return NotImplemented
         graph = current_tracer().graph
         made: list[Node] = []
-        with outside_of_trace():  # which sees what is done to symbolic sizes as well
+        # What is done to symbolic sizes is seen by the trace as well.
+        with outside_of_trace() if expansion.is_symbolic else nullcontext():
             for step in expansion.steps:
                 args, kwargs = _with_nodes((step.args, step.kwargs), call.nodes, made)
                 new = graph.create_node("call_function", step.target, args, kwargs, step.name)
@@ -196,6 +202,8 @@ class Repeats:
             self._expansions[call.key] = None
 
     def _expansion(self, node: Node, call: Call, last: Node, result: Any) -> _Expansion:
+        if not tree_leaves(result):
+            raise _NotAlike  # it is called for what else it does
         places: dict[Node, Any] = {each: _Operand(i) for i, each in enumerate(call.nodes)}
 
         def placed(each: Node) -> Any:
@@ -207,8 +215,8 @@ class Repeats:
 
         memories: dict[int, Any] = {}
 
-        def placed_value(value: Tensor, at: _Made) -> _Value:
-            found = _Value(value, memories.get(storage_of(value)))
+        def placed_value(value: Any, at: _Made) -> _Value:
+            found = _Value(FakeLayout(value), memories.get(storage_of(value)))
             memories.setdefault(storage_of(value), at)
             return found
 
@@ -243,7 +251,9 @@ class Repeats:
         for i, (tensor, of_old) in enumerate(zip(call.tensors, call.nodes, strict=True)):
             if i not in renamed and self._node_of(tensor) is not of_old:
                 raise _NotAlike
-        return _Expansion(tuple(steps), found)
+        values = [each for step in steps for each in tree_leaves(step.value)]
+        is_symbolic = any(not isinstance(each, _Value) or not each.layout.is_static for each in values)
+        return _Expansion(tuple(steps), found, is_symbolic)
 
     def _node_of(self, value: Tensor) -> Node:
         if (found := self._unknown.get(id(value))) is not None:
@@ -329,5 +339,5 @@ def _another(operands: Sequence[Tensor], made: Sequence[Node], value: _Value) ->
     """A fake of the same layout, in the memory that it is to lie in."""
     memory = value.memory
     if isinstance(memory, _Made):
-        return another_fake(value.fake, tree_leaves(made[memory.index].meta["val"])[0])
-    return another_fake(value.fake, None if memory is None else operands[memory.index])
+        return value.layout.another(tree_leaves(made[memory.index].meta["val"])[0])
+    return value.layout.another(None if memory is None else operands[memory.index])
