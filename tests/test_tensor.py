@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import relative_distance, run, tiny_model, tokens
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from transformers import StaticCache
 
 from icw_compile import QuantizedKV, UnquantizedCacheWarning, cache_bytes, static_cache
 from icw_compile.cache.tensor import as_float
+from icw_compile.compat.fx import schema_of
+from icw_compile.formats.rules import RULES
 from icw_compile.lab.reference import quantize_dequantize, reference_cache
 
 SHAPE = (2, 3, 7, 8)
@@ -175,6 +178,25 @@ def test_writes_quantize_only_what_is_new(name: str) -> None:
     WRITES[name](quantized, new)
     WRITES[name](values, quantize_dequantize(new))
     assert torch.equal(quantized.dequantize(), values)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_of_fakes_encodes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While Dynamo traces, it is only to be known that the operands fit, and that the result is what was written."""
+
+    def asked(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a write of fakes was carried out")
+
+    with FakeTensorMode():
+        quantized, values = pair()
+        new = states((2, 3, 1, 8), seed=1)
+        for target in [each for each in RULES if schema_of(each).is_mutable]:
+            monkeypatch.setitem(RULES, target, asked)
+        WRITES[name](quantized, new)
+        assert quantized.zero_() is quantized and isinstance(quantized, QuantizedKV)
+        for written in (quantized, values):
+            with pytest.raises((RuntimeError, IndexError)):
+                written.index_copy_(2, torch.tensor([0]), states((2, 3, 2, 8)))
 
 
 def test_other_in_place_operations_quantize_their_result() -> None:

@@ -214,6 +214,9 @@ class QuantizedKV(TensorOfParts):
         if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:]):
             return x._batchwise(rule, args, kwargs)
         schema = schema_of(func)
+        if schema.is_mutable and isinstance(x, QuantizedKV) and _is_write_of_shapes(func, args, kwargs):
+            func(*tree_map(_float_shape, args), **tree_map(_float_shape, kwargs))  # it may not fit
+            return return_and_correct_aliasing(func, args, kwargs, x)
         touches = schema.is_mutable or schema.gives_views  # it writes into x, or gives a view of it
         if schema.is_mutable and isinstance(x, QuantizedKV):
             x.before_write()
@@ -314,6 +317,11 @@ def _is_real(x: QuantizedKV) -> bool:
 def _is_shape(x: QuantizedKV) -> bool:
     """Whether it is a fake of which nothing is noted down, as Dynamo's are: only shapes and layouts are asked for."""
     return all(map(is_fake, x.buffers)) and not is_traced()
+
+
+def _is_write_of_shapes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether nothing is to be known of a write but that the operands fit: what is written is no fake's business."""
+    return torch.Tag.inplace_view not in func.tags and all(map(_is_shape, _all_of((args, kwargs))))
 
 
 def _float_shape(value: Any) -> Any:
