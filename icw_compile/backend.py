@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from icw_compile import formats, kernels, watch
 from icw_compile.cache.binding import bind
-from icw_compile.compat.dynamo import example_value, keep_fakes_as_dynamo
+from icw_compile.compat.dynamo import example_value, guard_once, keep_fakes_as_dynamo
 from icw_compile.compat.inductor import CUDA_GRAPHS, cache_key_tag, inductor, uses_cuda_graphs
 from icw_compile.frontend.capture import (
     NotCapturedError,
@@ -71,6 +71,7 @@ def icw_int8kv(
             raise RuntimeError(f"icw_int8kv: {training}. The int8 key/value cache that it is given is for inference.")
         skipped = [Skipped("", site.name, training) for site in graph.sites]
         return _compile_unchanged(dynamo_graph, inputs, skipped, ours, inductor_options)
+    guard_once()
     report = GraphReport.of(next_name(), rewritten)
     report.model = model_name()
     watch.complain(report.skipped, ours)

@@ -1,6 +1,7 @@
 """Each private name behind `icw_compile.compat`: what it does, so that a release that changes it fails here."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,45 @@ def test_sources_of_inputs_and_guards():
     assert sources == {"L['holder'].layers[0].keys", "L['x']"}
     assert {"L['holder'].layers[0].keys", "L['holder'].layers[0].rows"} <= set(guarded)
     assert dynamo.source_name(torch.fx.Graph().placeholder("x")) == ""
+
+
+def test_guards_are_stated_once():
+    """What the parts of a tensor have as sizes is stated once and not three times, and all that was stated still is."""
+    stated = []
+
+    def guards():
+        env = dynamo.fake_mode().shape_env
+        tracked = env.tracked_fakes
+        found = env.produce_guards_verbose(
+            [each.fake for each in tracked],
+            [each.source for each in tracked],
+            input_contexts=[each.symbolic_context for each in tracked],
+            langs=("python",),
+        )
+        return list(found[0].exprs)
+
+    def look(graph_module):
+        before, repeated = guards(), dynamo.guard_once()
+        stated.append((before, repeated, guards()))
+        assert dynamo.guard_once() == 0
+
+    def function(cache, x):
+        return cache.dequantize() + x
+
+    torch._dynamo.reset()
+    for length in (5, 9, 12):
+        cache = QuantizedKV.growing(QuantizedKV.quantize(torch.ones(2, 2, length, 16)).value)
+        captured(function, cache, torch.ones(1), look=look)
+    before, repeated, after = stated[-1]
+    parts = len(cache.buffers)
+    assert repeated == 2 * parts
+    assert len(set(before)) < len(before) and len(set(after)) == len(after)
+    spoken_of = [
+        {found for guard in guards for found in re.findall(r"L\['cache'\][\w.]*\(\)\[\d\]", guard)}
+        for guards in (before, after)
+    ]
+    assert spoken_of[0] == spoken_of[1] and "L['cache']._scale.stride()[0]" in spoken_of[1]
+    assert dynamo.guard_once() == 0, "nothing is compiled here"
 
 
 def test_examples():

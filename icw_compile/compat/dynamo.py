@@ -19,6 +19,7 @@ from torch._dynamo.variables.tensor import TensorVariable
 from torch._guards import Source, TracingContext
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "DATA",
@@ -31,6 +32,7 @@ __all__ = [
     "fake_mode",
     "fix_address",
     "graph_breaks",
+    "guard_once",
     "guarded_sources",
     "hand_over_module",
     "hand_over_placeholder",
@@ -63,6 +65,36 @@ def guarded_sources() -> tuple[str, ...]:
     context = TracingContext.try_get()
     guards = () if context is None else context.guards_context.dynamo_guards
     return tuple({guard.originating_source.name for guard in guards})
+
+
+def guard_once() -> int:
+    """Let Dynamo state once what it knows of the sizes of the graph's inputs; returns how many inputs it had twice.
+
+    It lists a tensor that is made of others, and each of those besides, up to two times, and makes guards of each
+    entry: Python code, which is compiled, and run before each call. What a list entry says that another says as well,
+    of the same fake at the same source, is dropped. ``ShapeEnv.tracked_fakes``, each with a ``fake`` and a ``source``;
+    ``ShapeEnv.produce_guards_verbose`` reads them once the backend is through.
+    """
+    mode = fake_mode()
+    tracked: Any = None if mode is None or mode.shape_env is None else mode.shape_env.tracked_fakes
+    if not tracked:
+        return 0
+    stated = {
+        (AttrSource(each.source, name), id(getattr(each.fake, name)))
+        for each in tracked
+        if is_traceable_wrapper_subclass(each.fake)
+        for name in each.fake.__tensor_flatten__()[0]
+    }
+    kept = []
+    for each in tracked:
+        statement = each.source, id(each.fake)
+        # What a tensor is made of may itself be made of others: its entry alone speaks of those.
+        if statement not in stated or is_traceable_wrapper_subclass(each.fake):
+            kept.append(each)
+            stated.add(statement)
+    repeated = len(tracked) - len(kept)
+    tracked[:] = kept
+    return repeated
 
 
 def example_value(node: Node, default: Any = None) -> Any:
