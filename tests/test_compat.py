@@ -126,6 +126,29 @@ def test_sources_of_inputs_and_guards():
     assert dynamo.source_name(torch.fx.Graph().placeholder("x")) == ""
 
 
+def test_a_size_that_varies():
+    """The first graph is of any size already; the tensors that one is made of know nothing of it."""
+    torch._dynamo.reset()
+    seen = []
+
+    def look(graph_module):
+        values = map(dynamo.example_value, graph_module.graph.find_nodes(op="placeholder"))
+        seen.extend(value.shape for value in values if isinstance(value, Tensor))
+
+    cache = QuantizedKV.quantize(torch.ones(1, 2, 5, 16))
+    captured(lambda x: x + 1, cache, look=look)
+    assert all(isinstance(size, int) for size in only(seen))
+    torch._dynamo.reset()
+    dynamo.let_vary(cache, 2)
+    captured(lambda x: x + 1, cache, look=look)
+    assert [isinstance(size, torch.SymInt) for size in seen[1]] == [False, False, True, False]
+    marked = torch.ones(1, 2, 5)
+    torch._dynamo.maybe_mark_dynamic(marked, 2)
+    names = set(vars(marked))
+    assert names and all(vars(cache)[name] == vars(marked)[name] for name in names), "as torch marks a tensor"
+    assert not any(name in vars(part) for part in cache.buffers for name in names)
+
+
 def test_guards_are_stated_once():
     """What the parts of a tensor have as sizes is stated once and not three times, and all that was stated still is."""
     stated = []

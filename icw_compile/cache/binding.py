@@ -7,6 +7,7 @@ import torch
 
 from icw_compile.cache.adopt import adopt, find_held_elsewhere
 from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.compat.dynamo import let_vary
 from icw_compile.formats import AXES, Stored
 from icw_compile.passes import Input, KVGraph, Output
 
@@ -107,7 +108,9 @@ def _wrap(output: Output, returned: Sequence[Any], args: Sequence[Any]) -> Quant
     if owner is not None:  # a view of what was passed in: what is written to either is seen in both
         claim = owner._claim
         return QuantizedKV.of(value, claim if claim is None else claim.of_view(None))
-    return QuantizedKV.growing(value).with_spare()
+    made = QuantizedKV.growing(value).with_spare()
+    let_vary(made, 2)
+    return made
 
 
 def _shares_storage(tensor: QuantizedKV, value: Stored) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
+from icw_compile.compat.dynamo import let_vary
 from icw_compile.compat.flex import let_flex_attention_take
 from icw_compile.formats import AXES, Format, Stored
 from icw_compile.formats.base import decode
@@ -189,6 +190,8 @@ class TensorOfParts(Tensor):
         made.__dict__.update(zip(self._names, parts, strict=True))
         made._names, made._layout, made._claim = self._names, layout, claim
         claim.tensor = weakref.ref(made)
+        if rows is None:
+            let_vary(made, 2)
         return made if room.capacity - claim.end >= MIN_SPARE else made.with_spare()
 
     def with_spare(self) -> Self:

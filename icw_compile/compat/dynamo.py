@@ -37,6 +37,7 @@ __all__ = [
     "hand_over_module",
     "hand_over_placeholder",
     "keep_fakes_as_dynamo",
+    "let_vary",
     "recompile_limit",
     "source_name",
     "stored_attributes",
@@ -65,6 +66,17 @@ def guarded_sources() -> tuple[str, ...]:
     context = TracingContext.try_get()
     guards = () if context is None else context.guards_context.dynamo_guards
     return tuple({guard.originating_source.name for guard in guards})
+
+
+def let_vary(tensor: torch.Tensor, dim: int) -> None:
+    """Let Dynamo take this size as one that varies in the first graph that it makes of the tensor.
+
+    ``torch._dynamo.maybe_mark_dynamic``, which would do the same to the tensors that this one is made of, and which
+    takes longer. Dynamo guards on it: a graph made of a tensor without it is none for a tensor with it.
+    ``Tensor._dynamo_weak_dynamic_indices``.
+    """
+    tensor.__dict__["_dynamo_weak_dynamic_indices"] = {dim}
+    tensor.__dict__["_has_dynamo_dim_marking"] = True
 
 
 def guard_once() -> int:
