@@ -90,10 +90,7 @@ def rewrite(
     graph.skip_layers, graph.eight_bit_layers = layers["skip_layers"], layers["eight_bit_layers"]
     look(graph)
     ready = time.perf_counter()
-    passes: list[PassResult] = []
-    for each in PASSES:
-        passes += run_passes(graph, (each,), keep_text=keep_text)
-        look(graph)
+    passes = run_passes(graph, PASSES, keep_text=keep_text, look=look)
     done = time.perf_counter()
     if graph.sites:
         forward_dynamo_metadata(dynamo_graph, graph)

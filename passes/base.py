@@ -29,13 +29,19 @@ class PassResult:
     after: str | None = None
 
 
-def run_passes(graph: KVGraph, passes: Sequence[Pass], *, keep_text: bool = False) -> list[PassResult]:
+def run_passes(
+    graph: KVGraph,
+    passes: Sequence[Pass],
+    *,
+    keep_text: bool = False,
+    look: Callable[[KVGraph], None] = lambda graph: None,
+) -> list[PassResult]:
     """Run ``passes`` in order.
 
-    After a pass that matched, dead nodes are removed, and the graph is linted and recompiled. ``keep_text`` keeps
-    the readable text before and after each pass.
+    After a pass that matched, dead nodes are removed, and the graph is linted. If any did, it is recompiled in the end.
+    ``keep_text`` keeps the readable text before and after each pass, and ``look`` is called after each.
     """
-    results = []
+    results: list[PassResult] = []
     for each in passes:
         before = graph.readable() if keep_text else None
         started = time.perf_counter()
@@ -43,9 +49,11 @@ def run_passes(graph: KVGraph, passes: Sequence[Pass], *, keep_text: bool = Fals
         if matches:
             _clean_up(graph)
             graph.graph.lint()
-            graph.module.recompile()
         seconds = time.perf_counter() - started
         results.append(PassResult(each.name, matches, seconds, before, graph.readable() if keep_text else None))
+        look(graph)
+    if any(result.matches for result in results):
+        graph.module.recompile()
     return results
 
 
