@@ -7,16 +7,20 @@ from icw_compile.lab.documents.page import Region, details, grid, markdown_table
 from icw_compile.lab.evaluation.advise import Advice, Try, alone_table, tries_table
 from icw_compile.lab.evaluation.codes import CODES
 from icw_compile.lab.evaluation.command import AS_IT_IS, Case, position_table, quality_table, recall_table
-from icw_compile.lab.evaluation.contenders import FLOAT, FLOAT_COMPILED, HQQ
+from icw_compile.lab.evaluation.contenders import FLOAT, FLOAT_COMPILED, HQQ, HQQ_4, QUANTO_4
 from icw_compile.lab.evaluation.quality import Bucket, Quality
 
 __all__ = ["REGIONS"]
 
 RESULTS = "icw_compile/lab/evaluation/results/"
-LLAMA = tuple(f"{RESULTS}kjv-llama-2m-bfloat16{part}.json" for part in ("", "-values", "-closest"))
-QWEN2 = tuple(f"{RESULTS}kjv-qwen2-2m-bfloat16{part}.json" for part in ("", "-closest"))
+# A row is that of the first file that has it.
+LLAMA = tuple(f"{RESULTS}kjv-llama-2m-bfloat16{part}.json" for part in ("-ours", "", "-values"))
+QWEN2 = tuple(f"{RESULTS}kjv-qwen2-2m-bfloat16{part}.json" for part in ("-ours", ""))
 ROUNDING = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-rounding.json" for name in ("llama", "qwen2"))
 BITS = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-bits.json" for name in ("llama", "qwen2"))
+OTHERS = tuple(
+    f"{RESULTS}kjv-{name}-2m-bfloat16-{part}.json" for name in ("llama", "qwen2") for part in ("others", "recent")
+)
 ADVICE = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-advice.json" for name in ("llama", "qwen2"))
 SINGLE = tuple(f"{RESULTS}kjv-llama-2m-{dtype}-single.json" for dtype in ("bfloat16", "float32"))
 
@@ -170,6 +174,25 @@ def four_bits(*files: Data) -> str:
     return f"{sentence(_scored(files[0]))}:\n\n{grid(header, rows)}"
 
 
+def others_of_four_bits(*files: Data) -> str:
+    """A row for each cache of 4 bits, ours and others, a column for each model as it is."""
+    models: dict[str, dict[str, Quality]] = {}
+    for file in files:
+        (case,) = merged(file)
+        models.setdefault(file["settings"]["model"], {}).update(case.rows)
+    names = {
+        f"{OURS} icw.value_bits=4": "**keys in 8, values in 4**",
+        f"{OURS} icw.bits=4": "**4 bits**",
+        f"{OURS} icw.value_bits=4 icw.recent_tokens=128": "**keys in 8, values in 4**, the last 128 tokens in float",
+        f"{OURS} icw.bits=4 icw.recent_tokens=128": "**4 bits**, the last 128 tokens in float",
+        HQQ_4: "HQQ, 4 bits, the last 128 tokens in float",
+        QUANTO_4: "quanto, 4 bits, the last 128 tokens in float",
+        FLOAT_COMPILED: "float, compiled",
+    }
+    rows = [(shown, *(_cell(rows[name]) for rows in models.values())) for name, shown in names.items()]
+    return f"{sentence(_scored(files[0]))}:\n\n{grid(('', *(f'`{model}`' for model in models)), rows)}"
+
+
 def advice(*files: Data) -> str:
     """What ``--advise`` prints of each model."""
     parts = []
@@ -192,15 +215,16 @@ def single(*files: Data) -> str:
 
 
 REGIONS = {
-    "quality-short": Region((LLAMA[0], QWEN2[0]), short),
+    "quality-short": Region((LLAMA[1], LLAMA[0], QWEN2[1], QWEN2[0]), short),
     "quality-llama": Region(LLAMA, summary),
     "quality-llama-notes": Region(LLAMA, notes),
     "quality-llama-full": Region(LLAMA, full),
     "quality-qwen2": Region(QWEN2, summary),
     "quality-qwen2-notes": Region(QWEN2, notes),
     "quality-qwen2-full": Region(QWEN2, full),
-    "quality-recall": Region(QWEN2[:1], recall),
+    "quality-recall": Region(QWEN2[1:], recall),
     "quality-bits": Region(BITS, four_bits),
+    "quality-bits-others": Region(OTHERS, others_of_four_bits),
     "quality-advice": Region(ADVICE, advice),
     "quality-rounding": Region(ROUNDING, rounding),
     "quality-single": Region(SINGLE, single),
