@@ -26,9 +26,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
         pytest.param("static", "triton", marks=pytest.mark.slow),
     ],
 )
-def test_compiles_for_a_gpu(kind: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_for_a_gpu(kind: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt and decode, with lengths that are symbols, through Inductor's Triton code to machine code."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     script = Path(__file__).with_name("gpu_code.py")
     process = subprocess.run([sys.executable, script, kind, attention], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-3000:]
