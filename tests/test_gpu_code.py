@@ -20,8 +20,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.mark.parametrize(
     ("kind", "attention"),
     [
-        ("dynamic", "inductor"),
         ("dynamic", "triton"),
+        pytest.param("dynamic", "inductor", marks=pytest.mark.slow),
         pytest.param("static", "inductor", marks=pytest.mark.slow),
         pytest.param("static", "triton", marks=pytest.mark.slow),
     ],

@@ -603,8 +603,7 @@ def test_static_cache_of_layers_that_differ(heads: dict[str, Any]) -> None:
     "name",
     [
         "gemma4_text",
-        "qwen3_next",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3n_text", "lfm2", "falcon_h1")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3n_text", "qwen3_next", "lfm2", "falcon_h1")),
     ],
 )
 def test_static_cache_of_layers_that_keep_no_keys(name: str) -> None:

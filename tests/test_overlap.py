@@ -98,7 +98,9 @@ def test_written_through_one_and_read_through_another(
     assert [site.name for site in graph.sites] == ["whole"]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    "function", [FUNCTIONS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in FUNCTIONS[1:])]
+)
 def test_inductor(function: Callable[..., Any]) -> None:
     """Which orders writes and reads of inputs as it likes where it knows of no alias."""
     test_written_through_one_and_read_through_another(function, 3, False, False, "inductor")
