@@ -115,14 +115,19 @@ def notes(*files: Data) -> str:
     )
 
 
-def short(*files: Data) -> str:
-    """A line for each model as it is, for the README."""
+def _as_they_are(files: Iterable[Data]) -> dict[str, dict[str, Quality]]:
+    """The rows of each model as it is, of later files in place of those of earlier ones."""
     models: dict[str, dict[str, Quality]] = {}
     for file in files:
         (case,) = (case for case in merged(file) if case.name == AS_IT_IS)
         models.setdefault(file["settings"]["model"], {}).update(case.rows)
+    return models
+
+
+def short(*files: Data) -> str:
+    """A line for each model as it is, for the README."""
     said = []
-    for model, rows in models.items():
+    for model, rows in _as_they_are(files).items():
         ours, alone = rows[OURS].total, rows[FLOAT_COMPILED].total
         said.append(
             f"- `{model}`: perplexity {ours.reference_perplexity:.3f} -> {ours.perplexity:.3f}, mean KL divergence "
@@ -176,10 +181,7 @@ def four_bits(*files: Data) -> str:
 
 def others_of_four_bits(*files: Data) -> str:
     """A row for each cache of 4 bits, ours and others, a column for each model as it is."""
-    models: dict[str, dict[str, Quality]] = {}
-    for file in files:
-        (case,) = merged(file)
-        models.setdefault(file["settings"]["model"], {}).update(case.rows)
+    models = _as_they_are(files)
     names = {
         f"{OURS} icw.value_bits=4": "**keys in 8, values in 4**",
         f"{OURS} icw.bits=4": "**4 bits**",
