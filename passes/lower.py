@@ -11,8 +11,9 @@
                                                       # after, otherwise: as it was, decoded for torch's kernels
 
 A kernel reads what is stored once for all query heads that share it. Where channels were divided, the query is
-multiplied for the keys and the output for the values. Rows that are kept in the model's dtype are masked out of the
-kernel's attention and merged with its output. All compute the same function (`icw_compile.kernels.inductor`).
+multiplied for the keys and the output for the values. Rows that are kept in the model's dtype are given to a kernel
+that takes them, and otherwise are masked out of its attention and merged with its output. All compute the same function
+(`icw_compile.kernels.inductor`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,9 @@ def _lower(graph: KVGraph, attention: FusedAttention, spans: _Spans) -> tuple[st
             for name, part in list(value.named.items())[2:]
         }
         rows = [part for value in stored for part in value.parts[:2]]
+        if kernel.with_lse is None:
+            with graph.before(attention.node):
+                named |= _kept_rows(graph, attention)
 
         def taken(mask: Node | None) -> dict[str, Node]:
             return {**named, **_spans_of(graph, kernel, mask, rows[0], attention.node, spans)}
@@ -122,6 +126,16 @@ def _base(stored: Stored) -> Stored:
     return stored
 
 
+def _kept_rows(graph: KVGraph, attention: FusedAttention) -> dict[str, Node]:
+    """The rows that are kept besides, for a kernel that takes them beside the rows of the base format."""
+    named = {}
+    for role, value in (("key", attention.key.stored), ("value", attention.value.stored)):
+        if value.kept:
+            named[f"{role}_exact"] = value.inner.format.as_stored(graph, value["exact"], value.inner)
+            named[f"{role}_position"] = value["position"]
+    return named
+
+
 def _spans_of(
     graph: KVGraph, kernel: AttentionKernel, mask: Node | None, keys: Node, node: Node, spans: _Spans
 ) -> dict[str, Node]:
@@ -148,14 +162,15 @@ def _call(
 ) -> None:
     """Let ``operator`` compute the attention, or, where rows are kept besides, ``with_lse`` and what merges them.
 
-    ``rows`` are two of the keys and two of the values, ``named`` what else it takes with a mask.
+    Without ``with_lse``, the operator takes those rows itself. ``rows`` are two of the keys and two of the values,
+    ``named`` what else it takes with a mask.
     """
     node, key, value = attention.node, attention.key.stored, attention.value.stored
     query, _, _, mask, is_causal, scale, softcap, *sinks = args_of(node)
     rest = (is_causal, scale, softcap)
     with graph.before(node):
         inner_query = key.format.into_query(graph, query, key)
-        if not key.kept and not value.kept:
+        if with_lse is None or not (key.kept or value.kept):
             output = graph.call(operator, inner_query, *rows, mask, *rest, *sinks, **named(mask))
             output = value.format.into_output(graph, output, value)
         else:

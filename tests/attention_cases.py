@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from icw_compile.formats import int4, int8
+from icw_compile.formats.kept import place_rows
 from icw_compile.formats.scaled import scale_dtype_for
 from icw_compile.kernels import inductor
 
@@ -33,10 +34,36 @@ def in_four_bits(tensors, roles):
     return packed, codes, levels
 
 
-def reference(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None):
+def decode(tensors):
+    """The keys and the values, float32."""
+    return [int8.dequantize_per_head(*tensors[i : i + 2], torch.float32) for i in (1, 3)]
+
+
+def keep_some(decoded, dtype, most=6, roles=("key", "value"), seed=0):
+    """Up to ``most`` random rows of these roles as they are kept: a kernel's arguments, and keys and values with them.
+
+    Some places have no row, or one that is further back than there are; keys and values share some rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept, placed = {}, list(decoded)
+    length = decoded[0].shape[2]
+    for i, role in enumerate(("key", "value")):
+        if role not in roles:
+            continue
+        rows = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[: most - i]
+        position = torch.cat([rows, torch.tensor([-1, length, length + 3])])
+        position = position[torch.randperm(len(position), generator=generator)]
+        shape = (*decoded[i].shape[:2], len(position), decoded[i].shape[3])
+        exact = torch.randn(shape, generator=generator).to(dtype)
+        kept |= {f"{role}_exact": exact, f"{role}_position": position}
+        placed[i] = place_rows(decoded[i], exact, position)
+    return kept, placed
+
+
+def reference(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=None, placed=None):
+    """``placed``: the keys and the values, if they are others than those of ``tensors``."""
     scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
-    query, *rows = tensors
-    key, value = (int8.dequantize_per_head(*rows[i : i + 2], torch.float32) for i in (0, 2))
+    query, (key, value) = tensors[0], placed or decode(tensors)
     mask = None if mask is None else mask if mask.dtype == torch.bool else mask.float()
     return inductor.grouped_attention(query.float(), key, value, mask, is_causal, scale, softcap, sinks)
 

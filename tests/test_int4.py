@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import keep_some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import CLOSE_LOGITS, EAGER, MODELS, graphs, relative_distance, run, tiny_model, tokens
@@ -190,27 +191,15 @@ def test_kernel(
     named = dict(zip(["key_codes"], key_codes)) | dict(zip(["value_codes"], value_codes))
     mask = torch.rand(batch, 1, tokens_, length, generator=generator) < 0.7
     mask[..., 0] = True
-    for attn_mask in (None, mask):
-        expected = _ops.attention(query.float(), *decoded, attn_mask, False, size**-0.5, None)
+    kept, placed = keep_some(decoded, dtype)
+    for attn_mask, exact in ((None, {}), (mask, {}), (None, kept), (mask, kept)):
+        expected = _ops.attention(query.float(), *(placed if exact else decoded), attn_mask, False, size**-0.5, None)
+        rows = (query, keys, key_scale, values, value_scale)
         for engine in range(len(cpu.engines(size))):
-            for operator in (cpu.attention, lambda *x, **y: cpu.attention_lse(*x, **y)[0]):
-                actual = operator(
-                    query,
-                    keys,
-                    key_scale,
-                    values,
-                    value_scale,
-                    attn_mask,
-                    False,
-                    size**-0.5,
-                    None,
-                    None,
-                    engine,
-                    **named,
-                )
-                assert actual.dtype == dtype
-                error = relative_distance(actual, expected)
-                assert error < TOLERANCE[dtype], (engine, error)
+            actual = cpu.attention(*rows, attn_mask, False, size**-0.5, None, None, engine, **named, **exact)
+            assert actual.dtype == dtype
+            error = relative_distance(actual, expected)
+            assert error < TOLERANCE[dtype], (engine, error)
 
 
 #: One of each kind of cache, of bits, and of lowering runs always.

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from attention_cases import log_sums, make, masks, reference
+from attention_cases import decode, keep_some, make, masks, reference
 
 from icw_compile.kernels import AttentionCall, StoredRows, cpu
 
@@ -102,17 +102,39 @@ def test_sinks(dtype, length):
         kernel(tensors, sinks=torch.zeros(4))
 
 
-@pytest.mark.parametrize("length", [40, 3000])  # one chunk of positions, and several
-@pytest.mark.parametrize("sinks", [None, torch.tensor([0.0, 3.0, -2.0, 40.0])])
-def test_log_sums(length, sinks):
-    tensors = make(2, 4, 2, 2, length, 64, 64, torch.float32)
-    mask = torch.rand(2, 1, 2, length, generator=torch.Generator().manual_seed(1)) > 0.3
-    mask[1, :, 1] = False  # reads nothing
-    for engine in ENGINES.values():
-        others = (mask, False, 0.2, 5.0, sinks, engine)
-        output, log_sum = cpu.attention_lse(*tensors, *others)
-        assert torch.equal(output, cpu.attention(*tensors, *others))
-        torch.testing.assert_close(log_sum, log_sums(tensors, mask, False, 0.2, 5.0, sinks), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("length", [17, 300, 2100])  # one chunk of positions, and several
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kept_rows(dtype, length):
+    """Rows that are kept of keys, of values or of both, in any order, with gaps, all of them or none."""
+    for index, (roles, most) in enumerate(itertools.product(({"key"}, {"value"}, {"key", "value"}), (1, 5, 3000))):
+        tokens = (1, 3)[index % 2]
+        tensors = make(2, 8, 2, tokens, length, 64, 96, dtype, index)
+        kept, placed = keep_some(decode(tensors), dtype, most, roles, seed=index)
+        for name, mask in [("none", None), *masks(2, 8, tokens, length)]:
+            # Of a row that a mask kills with finite numbers nobody reads the output.
+            if name == "all dead but finfo.min":
+                continue
+            for rest in ((False, 0.1, None, None), (mask is None, 0.2, 5.0, torch.randn(8))):
+                expected = reference(tensors, mask, *rest, placed=placed)
+                for engine in ENGINES.values():
+                    actual = cpu.attention(*tensors, mask, *rest, engine, **kept).float()
+                    error = (actual - expected).norm() / expected.norm().clamp(min=1e-30)
+                    assert error <= TOLERANCE[dtype], (name, roles, most, engine, error.item())
+
+
+def test_kept_row_that_is_not_finite():
+    """It reaches who reads it, and nobody else."""
+    tensors = make(1, 4, 2, 2, length := 600, 64, 64, torch.bfloat16)
+    mask = torch.ones(1, 1, 2, length, dtype=torch.bool)
+    mask[:, :, 0, 500] = False
+    for role in ("key", "value"):
+        exact = torch.randn(1, 2, 3, 64)
+        exact[:, 1, 2] = torch.inf
+        kept = {f"{role}_exact": exact, f"{role}_position": torch.tensor([9, -1, 500])}
+        for engine in ENGINES.values():
+            output = cpu.attention(*tensors, mask, False, 0.2, None, None, engine, **kept)
+            assert output[:, :, 0].isfinite().all() and output[:, :2].isfinite().all()
+            assert not output[:, 2:, 1].isfinite().any()
 
 
 def test_empty_rows_are_zero():
@@ -272,8 +294,9 @@ def test_mask_that_does_not_broadcast():
 def test_operator_registration():
     tensors = make(1, 4, 2, 2, 100, 64, 32, torch.bfloat16)
     mask = torch.rand(1, 1, 2, 100) > 0.5
-    for operator in (cpu.attention, cpu.attention_lse):
-        torch.library.opcheck(operator, (*tensors, mask, False, 0.1, None))
+    kept, _ = keep_some(decode(tensors), torch.bfloat16)
+    for named in ({}, kept):
+        torch.library.opcheck(cpu.attention, (*tensors, mask, False, 0.1, None), named)
 
 
 def test_compiles_with_symbolic_length():

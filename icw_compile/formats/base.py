@@ -215,6 +215,10 @@ class Format(ABC):
         """The parts that are not rows, after ``values`` were written to the rows ``index``, ascending with no gap."""
         return {}
 
+    def as_stored(self, run: Evaluator, values: Any, like: Stored) -> Any:
+        """Float ``values[..., D]`` as the base format would be given them for the storage ``like``, losing nothing."""
+        return values
+
     def into_query(self, run: Evaluator, query: Any, keys: Stored) -> Any:
         """``query[B, Hq, T, D]`` for a product with the keys as the base format stores them."""
         return query
@@ -293,6 +297,9 @@ class Wrapper(Format):
 
     def keep(self, run: Evaluator, into: Stored, values: Any, index: Any) -> dict[str, Any]:
         return self.wrapped.keep(run, into.inner, values, index)
+
+    def as_stored(self, run: Evaluator, values: Any, like: Stored) -> Any:
+        return self.wrapped.as_stored(run, values, like.inner)
 
     def into_query(self, run: Evaluator, query: Any, keys: Stored) -> Any:
         return self.wrapped.into_query(run, query, keys.inner)

@@ -107,6 +107,13 @@ class Equalized(Wrapper):
         divided = run.call(_ops.divide_channels.default, values, into["shift"], torch.float32)
         return self.wrapped.encode(run, divided, into.inner)
 
+    def as_stored(self, run: Evaluator, values: Any, like: Stored) -> Any:
+        # A float16 number divided by 2 ** 7 may be less than float16 holds.
+        dtype = run.tensor(values).dtype
+        dtype = torch.float32 if dtype == torch.float16 else dtype
+        divided = run.call(_ops.divide_channels.default, values, like["shift"], dtype)
+        return super().as_stored(run, divided, like)
+
     def decode(self, run: Evaluator, x: Stored, dtype: torch.dtype) -> Any:
         divided = self.wrapped.decode(run, x.inner, torch.float32)
         return run.call(_ops.multiply_channels.default, divided, x["shift"], dtype)

@@ -2,9 +2,9 @@
 
 ``keep_rows(exact[..., K, D], position[K], values[..., T, D], index[T], sinks) -> (exact, position)``
     The rows that are kept after ``values`` are written to the rows ``index``, none if they are in another order than
-    ascending, or with gaps: the first
-    ``sinks`` of ``K`` are the rows 0, 1, ..., the others the last ones written, oldest first. ``position`` says which
-    row each one is, -1 that it is none. What was kept of rows from ``index[0]`` on is gone.
+    ascending, or with gaps: the first ``sinks`` of ``K`` are the rows 0, 1, ..., the others the last ones written, each
+    in the place of the oldest. ``position`` says which row each one is, -1 that it is none. What was kept of rows from
+    ``index[0]`` on is gone.
 ``place_rows(rows[..., T, D], exact[..., K, D], position[K]) -> [..., T, D]``
     ``rows``, of which row ``position[e]`` is ``exact[..., e, D]`` for each ``e`` whose position is one of them.
 ``place_kept(rows[..., L, D], exact[..., K, D], position[K], at[L]) -> [..., L, D]``
@@ -32,29 +32,25 @@ _END = 2**63 - 1
 
 
 def keep_rows(exact: Tensor, position: Tensor, values: Tensor, index: Tensor, sinks: int) -> tuple[Tensor, Tensor]:
-    tokens, kept = values.shape[-2], exact.shape[-2] - sinks
+    tokens, recent = values.shape[-2], exact.shape[-2] - sinks
     if tokens == 0:
         return exact.clone(), position.clone()
     # Rows in another order, or with gaps: none is known to be the last, and the rows that are stored stand for all.
     in_order = (index - index[0] == torch.arange(tokens, device=index.device)).all()
     position = torch.where((position < index[0]) & in_order, position, -1)
-    # The gaps first: they are the next to go.
-    order = (position[sinks:] >= 0).to(torch.uint8).argsort(stable=True)
-    old = exact.narrow(-2, sinks, kept).index_select(-2, order)
-    recent = torch.cat([old, values.to(exact.dtype)], dim=-2).narrow(-2, tokens, kept)
-    written_at = torch.where((index < sinks) | ~in_order, -1, index)
-    recent_at = torch.cat([position[sinks:][order], written_at]).narrow(0, tokens, kept)
-    if sinks == 0:
-        return recent, recent_at
-    row = torch.arange(sinks, device=exact.device)
-    source = row - index[0]
-    written = (source >= 0) & (source < tokens) & in_order
-    first = values.index_select(-2, source.clamp(0, tokens - 1)).to(exact.dtype)
-    first = torch.where(written.unsqueeze(-1), first, exact.narrow(-2, 0, sinks))
-    return (
-        torch.cat([first, recent], dim=-2),
-        torch.cat([torch.where(written, row, position[:sinks]), recent_at]),
+    # The last rows go, oldest first, to the places without a row and to those with the oldest. Places are compared in
+    # pairs: they are few, and a sort would be an operation of its own.
+    place, held = torch.arange(sinks + recent, device=index.device), position[sinks:]
+    older = (held < held.unsqueeze(-1)) | (
+        (held == held.unsqueeze(-1)) & (place[:recent] < place[:recent].unsqueeze(-1))
     )
+    source = torch.cat([place[:sinks] - index[0], older.sum(dim=-1) + torch.sym_max(tokens - recent, 0)])
+    written = (source >= 0) & (source < tokens) & in_order
+    source = source.clamp(0, tokens - 1)
+    row = index.index_select(0, source)
+    written = written & ((row >= sinks) | (place < sinks))
+    fresh = values.index_select(-2, source).to(exact.dtype)
+    return torch.where(written.unsqueeze(-1), fresh, exact), torch.where(written, row, position)
 
 
 def place_rows(rows: Tensor, exact: Tensor, position: Tensor) -> Tensor:

@@ -14,6 +14,7 @@
 // * Rows of 4 bits become rows of 8 in a block's buffer, which stays in the first- or second-level cache: a shuffle looks
 //   up 64 of them at once. From there on they are rows of 8 bits.
 // * A block whose mask leaves nothing is skipped before its rows, or their scales, are read.
+// * Rows of which the cache keeps the values themselves are left out of the blocks and are a unit of their own, in float32.
 //
 // Tried and not taken: three weight digits for 16-bit models (0-9 % slower, the error is the output's rounding either
 // way), blocks of 512 positions (no faster), interleaving a block's values for all channels at once (half as fast). Not
@@ -250,16 +251,22 @@ struct Strided {
   Type type = Type::kFloat32;
 };
 
+// A row of which the keys, the values or both are kept as they are: the places where, -1 of what is not.
+struct KeptRow {
+  int64_t row, key, value;
+};
+
 struct Problem {
   int64_t batch, query_heads, heads, tokens, length, head_dim, value_dim;  // tokens: T, length: S.
   Strided query, key, key_scale, value, value_scale, mask;
   Strided key_codes, value_codes;  // Of rows of 4 bits: no data if they are of 8.
+  Strided kept_keys, kept_values;  // Rows are places. No data if none are kept.
+  std::vector<KeptRow> kept;       // In ascending order of the rows.
   bool mask_by_head = false, mask_by_token = false, is_causal = false;
   bool has_softcap = false;
   float scale = 1.0f, softcap = 0.0f;
   std::vector<float> sinks;  // One for each query head, or none.
   void* out = nullptr;  // Contiguous [B, Hq, T, Dv] of the query's type.
-  float* lse = nullptr;  // Contiguous [B, Hq, T]: the logarithm of the sum of exponentials; null if nobody asks.
 
   Engine engine = Engine::kPortable;
   int weight_digits = 2;
@@ -280,7 +287,7 @@ struct Workspace {
   size_t capacity = 0;
 
   float *query, *query_scale, *scores, *largest, *sum, *correction, *weight_scale, *accumulated;
-  float *key_scale, *value_scale, *mask;
+  float *key_scale, *value_scale, *mask, *kept_keys, *kept_values;
   uint8_t *query_broken, *mask_live;
   int8_t *query_digits, *interleaved, *tail, *keys, *values;
   int32_t *query_offsets, *products;
@@ -311,6 +318,8 @@ struct Workspace {
       place(key_scale, kBlock);
       place(value_scale, kBlock);
       place(mask, p.rows * kBlock);
+      place(kept_keys, p.kept.empty() ? 0 : kBlock * p.key_width);
+      place(kept_values, p.kept.empty() ? 0 : kBlock * p.value_width);
       place(query_broken, padded_rows);
       place(mask_live, padded_rows);
       place(query_digits, query_tiles * 16 * p.key_width + 64);
@@ -445,7 +454,9 @@ inline Floats load_floats(const float* data) {
   return out;
 }
 
-inline Floats convert_bytes(const int8_t* data) {
+inline Floats to_floats(const float* data) { return load_floats(data); }
+
+inline Floats to_floats(const int8_t* data) {
 #if defined(__AVX512F__)
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data))));
 #elif defined(__AVX2__)
@@ -468,12 +479,12 @@ inline float total(Floats values) {
 #endif
 }
 
-template <int kRows>
-inline void score_rows_portable(const Problem& p, const float* query, const int8_t* key, float* scores) {
+template <int kRows, typename T>
+inline void score_rows_portable(const Problem& p, const float* query, const T* key, float* scores) {
   Floats sums[kRows] = {};
   int64_t d = 0;
   for (; d + kLanes <= p.head_dim; d += kLanes) {
-    const Floats k = convert_bytes(key + d);
+    const Floats k = to_floats(key + d);
     for (int r = 0; r < kRows; ++r) sums[r] += load_floats(query + r * p.key_width + d) * k;
   }
   for (int r = 0; r < kRows; ++r) {
@@ -484,9 +495,10 @@ inline void score_rows_portable(const Problem& p, const float* query, const int8
 }
 
 // scores[row][i] = query[row] . key[i], four rows at a time so that a key is converted once for them.
-void scores_portable(const Problem& p, Workspace& w, const int8_t* key, int64_t count) {
+template <typename T>
+void scores_portable(const Problem& p, Workspace& w, const T* key, int64_t stride, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const int8_t* k = key + i * p.key_stride();
+    const T* k = key + i * stride;
     int64_t row = 0;
     for (; row + 4 <= p.rows; row += 4)
       score_rows_portable<4>(p, w.query + row * p.key_width, k, w.scores + row * kBlock + i);
@@ -497,8 +509,8 @@ void scores_portable(const Problem& p, Workspace& w, const int8_t* key, int64_t 
 
 // accumulated[row] = accumulated[row] * correction[row] + weights[row] . value; the weights are in `scores`. Eight
 // value rows are converted once for all query rows.
-void values_portable(const Problem& p, Workspace& w, const int8_t* value, int64_t count) {
-  const int64_t stride = p.value_stride();
+template <typename T>
+void values_portable(const Problem& p, Workspace& w, const T* value, int64_t stride, int64_t count) {
   for (int64_t row = 0; row < p.rows; ++row) {
     if (w.correction[row] == 1.0f) continue;
     float* out = w.accumulated + row * p.value_width;
@@ -506,11 +518,11 @@ void values_portable(const Problem& p, Workspace& w, const int8_t* value, int64_
   }
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    const int8_t* v = value + i * stride;
+    const T* v = value + i * stride;
     int64_t d = 0;
     for (; d + kLanes <= p.value_dim; d += kLanes) {
       Floats converted[8];
-      for (int j = 0; j < 8; ++j) converted[j] = convert_bytes(v + j * stride + d);
+      for (int j = 0; j < 8; ++j) converted[j] = to_floats(v + j * stride + d);
       for (int64_t row = 0; row < p.rows; ++row) {
         const float* weights = w.scores + row * kBlock + i;
         float* out = w.accumulated + row * p.value_width + d;
@@ -1043,15 +1055,26 @@ const int8_t* rows_of(const Strided& rows, const Strided& codes, int64_t size, i
   return buffer;
 }
 
-bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t start, int64_t end) {
-  const MaskRows masks = mask_rows(p);
-  find_live_masks(p, w, masks, b, h);
+void start_rows(const Problem& p, Workspace& w) {
   std::fill(w.largest, w.largest + p.rows, -kInf);
   std::fill(w.sum, w.sum + p.rows, 0.0f);
   std::fill(w.accumulated, w.accumulated + p.rows * p.value_width, 0.0f);
+}
+
+// Positions [start, end) but for the rows that are kept. False if it takes `Engine::kPortable`.
+bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t start, int64_t end) {
+  const MaskRows masks = mask_rows(p);
+  find_live_masks(p, w, masks, b, h);
+  start_rows(p, w);
   bool prepared = false;
-  for (int64_t position = start; position < end; position += kBlock) {
-    const int64_t count = load_mask(p, w, masks, b, h, position, std::min(kBlock, end - position));
+  auto kept = std::lower_bound(p.kept.begin(), p.kept.end(), start,
+                               [](const KeptRow& row, int64_t position) { return row.row < position; });
+  for (int64_t position = start, next; position < end; position = next) {
+    while (kept != p.kept.end() && kept->row == position) ++kept, ++position;
+    const int64_t gap = std::min(end, kept != p.kept.end() ? kept->row : end);
+    next = std::min(position + kBlock, gap);
+    if (next <= position) continue;
+    const int64_t count = load_mask(p, w, masks, b, h, position, next - position);
     if (count == 0) continue;
     if (!prepared) {
       load_query(p, w, b, h);
@@ -1064,7 +1087,7 @@ bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t star
     const int8_t* key = rows_of(p.key, p.key_codes, p.head_dim, b, h, position, count, w.keys);
     const int8_t* value = rows_of(p.value, p.value_codes, p.value_dim, b, h, position, count, w.values);
     switch (p.engine) {
-      case Engine::kPortable: scores_portable(p, w, key, count); break;
+      case Engine::kPortable: scores_portable(p, w, key, p.key_stride(), count); break;
 #ifdef ICW_VNNI
       case Engine::kVnni: scores_vnni(p, w, key, count); break;
 #endif
@@ -1080,7 +1103,7 @@ bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t star
     }
     softmax_block(p, w, masks, count);
     if (p.engine == Engine::kPortable) {
-      values_portable(p, w, value, count);
+      values_portable(p, w, value, p.value_stride(), count);
       continue;
     }
 #ifdef ICW_VNNI
@@ -1089,7 +1112,7 @@ bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t star
       p.weight_digits == 2 ? values_vnni<2>(p, w, value, count) : values_vnni<3>(p, w, value, count);
 #ifdef ICW_AMX
     if (p.engine == Engine::kAmx) {
-      const bool is_ahead = position + 2 * kBlock <= end && p.key_codes.data == nullptr;
+      const bool is_ahead = position + 2 * kBlock <= gap && p.key_codes.data == nullptr;
       const int8_t* next_key = is_ahead ? key + kBlock * p.key.row : nullptr;
       p.weight_digits == 2 ? values_amx<2>(p, w, value, next_key, count) : values_amx<3>(p, w, value, next_key, count);
     }
@@ -1100,6 +1123,64 @@ bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t star
     for (int64_t row = 0; row < p.rows; ++row)
       if (w.query_broken[row] && w.sum[row] != 0.0f) w.sum[row] = kNaN;
   return true;
+}
+
+// One row of keys or values as float32: where they are kept, or else as they are stored.
+void load_row(const Strided& kept, const Strided& rows, const Strided& codes, const Strided& scale, int64_t size,
+              int64_t b, int64_t h, int64_t place, int64_t row, int8_t* buffer, float* out) {
+  if (place >= 0) {
+    load_run(kept.data, b * kept.batch + h * kept.head + place * kept.row, kept.last, size, kept.type, out);
+    return;
+  }
+  const int8_t* stored = rows_of(rows, codes, size, b, h, row, 1, buffer);
+  const float step = load(scale.data, b * scale.batch + h * scale.head + row * scale.row, scale.type);
+  for (int64_t d = 0; d < size; ++d) out[d] = float(stored[d]) * step;
+}
+
+// The rows that are kept, in float32, with the accumulated values in natural order.
+void run_kept(const Problem& p, Workspace& w, int64_t b, int64_t h) {
+  const MaskRows masks = mask_rows(p);
+  find_live_masks(p, w, masks, b, h);
+  start_rows(p, w);
+  load_query(p, w, b, h);
+  std::fill(w.key_scale, w.key_scale + kBlock, p.scale);
+  std::fill(w.value_scale, w.value_scale + kBlock, 1.0f);
+  for (size_t next = 0; next < p.kept.size();) {
+    int64_t count = 0;
+    for (; count < kBlock && next < p.kept.size(); ++next) {
+      const auto [row, key_place, value_place] = p.kept[next];
+      bool is_read = masks.count == 0;
+      for (int64_t m = 0; m < masks.count; ++m) {
+        float& mask = w.mask[m * kBlock + count];
+        mask = 0.0f;
+        if (p.mask.data != nullptr) mask = load(p.mask.data, mask_offset(p, masks, b, h, m) + row * p.mask.last, p.mask.type);
+        if (w.mask_live[m] && mask <= kDead) mask = -kInf;
+        if (p.is_causal && row > (masks.by_token ? m % p.tokens : 0)) mask = -kInf;
+        is_read |= mask != -kInf;
+      }
+      if (!is_read) continue;
+      float* key = w.kept_keys + count * p.key_width;
+      float* value = w.kept_values + count * p.value_width;
+      load_row(p.kept_keys, p.key, p.key_codes, p.key_scale, p.head_dim, b, h, key_place, row, w.keys, key);
+      load_row(p.kept_values, p.value, p.value_codes, p.value_scale, p.value_dim, b, h, value_place, row, w.values, value);
+      float broken = 0;
+      for (int64_t d = 0; d < p.head_dim; ++d) broken += key[d] * 0.0f;
+      for (int64_t d = 0; d < p.value_dim; ++d) broken += value[d] * 0.0f;
+      if (broken != 0.0f) {  // Whoever reads it gets NaN, and nobody else does.
+        std::fill(key, key + p.head_dim, 0.0f);
+        std::fill(value, value + p.value_dim, 0.0f);
+        for (int64_t r = 0; r < p.rows; ++r)
+          if (!masks.count || w.mask[masks.of(r / p.tokens, r % p.tokens) * kBlock + count] != -kInf) w.sum[r] = kNaN;
+      }
+      ++count;
+    }
+    if (count == 0) continue;
+    scores_portable(p, w, w.kept_keys, p.key_width, count);
+    softmax_block(p, w, masks, count);
+    values_portable(p, w, w.kept_values, p.value_width, count);
+  }
+  for (int64_t row = 0; row < p.rows; ++row)
+    if (w.query_broken[row] && w.sum[row] != 0.0f) w.sum[row] = kNaN;
 }
 
 // What a chunk leaves for each row: largest score, sum, then value_dim weighted values, in the natural order.
@@ -1124,7 +1205,6 @@ void write_output(const Problem& p, int64_t b, int64_t h, int64_t row, const flo
   const float inverse = sum == 0.0f ? 0.0f : factor / sum;
   const int64_t at = (b * p.query_heads + h * p.groups) * p.tokens + row;
   store_run(p.out, at * p.value_dim, p.value_dim, p.query.type, values, inverse);
-  if (p.lse != nullptr) p.lse[at] = sum == 0.0f ? -kInf : largest + std::log(sum);
 }
 
 void merge_partials(const Problem& p, int64_t b, int64_t h, const float* partials, std::vector<float>& values) {
@@ -1194,7 +1274,9 @@ void run(Problem& p, int threads, int engine) {
   p.chunk = round_up(std::max<int64_t>(length, 1), kBlock);
   if (threads > 1)
     p.chunk = std::min(p.chunk, round_up(std::max<int64_t>(pairs * length / (16 * threads), 4 * kBlock), kBlock));
-  p.chunks = std::max<int64_t>((length + p.chunk - 1) / p.chunk, 1);
+  // The rows that are kept are a chunk of their own, the last.
+  const int64_t stored_chunks = std::max<int64_t>((length + p.chunk - 1) / p.chunk, 1);
+  p.chunks = stored_chunks + (p.kept.empty() ? 0 : 1);
 
   const int64_t partial_size = p.rows * (p.value_dim + 2);
   std::unique_ptr<float[]> partials(p.chunks > 1 ? new float[pairs * p.chunks * partial_size] : nullptr);
@@ -1215,7 +1297,10 @@ void run(Problem& p, int threads, int engine) {
       const int64_t pair = unit / p.chunks, c = unit % p.chunks, b = pair / p.heads, h = pair % p.heads;
       const int64_t start = c * p.chunk, end = std::min(length, start + p.chunk);
       Engine used = p.engine;
-      if (!run_unit(p, workspace, b, h, start, end)) {
+      if (c == stored_chunks) {
+        used = Engine::kPortable;
+        run_kept(p, workspace, b, h);
+      } else if (!run_unit(p, workspace, b, h, start, end)) {
         Problem portable = p;
         portable.engine = used = Engine::kPortable;
         run_unit(portable, workspace, b, h, start, end);
@@ -1490,11 +1575,46 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   return Tensor(handle);
 }
 
-// `lse`, unless null, becomes the logarithm of the sum of exponentials of each query row's scores, its sink included.
-Tensor compute(Tensor* lse, const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
+// The rows that are kept of keys and values, some of which may be kept of one of them alone.
+void find_kept(Problem& p, const std::optional<Tensor>& keys, const std::optional<Tensor>& key_position,
+               const std::optional<Tensor>& values, const std::optional<Tensor>& value_position) {
+  auto collect = [&](const Tensor& exact, const Tensor& position, const char* name, int64_t size, Strided& rows,
+                     int64_t KeptRow::*place) {
+    STD_TORCH_CHECK(position.dim() == 1 && position.scalar_type() == ScalarType::Long,
+                    "icw_int8kv_cpu::attention: the positions of ", name, " must be int64 [K]");
+    rows = strided(exact, name, false);
+    check_shape(exact, name, p.batch, p.heads, position.size(0), size);
+    const int64_t* at = static_cast<const int64_t*>(position.data_ptr());
+    for (int64_t i = 0; i < position.size(0); ++i) {
+      KeptRow row{at[i * position.stride(0)], -1, -1};
+      row.*place = i;
+      if (row.row >= 0 && row.row < p.length) p.kept.push_back(row);
+    }
+  };
+  STD_TORCH_CHECK(keys.has_value() == key_position.has_value() && values.has_value() == value_position.has_value(),
+                  "icw_int8kv_cpu::attention: rows that are kept have positions");
+  if (keys) collect(*keys, *key_position, "key_exact", p.head_dim, p.kept_keys, &KeptRow::key);
+  if (values) collect(*values, *value_position, "value_exact", p.value_dim, p.kept_values, &KeptRow::value);
+  std::stable_sort(p.kept.begin(), p.kept.end(), [](const KeptRow& a, const KeptRow& b) { return a.row < b.row; });
+  size_t rows = 0;
+  for (const KeptRow& row : p.kept) {
+    if (rows == 0 || p.kept[rows - 1].row != row.row) {
+      p.kept[rows++] = row;
+      continue;
+    }
+    KeptRow& same = p.kept[rows - 1];
+    if (same.key < 0) same.key = row.key;
+    if (same.value < 0) same.value = row.value;
+  }
+  p.kept.resize(rows);
+}
+
+Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
                  const Tensor& value_scale, const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
                  std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine,
-                 const std::optional<Tensor>& key_codes, const std::optional<Tensor>& value_codes) {
+                 const std::optional<Tensor>& key_codes, const std::optional<Tensor>& value_codes,
+                 const std::optional<Tensor>& key_exact, const std::optional<Tensor>& key_position,
+                 const std::optional<Tensor>& value_exact, const std::optional<Tensor>& value_position) {
   const int64_t in_key = key_codes ? 2 : 1, in_value = value_codes ? 2 : 1;  // Channels in a byte.
   Problem p;
   p.query = strided(query, "query", false);
@@ -1527,6 +1647,7 @@ Tensor compute(Tensor* lse, const Tensor& query, const Tensor& key_qdata, const 
                   " query heads cannot be grouped on ", p.heads, " key/value heads");
   STD_TORCH_CHECK(p.query.type != Type::kBool && p.query.type != Type::kFloat64,
                   "icw_int8kv_cpu::attention: query must be float32, bfloat16 or float16");
+  find_kept(p, key_exact, key_position, value_exact, value_position);
   if (attn_mask.has_value()) {
     const Tensor& mask = *attn_mask;
     p.mask = strided(mask, "attn_mask", false);
@@ -1556,34 +1677,10 @@ Tensor compute(Tensor* lse, const Tensor& query, const Tensor& key_qdata, const 
   aoti_torch_get_dtype(query.get(), &dtype);
   Tensor out = empty({p.batch, p.query_heads, p.tokens, p.value_dim}, dtype);
   p.out = out.data_ptr();
-  if (lse != nullptr) {
-    *lse = empty({p.batch, p.query_heads, p.tokens}, aoti_torch_dtype_float32());
-    p.lse = static_cast<float*>(lse->data_ptr());
-  }
   uint32_t threads = 1;
   torch_get_num_threads(&threads);
   if (p.batch * p.query_heads * p.tokens * p.value_dim > 0) run(p, int(threads), int(engine));
   return out;
-}
-
-Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
-                 const Tensor& value_scale, const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
-                 std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine,
-                 const std::optional<Tensor>& key_codes, const std::optional<Tensor>& value_codes) {
-  return compute(nullptr, query, key_qdata, key_scale, value_qdata, value_scale, attn_mask, is_causal, scale, softcap,
-                 sinks, engine, key_codes, value_codes);
-}
-
-std::tuple<Tensor, Tensor> attention_lse(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale,
-                                         const Tensor& value_qdata, const Tensor& value_scale,
-                                         const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
-                                         std::optional<double> softcap, const std::optional<Tensor>& sinks,
-                                         int64_t engine, const std::optional<Tensor>& key_codes,
-                                         const std::optional<Tensor>& value_codes) {
-  Tensor lse;
-  Tensor out = compute(&lse, query, key_qdata, key_scale, value_qdata, value_scale, attn_mask, is_causal, scale,
-                       softcap, sinks, engine, key_codes, value_codes);
-  return {out, lse};
 }
 
 // How the rows of each head lie in a tensor whose first dimensions are those of `like`, or 1.
@@ -1769,10 +1866,7 @@ int64_t engine(int64_t head_dim) { return int64_t(best_engine(head_dim)); }
 
 STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CompositeExplicitAutograd, m) { m.impl("engine", TORCH_BOX(&engine)); }
 
-STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) {
-  m.impl("attention", TORCH_BOX(&attention));
-  m.impl("attention_lse", TORCH_BOX(&attention_lse));
-}
+STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
 
 STABLE_TORCH_LIBRARY_IMPL(icw_int8kv, CPU, m) {
   m.impl("settle_shift", TORCH_BOX(&settle_shift));

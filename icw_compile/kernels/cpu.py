@@ -9,8 +9,8 @@ Shapes, in the letters of `icw_compile.kernels.inductor`: ``B`` batch, ``Hq`` qu
 query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
 
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
-value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, engine=-1, key_codes=None, value_codes=None)
--> [B, Hq, T, Dv]``
+value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, engine=-1, key_codes=None, value_codes=None,
+key_exact=None, key_position=None, value_exact=None, value_position=None) -> [B, Hq, T, Dv]``
     The function, the arguments and the semantics of ``icw_int8kv::attention``, with three licences. A position that a
     mask takes out (``False``, or minus infinity) contributes nothing even if its scale is not finite: its rows may
     never be read. A row of an additive mask that has values above -1e29 treats those below -1e30 (``finfo.min``) as
@@ -18,20 +18,17 @@ value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, engin
     ``query`` is bfloat16, float16 or float32; scales and sinks are of any floating dtype; ``attn_mask`` is ``None``,
     boolean or of any floating dtype, 4-dimensional, and broadcasts to ``[B, Hq, T, S]``. Any strides will do, except
     that the channels of stored tensors are contiguous. With ``key_codes``, uint8 ``[B, H, S, 2]``, the keys are packed
-    as `icw_compile.formats.int4` has them, uint8 ``[B, H, S, D / 2]``; with ``value_codes`` the values are. The result
-    is contiguous, in the query's dtype. Raises RuntimeError for shapes and dtypes that do not fit, MemoryError for want
-    of memory. ``engine`` caps the instructions that are used, for tests: 0 plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the
-    best there is.
-``attention_lse(...) -> (output[B, Hq, T, Dv], lse float32[B, Hq, T])``
-    The same, and the logarithm of the sum of exponentials of each query row's scores, its sink included: minus infinity
-    for a row that reads nothing.
+    as `icw_compile.formats.int4` has them, uint8 ``[B, H, S, D / 2]``; with ``value_codes`` the values are. With
+    ``key_exact``, of a float dtype ``[B, H, K, D]``, row ``key_position[k]`` (int64; none if it is no position of
+    ``S``) is ``key_exact[:, :, k]`` and not what is stored of it, and the values likewise. The result is contiguous, in
+    the query's dtype. Raises RuntimeError for shapes and dtypes that do not fit, MemoryError for want of memory.
+    ``engine`` caps the instructions that are used, for tests: 0 plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
 ``engine(head_dim) -> int``
     The best engine that this build and this processor have for keys of that size.
 """
 
 import threading
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +38,7 @@ from icw_compile.kernels.build import build
 from icw_compile.kernels.inductor import ATTENTION_ARGUMENTS
 from icw_compile.kernels.interface import FEW_TOKENS, AttentionCall, AttentionKernel, declines_rows
 
-__all__ = ["ENGINES", "KERNEL", "attention", "attention_lse", "engines", "is_available", "load"]
+__all__ = ["ENGINES", "KERNEL", "attention", "engines", "is_available", "load"]
 
 #: Instructions that the kernel can use, by the value of ``engine`` that caps them.
 ENGINES = ("plain", "vnni", "amx")
@@ -127,11 +124,14 @@ def load() -> None:
 
 
 def _register() -> None:
-    tags = (torch.Tag.pt2_compliant_tag,)
-    arguments = f"({ATTENTION_ARGUMENTS}, int engine=-1, Tensor? key_codes=None, Tensor? value_codes=None)"
     torch.library.define("icw_int8kv_cpu::engine", "(int head_dim) -> int")
-    torch.library.define("icw_int8kv_cpu::attention", f"{arguments} -> Tensor", tags=tags)
-    torch.library.define("icw_int8kv_cpu::attention_lse", f"{arguments} -> (Tensor output, Tensor lse)", tags=tags)
+    torch.library.define(
+        "icw_int8kv_cpu::attention",
+        f"({ATTENTION_ARGUMENTS}, int engine=-1, Tensor? key_codes=None, Tensor? value_codes=None, "
+        "Tensor? key_exact=None, Tensor? key_position=None, Tensor? value_exact=None, Tensor? value_position=None) "
+        "-> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
 
     def fake(
         query: Tensor,
@@ -147,21 +147,18 @@ def _register() -> None:
         engine: int = -1,
         key_codes: Tensor | None = None,
         value_codes: Tensor | None = None,
+        *kept: Tensor | None,
+        **named_kept: Tensor | None,
     ) -> Tensor:
         channels = value_qdata.shape[3] * (1 if value_codes is None else 2)
         return query.new_empty((*query.shape[:3], channels))
 
-    def fake_lse(query: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        return fake(query, *others, **named), query.new_empty(query.shape[:3], dtype=torch.float32)
-
     torch.library.register_fake("icw_int8kv_cpu::attention", fake)
-    torch.library.register_fake("icw_int8kv_cpu::attention_lse", fake_lse)
 
 
 _register()
 
-#: The operators, as a graph calls them.
+#: The operator, as a graph calls it.
 attention = torch.ops.icw_int8kv_cpu.attention.default
-attention_lse = torch.ops.icw_int8kv_cpu.attention_lse.default
 
-KERNEL = AttentionKernel("cpu kernel", "cpu", ("cpu",), load, declines, attention, attention_lse)
+KERNEL = AttentionKernel("cpu kernel", "cpu", ("cpu",), load, declines, attention)

@@ -87,7 +87,8 @@ class AttentionKernel:
         operator: ``icw_int8kv::attention``'s arguments to ``[B, Hq, T, Dv]`` in the query's dtype. The first two parts
             of keys and values take the place of decoded ones; others follow by name, as ``key_codes``.
         with_lse: the same, and the logarithm of the sum of exponentials of each row's scores, its sink included:
-            float32 ``[B, Hq, T]``.
+            float32 ``[B, Hq, T]``. ``None`` if the operator takes rows that are kept besides itself, as ``key_exact``,
+            ``key_position`` and the same of values.
         mask_spans: ``None``, or what both take as ``spans``, of a boolean mask and ``S``: it is worked out once for all
             layers that share the mask.
     """
@@ -98,7 +99,7 @@ class AttentionKernel:
     load: Callable[[], None]
     declines: Callable[[AttentionCall], str | None]
     operator: Any
-    with_lse: Any
+    with_lse: Any = None
     mask_spans: Any = None
 
 
