@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 from torch.fx import Node
 
-from icw_compile.formats import Format, make_format
+from icw_compile.formats import Format, make_format, recent_tokens_for
 from icw_compile.passes import KVGraph
 
 __all__ = ["LAYER_OPTIONS", "LayerOption", "Options", "split_options"]
@@ -39,9 +39,10 @@ class Options:
         skip_layers: layers whose cache stays as it is, in the model's dtype: an index, ``"first"``, ``"last"``,
             ``"sliding"``, or a list of these. Storage that is int8 already stays int8.
         sink_tokens, recent_tokens: how many tokens at the start of the cache, and of those written last, attention
-            reads in the model's dtype; each takes its bytes besides its int8 row. In a sliding window the first ones
-            stay as long as they are in it. A cache that was made beforehand keeps what its maker asked for
-            (`icw_compile.static_cache`). For every sequence of a batch alike: left padding counts.
+            reads in the model's dtype; each takes its bytes besides its stored row. ``recent_tokens="auto"`` is 128 for
+            what is stored in 4 bits, and 0 for 8 bits. In a sliding window the first ones stay as long as they are in
+            it. A cache that was made beforehand keeps what its maker asked for (`icw_compile.static_cache`). For every
+            sequence of a batch alike: left padding counts.
         strict: raise `icw_compile.UnquantizedCacheError` where a cache-like float buffer stays float, instead of
             warning about it.
         idioms: rules for attention that is spelled in a way of its own. Each is a function ``(graph, node)`` that is
@@ -62,7 +63,7 @@ class Options:
     eight_bit_layers: int | str | Sequence[int | str] = ()
     skip_layers: int | str | Sequence[int | str] = ()
     sink_tokens: int = 0
-    recent_tokens: int = 0
+    recent_tokens: int | Literal["auto"] = "auto"
     strict: bool = False
     idioms: Sequence[Callable[[KVGraph, Node], Node | None]] = ()
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
@@ -81,13 +82,9 @@ class Options:
         equalize = not (any(plain.values()) if role is None else plain[role])
         asked = {"key": self.key_bits, "value": self.value_bits}
         bits = max(self.bits if of == "auto" else of for name, of in asked.items() if role is None or role == name)
-        return make_format(
-            dtype,
-            bits=8 if in_eight_bits else bits,
-            equalize=equalize,
-            sink_tokens=self.sink_tokens,
-            recent_tokens=self.recent_tokens,
-        )
+        bits = 8 if in_eight_bits else bits
+        recent = recent_tokens_for(bits) if self.recent_tokens == "auto" else self.recent_tokens
+        return make_format(dtype, bits=bits, equalize=equalize, sink_tokens=self.sink_tokens, recent_tokens=recent)
 
     def layers(self, option: LayerOption) -> frozenset[int | str]:
         """What `skip_layers` or `eight_bit_layers` lists."""
@@ -120,8 +117,8 @@ def split_options(options: Mapping[str, Any] | None, mode: str | None) -> tuple[
         elif field == "idioms":
             if not isinstance(value, (list, tuple)) or not all(map(callable, value)):
                 raise ValueError(f"Option {name!r} is {value!r}; it takes a list of functions of a graph and a node.")
-        elif types[field] is int:
-            if not _is_count(value):
+        elif field in ("sink_tokens", "recent_tokens"):
+            if not _is_count(value) and not (value == "auto" and field == "recent_tokens"):
                 raise ValueError(f"Option {name!r} is {value!r}; it takes a number of tokens, 0 or more.")
         else:
             allowed = get_args(types[field]) or (True, False)

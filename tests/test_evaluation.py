@@ -366,7 +366,7 @@ def test_codes_of_four_bits(name: str) -> None:
 def test_candidates() -> None:
     """The cheapest first; a layer that is hurt most is the first to stay at 8 bits."""
     model = tiny_model(num_hidden_layers=2)
-    found = candidates(model, {"keys": [0.5, 0.1], "values": [0.01, 0.02]}, 64)
+    found = candidates(model, {"keys": [0.5, 0.1], "values": [0.01, 0.02]}, 65536)
     assert [(each.options, pytest.approx(each.harm)) for each in found] == [
         ({"icw.bits": 4}, 0.63),
         ({"icw.value_bits": 4}, 0.03),
@@ -376,7 +376,9 @@ def test_candidates() -> None:
         ({"icw.key_bits": 4, "icw.eight_bit_layers": [0]}, 0.1),
     ]
     ratios = [each.bytes_ratio for each in found]
-    assert ratios == sorted(ratios) and ratios[0] < 0.6 * plan(model, cache="static").evaluate(tokens=64).bytes
+    in_eight_bits = plan(model, cache="static").evaluate(tokens=65536)
+    assert ratios == sorted(ratios) and ratios[0] < 0.6 * in_eight_bits.bytes / in_eight_bits.float_bytes
+    assert not candidates(model, {"keys": [0.5, 0.1], "values": [0.01, 0.02]}, 100), "the last 128 tokens are float"
 
 
 FOUR, VALUES = '{"icw.bits": 4}', '{"icw.value_bits": 4}'
@@ -397,7 +399,7 @@ BUT_ONE = '{"icw.value_bits": 4, "icw.eight_bit_layers": [1]}'
 )
 def test_the_cheapest_within_the_budget(budget: float, tried: list[str], chosen: str | None) -> None:
     model = tiny_model(num_hidden_layers=2)
-    windows = Windows.cut(torch.arange(300) % 90, None, tokens=16, context=64, stride=16, batch=1, chunk=16)
+    windows = Windows.cut(torch.arange(9000) % 90, None, tokens=16, context=8192, stride=16, batch=1, chunk=16)
     ready = Prepared(model, None, windows.ids, windows)
     measures = {"8 bits": 0.015, FOUR: 0.015 + 0.42, VALUES: 0.034, BUT_ONE: 0.02}
     said = []
@@ -415,7 +417,7 @@ def test_the_cheapest_within_the_budget(budget: float, tried: list[str], chosen:
 @pytest.mark.slow
 def test_advise(tmp_path: Path) -> None:
     file = tmp_path / "advice.json"
-    arguments = "--model kjv-llama-2m --tokens 128 --context 128 --stride 64 --batch 2 --advise 5e-3 --json"
+    arguments = "--model kjv-llama-2m --tokens 128 --context 1024 --stride 64 --batch 2 --advise 5e-3 --json"
     result = CliRunner().invoke(app, ["eval", *arguments.split(), str(file)], catch_exceptions=False)
     data = json.loads(file.read_text())
     assert result.exit_code == 0 and f"options={json.dumps(data['chosen']['options'])}" in result.stdout

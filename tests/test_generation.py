@@ -36,12 +36,14 @@ class Side:
     reference: bool = False
     assistant: PreTrainedModel | None = None
     bits: int = 8
+    recent: int = 0
 
     def generate(self, ids: Tensor | None, cache: Any = None, **arguments: Any) -> Any:
         if cache is None and self.reference:
-            dynamic, bits = self.kind == "dynamic", {"key_bits": self.bits, "value_bits": self.bits}
+            stored = {"key_bits": self.bits, "value_bits": self.bits, "recent_tokens": self.recent}
+            dynamic = self.kind == "dynamic"
             make = dynamic_reference_cache if dynamic else partial(reference_cache, max_cache_len=LENGTH)
-            cache = make(self.model, **bits)
+            cache = make(self.model, **stored)
         if cache is not None:
             arguments["past_key_values"] = cache
         elif self.kind == "static":
@@ -127,12 +129,14 @@ CASES = [
         kind,
         mode,
         bits,
+        recent,
         marks=()
         if (bits == 8 and ((name, kind) == ("llama", "dynamic") or (name, mode) == ("mistral", "assisted")))
         or (name, kind, mode, bits) == ("mistral", "dynamic", "beams", 4)
         else pytest.mark.slow,
     )
-    for bits in (8, 4)
+    # 128 is what 4 bits keep where nobody says, and as many as there are here.
+    for bits, recent in ((8, 0), (4, 0), (4, 128))
     for name in (*MODELS, "trained")
     if bits == 8 or name in ("llama", "mistral", "gemma3_text", "trained")
     for kind in ("dynamic", "static")
@@ -156,12 +160,13 @@ def assistant_for(name: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(("name", "kind", "mode", "bits"), CASES)
-def test_tokens_of_the_reference(name: str, kind: str, mode: str, bits: int) -> None:
+@pytest.mark.parametrize(("name", "kind", "mode", "bits", "recent"), CASES)
+def test_tokens_of_the_reference(name: str, kind: str, mode: str, bits: int, recent: int) -> None:
     assistant = assistant_for(name) if mode == "assisted" else None
-    expected = MODES[mode](Side(model_for(name), kind, True, assistant, bits))
+    expected = MODES[mode](Side(model_for(name), kind, True, assistant, bits, recent))
     model = model_for(name)
-    model.compile(backend="icw_int8kv", fullgraph=True, options={**EAGER, "icw.bits": bits})
+    options = {**EAGER, "icw.bits": bits, "icw.recent_tokens": recent}
+    model.compile(backend="icw_int8kv", fullgraph=True, options=options)
     actual = MODES[mode](Side(model, kind, assistant=assistant))
     for ours, reference in zip(actual, expected, strict=True):
         assert torch.equal(ours.sequences, reference.sequences)

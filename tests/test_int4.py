@@ -202,24 +202,25 @@ def test_kernel(
             assert error < TOLERANCE[dtype], (engine, error)
 
 
-#: One of each kind of cache, of bits, and of lowering runs always.
+#: One of each kind of cache, of bits, of lowering, with and without rows that are kept, runs always.
 ALWAYS = (
-    ("llama", "static", 4, 4, "auto"),
-    ("llama", "dynamic", 8, 4, "auto"),
-    ("gemma2", "made", 4, 8, "inductor"),
+    ("llama", "static", 4, 4, "auto", 0),
+    ("llama", "dynamic", 8, 4, "auto", 6),
+    ("gemma2", "made", 4, 8, "inductor", 6),
 )
 MODEL_CALLS = [
     pytest.param(*call, marks=() if call in ALWAYS else pytest.mark.slow)
     for call in itertools.product(
-        ("llama", "gemma2"), ("static", "dynamic", "made"), (4, 8), (4, 8), ("auto", "inductor")
+        ("llama", "gemma2"), ("static", "dynamic", "made"), (4, 8), (4, 8), ("auto", "inductor"), (0, 6)
     )
     if call[2:4] != (8, 8)
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "key_bits", "value_bits", "attention"), MODEL_CALLS)
-def test_model(name: str, kind: str, key_bits: int, value_bits: int, attention: str) -> None:
+@pytest.mark.parametrize(("name", "kind", "key_bits", "value_bits", "attention", "recent"), MODEL_CALLS)
+def test_model(name: str, kind: str, key_bits: int, value_bits: int, attention: str, recent: int) -> None:
     bits = {"key_bits": key_bits, "value_bits": value_bits}
+    settings = {**bits, "recent_tokens": recent}
     model, ids, chunks = (
         tiny_model(name, attention="eager" if name == "gemma2" else "sdpa"),
         tokens(29),
@@ -227,13 +228,13 @@ def test_model(name: str, kind: str, key_bits: int, value_bits: int, attention: 
     )
     options: dict[str, Any] = {**EAGER, "icw.attention": attention, "icw.strict": True}
     if kind == "made":
-        cache = icw_compile.static_cache(model, 1, 32, **bits)
+        cache = icw_compile.static_cache(model, 1, 32, **settings)
     else:
-        options |= {f"icw.{name}": count for name, count in bits.items()}
+        options |= {f"icw.{name}": count for name, count in settings.items()}
         cache = StaticCache(model.config, max_cache_len=32) if kind == "static" else DynamicCache(config=model.config)
     actual = run(torch.compile(model, backend="icw_int8kv", options=options), cache, ids, chunks)
     dynamic = kind == "dynamic"
-    expected_cache = dynamic_reference_cache(model, **bits) if dynamic else reference_cache(model, 32, **bits)
+    expected_cache = dynamic_reference_cache(model, **settings) if dynamic else reference_cache(model, 32, **settings)
     assert relative_distance(actual, run(model, expected_cache, ids, chunks)) <= CLOSE_LOGITS
     for layer in cache.layers:
         assert [str(x.format)[:4] for x in (layer.keys, layer.values)] == [f"int{n}" for n in bits.values()]
@@ -245,9 +246,9 @@ def test_every_family_through_inductor_decodes_in_four_bits(name: str) -> None:
     model = tiny_model(name, attention="eager")
     explained = icw_compile.explain(
         model,
-        options={"icw.bits": 4, "icw.attention": "inductor"},
+        options={"icw.bits": 4, "icw.recent_tokens": 0, "icw.attention": "inductor"},
         input_ids=tokens(1),
-        past_key_values=icw_compile.static_cache(model, 1, 64, bits=4),
+        past_key_values=icw_compile.static_cache(model, 1, 64, bits=4, recent_tokens=0),
     )
     assert {site.lowering for graph in explained.graphs for site in graph.sites} == {"inductor decode"}
     assert not any("dequantize_halves" in graph.rewritten for graph in explained.graphs)
@@ -258,9 +259,9 @@ def test_every_family_through_inductor_decodes_in_four_bits(name: str) -> None:
 def test_compiled_by_inductor(kind: str) -> None:
     model, ids, chunks = tiny_model(dtype=torch.bfloat16), tokens(23), (20, 1, 1, 1)
     cache = StaticCache(model.config, max_cache_len=32) if kind == "static" else DynamicCache(config=model.config)
-    call = torch.compile(model, backend="icw_int8kv", options={"icw.bits": 4, "icw.strict": True})
+    call = torch.compile(model, backend="icw_int8kv", options={"icw.bits": 4, "icw.recent_tokens": 4})
     actual = run(call, cache, ids, chunks)
-    bits = {"key_bits": 4, "value_bits": 4}
+    bits = {"key_bits": 4, "value_bits": 4, "recent_tokens": 4}
     expected_cache = dynamic_reference_cache(model, **bits) if kind == "dynamic" else reference_cache(model, 32, **bits)
     assert relative_distance(actual, run(model, expected_cache, ids, chunks)) < 0.02
     assert {site.lowering for graph in graphs() for site in graph.sites} == {"as it came", "cpu kernel"}
@@ -288,6 +289,29 @@ def test_layers_have_bits_of_their_own(options: dict[str, Any], expected: list[s
     (title,) = (line for line in str(icw_compile.report()).splitlines() if "graph 0" in line)
     bits = [n for n in "84" if n in "".join(expected)]
     assert f"key/value sites in {' and '.join(f'int{n}' for n in bits)}" in title
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (0, 0)),
+        ({"bits": 4}, (128, 128)),
+        ({"value_bits": 4}, (0, 128)),
+        ({"bits": 4, "recent_tokens": 0}, (0, 0)),
+        ({"key_bits": 4, "sink_tokens": 3}, (131, 3)),
+        ({"value_bits": 4, "recent_tokens": 7}, (7, 7)),
+    ],
+    ids=str,
+)
+def test_recent_rows_where_nobody_says(options: dict[str, int], expected: tuple[int, int]) -> None:
+    """The last 128 of what is stored in 4 bits, and of it alone."""
+    model = tiny_model()
+    made, cache = icw_compile.static_cache(model, 1, 8, **options), DynamicCache(config=model.config)
+    of_backend = {f"icw.{name}": value for name, value in options.items()}
+    run(torch.compile(model, backend="icw_int8kv", options={**EAGER, **of_backend}), cache, tokens(6), (5, 1))
+    for layer in (*made.layers, *cache.layers):
+        kept = [len(x.position) if "keeps" in str(x.format) else 0 for x in (layer.keys, layer.values)]
+        assert tuple(kept) == expected
 
 
 @pytest.mark.parametrize(

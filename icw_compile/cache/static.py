@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat.transformers import StaticLayer, heads_of_rank, initialize, layer_sizes
-from icw_compile.formats import Format, make_format
+from icw_compile.formats import Format, make_format, recent_tokens_for
 
 __all__ = ["cache_bytes", "static_cache"]
 
@@ -27,7 +27,7 @@ def static_cache(
     value_bits: int | None = None,
     equalize: bool = True,
     sink_tokens: int = 0,
-    recent_tokens: int = 0,
+    recent_tokens: int | None = None,
 ) -> StaticCache:
     """A transformers `StaticCache` whose layers already hold quantized zeros.
 
@@ -46,7 +46,8 @@ def static_cache(
         device: where to put it. Taken from the model if left out, else the CPU.
         bits: of each stored number, 8 or 4; ``key_bits`` and ``value_bits`` the same of the keys or the values alone.
         equalize: shift outlier channels; see `QuantizedKV`.
-        sink_tokens, recent_tokens: how many of the first tokens, and of the last, are kept in ``dtype`` besides.
+        sink_tokens, recent_tokens: how many of the first tokens, and of the last, are kept in ``dtype`` besides. If
+            left out, the last 128 of what is stored in 4 bits.
 
     Raises:
         TypeError: the dtype is not one of the three.
@@ -63,8 +64,14 @@ def static_cache(
     dtype = dtype or config.dtype or torch.get_default_dtype()
     cache = StaticCache(config, max_cache_len=max_cache_len)
     layouts = [
-        make_format(dtype, bits=each or bits, equalize=equalize, sink_tokens=sink_tokens, recent_tokens=recent_tokens)
-        for each in (key_bits, value_bits)
+        make_format(
+            dtype,
+            bits=each,
+            equalize=equalize,
+            sink_tokens=sink_tokens,
+            recent_tokens=recent_tokens_for(each) if recent_tokens is None else recent_tokens,
+        )
+        for each in (key_bits or bits, value_bits or bits)
     ]
     own = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, StaticLayer)}
     if not own:

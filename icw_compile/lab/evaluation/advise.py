@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from icw_compile.compat.dynamo import recompile_limit
+from icw_compile.formats import recent_tokens_for
 from icw_compile.lab.bench.measure import environment
 from icw_compile.lab.evaluation.command import Prepared, Settings, prepare
 from icw_compile.lab.evaluation.contenders import Contender, contenders
@@ -132,7 +133,9 @@ def _each_alone(model: PreTrainedModel, measured: Measure) -> dict[str, list[flo
         return Contender(
             f"{part} of layer {layer}",
             model,
-            lambda length: reference_cache(model, length, stored, key_bits=4, value_bits=4),
+            lambda length: reference_cache(
+                model, length, stored, key_bits=4, value_bits=4, recent_tokens=recent_tokens_for(4)
+            ),
         )
 
     rows = [row(part, layer) for part in ("keys", "values") for layer in range(layers)]
@@ -144,8 +147,11 @@ def _each_alone(model: PreTrainedModel, measured: Measure) -> dict[str, list[flo
 
 
 def candidates(model: PreTrainedModel, alone: Mapping[str, Sequence[float]], context: int) -> list[Candidate]:
-    """What the options can say, from the cheapest on: some parts in 4 bits, but in the layers where that hurts most."""
-    found = []
+    """What the options can say, from the cheapest on: some parts in 4 bits, but in the layers where that hurts most.
+
+    Nothing that takes as many bytes as 8 bits: at a short context the tokens that 4 bits keep besides do.
+    """
+    in_eight_bits, found = plan(model, cache="static").evaluate(tokens=context).bytes, []
     for option, parts in PARTS.items():
         harm = [sum(of) for of in zip(*(alone[part] for part in parts), strict=True)]
         worst = sorted(range(len(harm)), key=lambda layer: -harm[layer])
@@ -155,7 +161,8 @@ def candidates(model: PreTrainedModel, alone: Mapping[str, Sequence[float]], con
                 options["icw.eight_bit_layers"] = sorted(worst[:count])
             bytes_ = plan(model, options, cache="static").evaluate(tokens=context)
             added = sum(harm[layer] for layer in worst[count:])
-            found.append(Candidate(options, bytes_.bytes / bytes_.float_bytes, added))
+            if bytes_.bytes < in_eight_bits:
+                found.append(Candidate(options, bytes_.bytes / bytes_.float_bytes, added))
     return sorted(found, key=lambda each: (each.bytes_ratio, each.harm))
 
 
