@@ -1,9 +1,11 @@
 """``torch.compile(model, backend="icw_int8kv")``: rewrite, compile, bind."""
 
 import functools
+import gc
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,8 @@ def icw_int8kv(
         return _compile_unchanged(dynamo_graph, inputs, _unread(""), ours, inductor_options)
     try:
         listed = {option: listed_layers(ours, option) for option in LAYER_OPTIONS}
-        rewritten = rewrite(dynamo_graph, ours, listed, why_it_ends=watch.why_graph_ends())
+        with _rare_collections():
+            rewritten = rewrite(dynamo_graph, ours, listed, why_it_ends=watch.why_graph_ends())
     except NotCapturedError as error:
         skipped = _unread(f"{error}, and is compiled as it is")
         return _compile_unchanged(dynamo_graph, inputs, skipped, ours, inductor_options)
@@ -96,8 +99,27 @@ def _compile(
         return module.forward
     keep_fakes_as_dynamo(module)
     # torch's on-disk caches are keyed by the graph before decomposition, in which our operations are mere names.
-    with cache_key_tag(_cache_tag()):
+    with cache_key_tag(_cache_tag()), _rare_collections():
         return inductor(options.mode, inductor_options)(module, inputs)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """While this is entered, Python looks for garbage so many times less often.
+
+    A graph that is rewritten and compiled is many objects that stay, made in a short time. Each time there are a
+    quarter more, all that Dynamo and the libraries hold is looked through, for a third of a second and for nothing.
+    """
+    thresholds = gc.get_threshold()
+    gc.set_threshold(thresholds[0] * _LESS_OFTEN, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+#: Of 22 layers, a graph that is in torch's cache is then taken from there without any collection of all objects.
+_LESS_OFTEN = 50
 
 
 def _asks_for_cuda_graphs(options: Options, inductor_options: dict[str, Any]) -> bool:
