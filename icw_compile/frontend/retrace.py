@@ -106,7 +106,7 @@ class Retrace(Interpreter):
         values = [self.env[each] for each in node.all_input_nodes]
         if values and all(isinstance(value, (tuple, list)) for value in values):
             return False  # takes an element out
-        return any(map(is_foreign, tree_leaves((values, example_value(node)))))
+        return any(is_foreign(leaf) for value in (*values, example_value(node)) for leaf in tree_leaves(value))
 
     def _keep(self, node: Node) -> Any:
         tracer = current_tracer()
