@@ -17,6 +17,7 @@ from icw_compile import formats, kernels, watch
 from icw_compile.cache.binding import bind
 from icw_compile.compat.dynamo import example_value, guard_once, keep_fakes_as_dynamo
 from icw_compile.compat.inductor import CUDA_GRAPHS, cache_key_tag, inductor, uses_cuda_graphs
+from icw_compile.errors import KernelUnavailableError
 from icw_compile.frontend.capture import (
     NotCapturedError,
     example_inputs,
@@ -59,12 +60,37 @@ def icw_int8kv(
     """
     ours, inductor_options = split_options(options, mode)
     watch.compiling(ours)
+    try:
+        return _compile_graph(dynamo_graph, inputs, ours, inductor_options, wait_for_kernel=False)
+    except _NotBuiltError:  # rare: there is a compiler, and it does not compile the kernel
+        return _compile_graph(dynamo_graph, inputs, ours, inductor_options, wait_for_kernel=True)
+
+
+class _NotBuiltError(Exception):
+    """A kernel that a graph calls, and that was being built, is not to be had."""
+
+
+def _compile_graph(
+    dynamo_graph: GraphModule,
+    inputs: Sequence[Any],
+    ours: Options,
+    inductor_options: dict[str, Any],
+    *,
+    wait_for_kernel: bool,
+) -> Callable[..., Any]:
+    """Compile a graph; without ``wait_for_kernel``, while the kernel that it calls is built.
+
+    Raises:
+        _NotBuiltError: the kernel is not to be had after all.
+    """
     if not may_have_a_cache(dynamo_graph):
         return _compile_unchanged(dynamo_graph, inputs, _unread(""), ours, inductor_options)
     try:
         listed = {option: listed_layers(ours, option) for option in LAYER_OPTIONS}
         with _rare_collections():
-            rewritten = rewrite(dynamo_graph, ours, listed, why_it_ends=watch.why_graph_ends())
+            rewritten = rewrite(
+                dynamo_graph, ours, listed, why_it_ends=watch.why_graph_ends(), wait_for_kernel=wait_for_kernel
+            )
     except NotCapturedError as error:
         skipped = _unread(f"{error}, and is compiled as it is")
         return _compile_unchanged(dynamo_graph, inputs, skipped, ours, inductor_options)
@@ -77,8 +103,9 @@ def icw_int8kv(
     guard_once()
     report = GraphReport.of(next_name(), rewritten)
     report.model = model_name()
-    watch.complain(report.skipped, ours)
-    check_listed_layers(ours, graph.sites)
+    if not wait_for_kernel:  # else it was said already
+        watch.complain(report.skipped, ours)
+        check_listed_layers(ours, graph.sites)
     started = time.perf_counter()
     if graph.sites:
         if _asks_for_cuda_graphs(ours, inductor_options) and (reason := _why_no_cuda_graphs(graph)):
@@ -87,7 +114,16 @@ def icw_int8kv(
         compiled = watch.counted(bind(graph, _compile(graph.module, example_inputs(graph), ours, inductor_options)))
     else:
         compiled = _compile(dynamo_graph, inputs, ours, inductor_options)
-    report.compile_seconds = time.perf_counter() - started
+    done = time.perf_counter()
+    report.compile_seconds = done - started
+    if rewritten.kernel is not None:
+        try:
+            rewritten.kernel.load()
+        except KernelUnavailableError as error:
+            if ours.attention != "auto":
+                raise
+            raise _NotBuiltError from error
+        report.kernel_seconds += time.perf_counter() - done
     record(report)
     return compiled
 

@@ -30,6 +30,7 @@ class Rewritten:
         dropout: a node that drops out, as in training; ``None`` if there is none.
     family, expected_sites: the model type whose code it came from, and the storages that it should have; empty if
             that is not known.
+        kernel: that the graph calls and that may still be being built: load it before the graph runs.
         capture_seconds, passes_seconds, kernel_seconds: the time that each took; finding the kernel is apart.
     """
 
@@ -40,6 +41,7 @@ class Rewritten:
     dropout: Node | None
     family: str
     expected_sites: int | None
+    kernel: AttentionKernel | None
     capture_seconds: float
     passes_seconds: float
     kernel_seconds: float
@@ -51,6 +53,7 @@ def rewrite(
     layers: Mapping[LayerOption, frozenset[int | str]] | None = None,
     *,
     why_it_ends: str = "",
+    wait_for_kernel: bool = True,
     keep_text: bool = False,
     look: Callable[[KVGraph], None] = lambda graph: None,
 ) -> Rewritten:
@@ -61,6 +64,7 @@ def rewrite(
         options: as the user gave them.
         layers: what each of the options that list layers lists, where more is known of the model than in ``options``.
         why_it_ends: why the graph ends before the frame does, in words.
+        wait_for_kernel: otherwise a kernel that is being built is taken to be ready, as it most often will be.
         keep_text: keep the readable text of the graph at every step.
         look: called with the graph as captured and after each pass, to look at.
 
@@ -74,13 +78,15 @@ def rewrite(
     family, expected_sites = _family(graph)
     dropout = next(filter(_drops_out, graph.graph.nodes), None)
     nodes, captured = len(graph.graph.nodes), graph.readable() if keep_text else ""
-    asking = 0.0
+    asking, kernel = 0.0, None
 
     def timed_find_kernel(device_type: str) -> AttentionKernel | str:
-        nonlocal asking
+        nonlocal asking, kernel
         asked = time.perf_counter()
         try:
-            return find_kernel(device_type, options.attention)
+            found = find_kernel(device_type, options.attention, wait=wait_for_kernel)
+            kernel = kernel if isinstance(found, str) else found
+            return found
         finally:
             asking += time.perf_counter() - asked
 
@@ -102,6 +108,7 @@ def rewrite(
         dropout,
         family,
         expected_sites,
+        kernel,
         capture_seconds=ready - started,
         passes_seconds=done - ready - asking,
         kernel_seconds=asking,

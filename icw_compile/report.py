@@ -35,7 +35,7 @@ class GraphReport:
         pass_seconds: the time that each took.
         nodes: nodes of the captured graph.
         capture_seconds, passes_seconds, compile_seconds: the time that capture, the passes and Inductor took.
-        kernel_seconds: the time to load the attention kernel, and to build it where a machine does not have it yet.
+        kernel_seconds: the time to load the attention kernel, and to wait for it where it is still being built then.
     """
 
     name: str

@@ -170,7 +170,7 @@ def main(kind: str, attention: str) -> None:
         stack.enter_context(mock.patch.object(backend, "inductor", inductor))
         if attention == "triton":  # its operator; what that compiles to is a matter of `test_machine_code`
             kernel = replace(gpu.KERNEL, declines=lambda call: None)  # as what is not on a GPU
-            stack.enter_context(mock.patch("icw_compile.pipeline.find_kernel", lambda device, name: kernel))
+            stack.enter_context(mock.patch("icw_compile.pipeline.find_kernel", lambda device, name, **how: kernel))
         run(step, cache, tokens(20), (20,))
         try:
             run(step, cache, tokens(1), (1,))

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -201,6 +202,31 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs()[0].sites[0].declined == "No working C++ compiler."
     assert relative_distance(logits, run(model, reference_cache(model, 8), ids, (1, 1, 1))) <= CLOSE_LOGITS
     with pytest.raises(BackendCompilerFailed, match="KernelUnavailableError: No working C"):
+        run(compiled(model, **{"icw.attention": "cpu"}), icw_compile.static_cache(model, 1, 8), ids, (1,))
+
+
+def test_a_kernel_that_does_not_compile_after_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are compiled while it is built. Where that fails, they are compiled again, as without a compiler."""
+
+    class Building:
+        def done(self) -> bool:
+            return False
+
+        def result(self) -> Path:
+            raise KernelUnavailableError("It does not compile.\nMore about it.")
+
+    monkeypatch.setattr(cpu, "begin_build", Building)
+    monkeypatch.setattr(cpu, "build", Building().result)
+    monkeypatch.setattr(cpu, "_loader", cpu._Loader())
+    model = tiny_model()
+    ids = tokens(3)
+    logits = run(compiled(model, **{"icw.attention": "auto"}), icw_compile.static_cache(model, 1, 8), ids, (1, 1, 1))
+    assert len(graphs()) == 1
+    assert graphs()[0].sites[0].lowering == "inductor decode"
+    assert graphs()[0].sites[0].declined == "It does not compile."
+    assert relative_distance(logits, run(model, reference_cache(model, 8), ids, (1, 1, 1))) <= CLOSE_LOGITS
+    monkeypatch.setattr(cpu, "_loader", cpu._Loader())
+    with pytest.raises(BackendCompilerFailed, match="KernelUnavailableError: It does not compile"):
         run(compiled(model, **{"icw.attention": "cpu"}), icw_compile.static_cache(model, 1, 8), ids, (1,))
 
 

@@ -4,7 +4,9 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,25 @@ def test_a_failure_is_not_forever(monkeypatch):
     cpu.load()
     cpu.load()
     assert loaded == ["some.so"] and cpu.is_available()
+
+
+def test_a_build_that_was_begun_is_waited_for(monkeypatch):
+    building, loaded = Future(), []
+    monkeypatch.setattr(cpu, "_loader", cpu._Loader())
+    monkeypatch.setattr(cpu, "begin_build", lambda: building)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    assert cpu.begin() and cpu.begin()
+    threading.Timer(0.05, building.set_result, [Path("some.so")]).start()
+    cpu.load()
+    assert loaded == ["some.so"] and not cpu.begin()
+
+
+def test_a_library_that_is_there_needs_no_wait(monkeypatch):
+    monkeypatch.setattr(cpu, "_loader", cpu._Loader())
+    there = Future()
+    there.set_result(Path("some.so"))
+    monkeypatch.setattr(cpu, "begin_build", lambda: there)
+    assert not cpu.begin()
 
 
 def test_what_does_not_load(monkeypatch, tmp_path):

@@ -560,7 +560,7 @@ def everywhere(monkeypatch):
     """On the CPU, the pass takes the kernel as it does on a GPU."""
     if DEVICE == "cpu":
         anything = replace(gpu.KERNEL, declines=lambda call: None)
-        monkeypatch.setattr("icw_compile.pipeline.find_kernel", lambda device_type, choice: anything)
+        monkeypatch.setattr("icw_compile.pipeline.find_kernel", lambda device_type, choice, **how: anything)
 
 
 def padded_by(*pads, length=14):

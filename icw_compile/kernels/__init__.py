@@ -15,12 +15,13 @@ AS_ASKED = "as asked"
 KERNELS: tuple[AttentionKernel, ...] = (cpu.KERNEL, gpu.KERNEL)
 
 
-def find_kernel(device_type: str, choice: str = "auto") -> AttentionKernel | str:
+def find_kernel(device_type: str, choice: str = "auto", *, wait: bool = True) -> AttentionKernel | str:
     """The kernel for tensors on ``device_type``, ready to run, or why there is none: never an empty text.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"``, ...
         choice: the option ``icw.attention``: ``"auto"``, ``"inductor"`` (no kernel), or `AttentionKernel.option`.
+        wait: otherwise one that is being built is taken to be ready. Call `AttentionKernel.load` before it runs.
 
     Raises:
         KernelUnavailableError: the kernel was asked for by name, and is for another device or cannot be built here.
@@ -36,6 +37,8 @@ def find_kernel(device_type: str, choice: str = "auto") -> AttentionKernel | str
         )
     if kernel is None:
         return f"there is no kernel for {device_type}"
+    if not wait and kernel.begin():
+        return kernel
     try:
         kernel.load()
     except KernelUnavailableError as error:

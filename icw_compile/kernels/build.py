@@ -14,6 +14,7 @@ import stat
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import torch
 from icw_compile.compat.inductor import cache_dir, cpp_compiler
 from icw_compile.errors import KernelUnavailableError
 
-__all__ = ["build", "why_not_trusted"]
+__all__ = ["begin_build", "build", "why_not_trusted"]
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 
@@ -37,14 +38,33 @@ def build() -> Path:
     Raises:
         KernelUnavailableError: no C++ compiler, a failed compilation, or no directory to keep the library in.
     """
+    return begin_build().result()
+
+
+def begin_build() -> Future[Path]:
+    """The same, without waiting for the compiler: the result is there, or comes.
+
+    Raises:
+        KernelUnavailableError: no C++ compiler, or no directory to keep the library in. What the compilation fails of
+            is raised where the result is taken.
+    """
     compiler = _find_compiler()
     directory = _directory()
     library = directory / f"attention-{_fingerprint(compiler)}.so"
     if os.path.lexists(library):
         reason = why_not_trusted(library)
         if reason is None:
-            return library
+            there: Future[Path] = Future()
+            there.set_result(library)
+            return there
         warnings.warn(f"icw_int8kv: {reason}; it is built anew instead of loaded.", stacklevel=2)
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=_FOLDER)  # which a process waits for when it ends
+    building = thread.submit(_compile, compiler, directory, library)
+    thread.shutdown(wait=False)
+    return building
+
+
+def _compile(compiler: str, directory: Path, library: Path) -> Path:
     try:
         handle, name = tempfile.mkstemp(suffix=".so", dir=directory)  # for its owner alone
         os.close(handle)

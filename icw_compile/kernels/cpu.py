@@ -2,8 +2,8 @@
 
 The operator and its fake implementation exist as soon as this module is imported, so that graphs that hold it can be
 traced and printed anywhere. `load` compiles ``attention.cpp`` for this machine with the compiler that Inductor
-uses (two to five seconds), keeps the shared library (`icw_compile.kernels.build`), and gives the operator its CPU
-kernel; calling the operator before that is an error of torch's dispatcher.
+uses (two to five seconds; `begin` lets it run beside Inductor), keeps the shared library (`icw_compile.kernels.build`),
+and gives the operator its CPU kernel; calling the operator before that is an error of torch's dispatcher.
 
 Shapes, in the letters of `icw_compile.kernels.inductor`: ``B`` batch, ``Hq`` query heads, ``H`` key/value heads, ``T``
 query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` head size of values.
@@ -29,12 +29,14 @@ key_exact=None, key_position=None, value_exact=None, value_position=None) -> [B,
 
 import threading
 import time
+from concurrent.futures import Future
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from icw_compile.errors import KernelUnavailableError
-from icw_compile.kernels.build import build
+from icw_compile.kernels.build import begin_build, build
 from icw_compile.kernels.inductor import ATTENTION_ARGUMENTS
 from icw_compile.kernels.interface import FEW_TOKENS, AttentionCall, AttentionKernel, declines_rows
 
@@ -86,8 +88,19 @@ class _Loader:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.loaded = False
+        self.building: Future[Path] | None = None
         self.failure = ""
         self.failed_at = 0.0
+
+    def begin(self) -> bool:
+        with self.lock:
+            if self.loaded or self.failure:
+                return False
+            try:
+                self.building = self.building or begin_build()
+            except KernelUnavailableError:
+                return False  # `load` says why
+            return not self.building.done()
 
     def load(self) -> None:
         with self.lock:
@@ -95,8 +108,10 @@ class _Loader:
                 return
             if self.failure and time.monotonic() - self.failed_at < _RETRY_SECONDS:
                 raise KernelUnavailableError(self.failure)
+            building, self.building = self.building, None
             try:
-                torch.ops.load_library(str(build()))
+                library = build() if building is None else building.result()
+                torch.ops.load_library(str(library))
             except KernelUnavailableError as error:
                 self.failure = str(error)
             except OSError as error:
@@ -121,6 +136,14 @@ def load() -> None:
             not load.
     """
     _loader.load()
+
+
+def begin() -> bool:
+    """Start to build the kernel unless this machine has it, for `load` to wait for; returns whether that is under way.
+
+    It is not once building failed in this process: the next `load` says why, or tries again.
+    """
+    return _loader.begin()
 
 
 def _register() -> None:
@@ -161,4 +184,4 @@ _register()
 #: The operator, as a graph calls it.
 attention = torch.ops.icw_int8kv_cpu.attention.default
 
-KERNEL = AttentionKernel("cpu kernel", "cpu", ("cpu",), load, declines, attention)
+KERNEL = AttentionKernel("cpu kernel", "cpu", ("cpu",), load, declines, attention, begin=begin)

@@ -83,6 +83,7 @@ class AttentionKernel:
         option: the value of ``icw.attention`` that asks for it.
         devices: the device types that it runs on.
         load: make it ready to run, built if need be. Raises `KernelUnavailableError`.
+        begin: start to build what `load` would have to wait for, and return at once: whether that is under way.
         declines: why it does not take a call, a sentence that is never empty; ``None`` if it does. Does not load it.
         operator: ``icw_int8kv::attention``'s arguments to ``[B, Hq, T, Dv]`` in the query's dtype. The first two parts
             of keys and values take the place of decoded ones; others follow by name, as ``key_codes``.
@@ -101,6 +102,7 @@ class AttentionKernel:
     operator: Any
     with_lse: Any = None
     mask_spans: Any = None
+    begin: Callable[[], bool] = lambda: False
 
 
 _QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
