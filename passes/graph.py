@@ -106,6 +106,7 @@ class Input:
         appended: the rows that the graph appends to it in place (a number, or the placeholder that carries it). The
             placeholders then take buffers with as many rows free behind its own.
         written: the graph writes into rows that are there already.
+        token_by_token: all that it writes there is single tokens: how they are stored is decided before.
         adopted: the format in which it is to be stored, where the caller holds a float tensor: it is replaced in
             ``owner``, which is how Dynamo names the caller's place for it.
         shows: another stored input, and the token of it from which on this one shows some of it: the graph reads and
@@ -116,6 +117,7 @@ class Input:
     length: str | None = None
     appended: int | str = 0
     written: bool = False
+    token_by_token: bool = False
     adopted: Format | None = None
     owner: str = ""
     shows: tuple[str, int] | None = None
@@ -245,6 +247,7 @@ class KVGraph:
 
     view = torch.ops.aten.reshape.default
     takes_effect = True
+    is_eager = False
 
     def __init__(
         self,
@@ -375,6 +378,11 @@ class KVGraph:
     def tensor(self, operand: Any) -> torch.Tensor:
         """The fake tensor of a node; with `call`, this makes the graph an `icw_compile.formats.Evaluator`."""
         return operand.meta["val"]
+
+    def is_new(self, operand: Node) -> bool:
+        """Whether it is zeros that the graph makes and does not write before it goes on from here."""
+        made = operand.target is torch.ops.aten.zeros.default
+        return made and first_write({operand}, operand.next, self._origin) is None
 
     def same(self, a: Node, b: Node) -> bool:
         """Whether two nodes are one part of one storage, written into in between or not."""

@@ -39,9 +39,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from icw_compile.compat.fx import statically_known_true, true_here
+from icw_compile.compat.fx import is_larger_here, statically_known_true, true_here
 from icw_compile.formats import Format, Stored
 from icw_compile.formats.base import decode
+from icw_compile.formats.equalized import TELLING
 from icw_compile.formats.evaluate import SHAPES
 from icw_compile.formats.rules import RULES
 from icw_compile.formats.writes import append, can_join, encode_like
@@ -302,6 +303,14 @@ def _why_not(node: Node) -> str | None:
     return None
 
 
+def _is_of_one_token(write: Node) -> bool:
+    """Whether it writes one row of each head."""
+    if write.target is not aten.index_copy_.default:
+        return False
+    a = arguments(write)
+    return a["dim"] in (2, -2) and statically_known_true(a["source"].meta["val"].shape[-2] == 1)
+
+
 def _adopt_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
     value = node.meta["val"]
     layout = _format_for(graph, node, uses)
@@ -342,11 +351,14 @@ def _take_input(
         graph.inputs[node.name] = Input(names, shows=graph.shown[node.name])
         graph.graph.erase_node(node)
         return
-    written = any(is_mutation(alias) for alias in aliases(node))
+    writes = [alias for alias in aliases(node) if is_mutation(alias)]
+    written, token_by_token = bool(writes), bool(writes) and all(map(_is_of_one_token, writes))
     if node not in graph.growing:
         end = graph.endpoints.get(node)
         owner = end.source if end is not None else ""
-        graph.inputs[node.name] = Input(names, written=written, adopted=adopted, owner=owner)
+        graph.inputs[node.name] = Input(
+            names, written=written, token_by_token=token_by_token, adopted=adopted, owner=owner
+        )
         cache = "static" if written else "dynamic"
         before = _first_user(node) if uses.as_they_come(node) else last.next
         _stand_for(graph, node, stored, uses, before=before, cache=cache, name=name, note=note)
@@ -362,11 +374,14 @@ def _take_input(
     graph.inputs[node.name] = Input(names, extra, rows if isinstance(rows, int) else rows.name, written)
     if appends is not None:
         graph.grown[appends.output] = Grown(node.name, appends.keep)
-        grown = _append(graph, appends, stored, length)
+        only_grows = set(node.users) == {appends.cat}  # its rows may change in place, as nothing else reads them
+        tells = only_grows and _may_tell(stored.format, value.shape[2], appends.new.meta["val"].shape[2])
+        grown = _append(graph, appends, stored, length, tells)
         floats = appends.cat if uses.as_they_come(node) else None
         before = appends.cat if floats is None else floats.next
         _stand_for(graph, appends.cat, grown, uses, before=before, cache="dynamic", name=name, floats=floats)
         graph.sites[-1].writes.append("append")
+        stored = stored.with_parts(**{"shift": grown["shift"]} if tells else {})
     if appends is not None and not node.users:
         graph.graph.erase_node(node)
         return
@@ -445,11 +460,23 @@ def _is_tail(node: Node, cat: Node) -> Any:
     return size if isinstance(size, int) else False
 
 
-def _append(graph: KVGraph, found: _Append, stored: Stored, length: Any) -> Stored:
+def _may_tell(layout: Format, length: int | torch.SymInt, rows: int | torch.SymInt) -> bool:
+    """Whether how the rows of a growing cache are stored may be decided anew by these that are appended.
+
+    A graph that is compiled for a long cache is for no short one, so that the others have nothing to do with it.
+    """
+    if statically_known_true(rows == 1) or not layout.tells(1, 1):
+        return False
+    if isinstance(length, int) and isinstance(rows, int):
+        return layout.tells(length, rows)
+    return not is_larger_here(length, TELLING)
+
+
+def _append(graph: KVGraph, found: _Append, stored: Stored, length: Any, tells: bool) -> Stored:
     """Write the new rows behind those that are there; what ``cat`` is then."""
     cat = found.cat
     with graph.before(cat):
-        written = append(graph, stored, found.new, length, found.rows)
+        written = append(graph, stored, found.new, length, found.rows, tells=tells)
         total = cat.meta["val"].shape[2]
         end = total if isinstance(total, int) else graph.call(operator.add, length, found.rows)
         shown = {name: graph.call(aten.narrow.default, part, 2, 0, end) for name, part in stored.rows.items()}

@@ -562,6 +562,30 @@ def test_sizes_that_become_equal():
     assert fx.become_equal(3, 3) and not fx.become_equal(3, 4)
 
 
+def test_a_size_that_is_larger():
+    """A graph made for a larger size is for no other; one made for a smaller one is for all."""
+    seen = []
+
+    def backend(graph_module, inputs):
+        values = [dynamo.example_value(node) for node in graph_module.graph.find_nodes(op="placeholder")]
+        seen.append(fx.is_larger_here(values[-1].shape[0], 16))
+        return graph_module.forward
+
+    def call(*sizes):
+        seen.clear()
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: x + 1, backend=backend)
+        for size in sizes:
+            tensor = torch.ones(size)
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            compiled(tensor)
+        return seen
+
+    assert call(20, 30, 16, 40) == [True, False]
+    assert call(7, 16, 20, 40) == [False]
+    assert fx.is_larger_here(17, 16) and not fx.is_larger_here(16, 16)
+
+
 def test_parts_of_a_subclass():
     tensor = QuantizedKV.quantize(torch.ones(1, 1, 2, 4))
     inner = fx.inner_tensors(tensor)

@@ -19,6 +19,8 @@ from icw_compile.formats.int8 import dequantize_per_head, quantize_per_head
 from icw_compile.lab import reference
 from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize, reference_cache
 
+slow = pytest.mark.slow
+
 OUTLIERS = {3: 30.0, 9: 100.0}
 
 
@@ -147,6 +149,75 @@ def test_dynamic_cache(name: str) -> None:
         relative_distance(run(compiled(model), cache, ids, CHUNKS), run(model, expected, ids, CHUNKS)) <= CLOSE_LOGITS
     )
     assert cache.layers[0].keys.shift[:, 0, 0, 5].min() >= 3
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    "chunks",
+    [(*(1,) * 18,), (1, 24, 1), pytest.param((5, 24, 1), marks=slow), pytest.param((1, 5, 12, 1, 1), marks=slow)],
+    ids=["token by token", "a token and a prompt", "a few tokens and a prompt", "little by little"],
+)
+def test_first_writes_that_tell_little(chunks: tuple[int, ...], kind: str) -> None:
+    """One token settles no shift, and a few settle none that stays. What they stored is stored anew."""
+    model, ids = with_outliers(tiny_model()), tokens(sum(chunks), batch=2)
+    if kind == "dynamic":
+        cache, expected = DynamicCache(config=model.config), dynamic_reference_cache(model)
+    else:
+        cache, expected = StaticCache(model.config, max_cache_len=40), reference_cache(model, 40)
+    assert (
+        relative_distance(run(compiled(model), cache, ids, chunks), run(model, expected, ids, chunks)) <= CLOSE_LOGITS
+    )
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        assert (
+            torch.equal(layer.keys.shift, other.shifts["keys"].to(torch.uint8)) and layer.keys.shift[:, 0, 0, 5].all()
+        )
+        assert torch.equal(layer.values.shift, other.shifts["values"].to(torch.uint8))
+
+
+def fill(pieces: tuple[int, ...], *, grows: bool, x: Tensor, **kwargs: Any) -> QuantizedKV:
+    """Without compiled code."""
+    parts = x.split(list(pieces), dim=2)
+    if grows:
+        cache = QuantizedKV.quantize(parts[0], equalize=True, **kwargs)
+        for part in parts[1:]:
+            before, values = cache, cache.dequantize()
+            cache = torch.cat([cache, part], dim=2)
+            assert torch.equal(before.dequantize(), values)  # the shorter one is as it was
+        return cache
+    cache = QuantizedKV.zeros((*x.shape[:2], x.shape[2] + 9, x.shape[3]), x.dtype, equalize=True, **kwargs)
+    start = 0
+    for part in parts:
+        cache.index_copy_(2, torch.arange(start, start + part.shape[2]), part)
+        start += part.shape[2]
+    return cache[:, :, : x.shape[2]]
+
+
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("pieces", [(1,) * 40, (1, 39), (3, 37), (1, 2, 14, 23)])
+def test_what_is_lost_while_little_is_known(pieces: tuple[int, ...], grows: bool) -> None:
+    """The ordinary channels of all but a few rows are as close as if all rows came at once; those keep half of that."""
+    x = states(40)
+    ordinary = [channel for channel in range(32) if channel not in OUTLIERS]
+    whole, stored = (fill(each, grows=grows, x=x) for each in ((40,), pieces))
+    assert torch.equal(stored.shift[..., list(OUTLIERS)] > 2, torch.ones(2, 2, 1, 2, dtype=torch.bool))
+
+    def error(y: QuantizedKV, rows: slice) -> float:
+        return relative_distance(y.dequantize()[:, :, rows][..., ordinary], x[:, :, rows][..., ordinary])
+
+    assert error(stored, slice(17, 40)) < 1.5 * error(whole, slice(17, 40)) < 0.02
+    assert error(stored, slice(1, 17)) < 0.1
+    kept = fill(pieces, grows=grows, x=x, sink_tokens=2, recent_tokens=17)
+    assert error(kept, slice(1, 17)) < 1.5 * error(whole, slice(1, 17))  # stored anew from what was kept
+
+
+def test_a_shift_is_settled_anew_once() -> None:
+    cache = QuantizedKV.zeros((1, 2, 40, 32), torch.float32, equalize=True)
+    cache.index_copy_(2, torch.arange(20), states(20, batch=1))
+    before, shift = cache.dequantize()[:, :, :20], cache.shift.clone()
+    for row in range(20, 24):
+        cache.index_copy_(2, torch.tensor([row]), states(1, outliers={20: 60.0}, batch=1))
+    cache.index_copy_(2, torch.arange(24, 40), states(16, outliers={20: 60.0}, batch=1))
+    assert torch.equal(cache.shift, shift) and torch.equal(cache.dequantize()[:, :, :20], before)
 
 
 def test_what_is_at_stake() -> None:

@@ -12,6 +12,8 @@ from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache, StaticCache
 
 import icw_compile
+from icw_compile import QuantizedKV
+from icw_compile.formats import make_format
 from icw_compile.formats.equalized import MAX_SHIFT, settle_shift
 from icw_compile.kernels import cpu
 
@@ -160,6 +162,17 @@ def test_registration() -> None:
         torch.library.opcheck(OPERATOR, operands(x))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("length", [None, 5, 17])
+def test_registration_of_what_settles_again(length: int | None, bits: int) -> None:
+    stored = QuantizedKV.encode(states(1, 2, 30, 16), make_format(torch.float32, bits=bits, equalize=True)).value
+    if length is None:
+        stored.parts[1][:, :, 5:].zero_()
+    for x in (None, states(1, 2, 20, 16, seed=1)):
+        args = (x, list(stored.rows.values()), stored["shift"], [], length, torch.float32)
+        torch.library.opcheck(torch.ops.icw_int8kv.settle_again.default, args)
+
+
 @pytest.mark.parametrize("options", [{}, {"cpp_wrapper": True}], ids=["python", "cpp"])
 def test_compiled_with_a_symbolic_length(options: dict[str, bool]) -> None:
     @torch.compile(dynamic=True, fullgraph=True, options=options)
@@ -182,5 +195,6 @@ def test_in_the_graph_once_for_each_tensor_and_never_in_decode(kind: type) -> No
         for chunk in (tokens(9), tokens(1)):
             _, code = run_and_get_code(step, chunk, past_key_values=cache)
             called.append("".join(code).count("icw_int8kv.settle_shift.default("))
+            assert "icw_int8kv.settle_again" not in "".join(code)
     assert called == [2, 0]
     assert isinstance(cache.layers[0].keys, icw_compile.QuantizedKV)

@@ -81,6 +81,10 @@ def _unwrap(
     else:
         if each.written:
             tensor.before_write()
+            if each.token_by_token:
+                tensor.settle()
+            else:
+                tensor._is_settled = False
         parts = tensor.buffers
     passed[position] = parts[0]
     passed += parts[1:]

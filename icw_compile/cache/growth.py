@@ -129,13 +129,13 @@ class Room:
             _rooms.add(self)
 
     @classmethod
-    def copy_of(cls, parts: Sequence[Tensor], rows: int, capacity: int) -> "Room":
-        """A room of ``capacity`` rows, the first ``rows`` of which are those of ``parts``."""
+    def copy_of(cls, parts: Sequence[Tensor], rows: int, capacity: int, *, grows: bool = True) -> "Room":
+        """A room of ``capacity`` rows, the first ``rows`` of which are those of ``parts``. Growth, if it ``grows``."""
         room = cls([part.new_empty((*part.shape[:2], capacity, part.shape[3])) for part in parts])
         for new, part in zip(room.parts, parts, strict=True):
             new[:, :, :rows].copy_(part[:, :, :rows])
         with _lock:
-            _growth.moves += 1
+            _growth.moves += grows
             _growth.bytes_copied += sum(part.nbytes // max(part.shape[2], 1) * rows for part in parts)
         return room
 

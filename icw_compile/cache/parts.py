@@ -48,6 +48,8 @@ class TensorOfParts(Tensor):
     _lags: bool = False
     #: Such views, by weak references.
     _lagging: tuple[weakref.ref[TensorOfParts], ...] = ()
+    #: Whether it is known that no write of one token will change how it is stored.
+    _is_settled: bool = False
 
     @classmethod
     def _make(
@@ -155,15 +157,20 @@ class TensorOfParts(Tensor):
         (of ``capacity`` rows), and this tensor moves along, so that the old storage is freed, if it was the only one
         there.
 
+        Where the rows that there are were too few to decide how they are stored, they move to a storage of their own,
+        where that is decided anew: this tensor stays as it is.
+
         Returns:
             the claim to this tensor's rows and the new ones, and the parts, those that have rows with all that follow.
         """
-        claim = self._claim
-        if claim is not None and (extended := claim.room.extend(claim, rows)) is not None:
+        claim, like, total = self._claim, self.whole, self.shape[2] + rows
+        tells = like.format.tells(self.shape[2], rows)
+        if not tells and claim is not None and (extended := claim.room.extend(claim, rows)) is not None:
             return extended, self.buffers
-        like, total = self.whole, self.shape[2] + rows
-        room = Room.copy_of(list(like.rows.values()), self.shape[2], capacity or capacity_for(total))
-        if claim is not None and not claim.is_view and not claim.others():
+        if tells and rows == 1:  # of more, the write itself knows what they tell
+            like = like.with_parts(**like.format.told(EAGER, like, None, self.shape[2]))
+        room = Room.copy_of(list(like.rows.values()), self.shape[2], capacity or capacity_for(total), grows=not tells)
+        if not tells and claim is not None and not claim.is_view and not claim.others():
             self._move_to(room)
         else:  # only tensors of one room share what the tokens share
             shared = {s.name: part for s, part in zip(like.format.parts, like.parts) if not s.has_rows}
@@ -222,6 +229,18 @@ class TensorOfParts(Tensor):
         )
         if view._lags:
             root._lagging = (*(each for each in root._lagging if each() is not None), weakref.ref(view))
+
+    def settle(self) -> None:
+        """Decide anew how rows are stored, if that is due before one token is written by compiled code.
+
+        On an accelerator, the first calls wait for it to know.
+        """
+        if self._is_settled:
+            return
+        value = self.value
+        self._is_settled = value.format.is_settled(value)
+        if not self._is_settled:
+            value.format.settle_stored(value)
 
     def before_write(self) -> None:
         """Make sure that a write into this tensor reaches it and its views, and them alone.

@@ -220,6 +220,7 @@ class QuantizedKV(TensorOfParts):
         touches = schema.is_mutable or schema.gives_views  # it writes into x, or gives a view of it
         if schema.is_mutable and isinstance(x, QuantizedKV):
             x.before_write()
+            x._is_settled = False
             claim = x._claim
         elif claim is not None and touches:
             x.separate()
@@ -288,8 +289,9 @@ def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
     claim, parts = x.reserve(more)
     value = Stored(x.format, parts)
     start = x.shape[2]
+    tells = more > 1 and len(tensors) == 2 and x.format.tells(start, more)
     for new in tensors[1:]:
-        value = append(EAGER, value, _to_stored(new), start, new.shape[2])
+        value = append(EAGER, value, _to_stored(new), start, new.shape[2], tells=tells)
         start += new.shape[2]
     return QuantizedKV._on(claim, value)
 
@@ -402,6 +404,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for original, value in values.values():
         if any(w is value for w in written):
             original.before_write()
+            original._is_settled = False
             overwrite(EAGER if _is_real(original) else SHAPES, original.value, value)
             if result is value:
                 result = original

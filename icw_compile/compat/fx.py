@@ -33,6 +33,7 @@ __all__ = [
     "inner_tensors",
     "is_fake",
     "is_higher_order",
+    "is_larger_here",
     "is_operator",
     "is_traced",
     "is_wrapper_subclass",
@@ -339,6 +340,15 @@ def become_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """
     hints = [each.node.hint if isinstance(each, torch.SymInt) else each for each in (a, b)]
     return None not in hints and hints[0] == hints[1] and bool(a == b)
+
+
+def is_larger_here(size: int | torch.SymInt, bound: int) -> bool:
+    """Whether a size is more than ``bound`` in the call that is being compiled, with a guard that it is, if it is.
+
+    If it is not, nothing is guarded. ``SymNode.hint``, ``SymInt.__gt__``.
+    """
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return hint is not None and hint > bound and bool(size > bound)
 
 
 def expression_of(size: torch.SymInt | torch.SymFloat) -> Any:

@@ -66,6 +66,8 @@ class Evaluator(Protocol):
     view: Any
     #: Whether what it runs is carried out, in the end: it is not where only shapes are worked out.
     takes_effect: bool
+    #: Whether what it runs is done at once, and operands are tensors that can be looked at.
+    is_eager: bool
 
     def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -75,6 +77,10 @@ class Evaluator(Protocol):
 
     def size(self, operand: Any, dim: int) -> Any:
         """A size of an operand, to be given to an operation."""
+        ...
+
+    def is_new(self, operand: Any) -> bool:
+        """Whether an operand is known to be storage that was just made, and into which nothing was written."""
         ...
 
     def same(self, a: Any, b: Any) -> bool:
@@ -211,6 +217,34 @@ class Format(ABC):
         """``into``, ready for a write of ``source`` along the tokens: where the first write decides something."""
         return into
 
+    def tells(self, length: Any, rows: Any) -> bool:
+        """Whether what `settle` decided for ``length`` rows is decided anew when ``rows`` more are written."""
+        return False
+
+    def settle_more(self, run: Evaluator, into: Stored, source: Any, kept: Sequence[Any] = ()) -> Stored:
+        """The same where ``source`` is rows beside those that are there, which may have been too few to decide.
+
+        ``kept``: the parts of a wrapper that has rows as they came.
+        """
+        return into
+
+    def settle_stored(self, into: Stored, kept: Sequence[Any] = ()) -> Stored:
+        """What `settle_more` does for one token of tensors, of which nothing is known but that it will be written."""
+        return into
+
+    def is_settled(self, value: Stored) -> bool:
+        """Whether `settle_stored` has nothing to do for these tensors, whatever is written to more rows."""
+        return True
+
+    def told(self, run: Evaluator, into: Stored, source: Any, length: Any, kept: Sequence[Any] = ()) -> dict[str, Any]:
+        """The parts that `settle_more` would change, as they become, the first rows of those that have any.
+
+        Args:
+            source: the rows to be written, ``None`` for one of which nothing is known.
+            length: how many rows there are; ``None``: those that are no zeros.
+        """
+        return {}
+
     def keep(self, run: Evaluator, into: Stored, values: Any, index: Any) -> dict[str, Any]:
         """The parts that are not rows, after ``values`` were written to the rows ``index``, ascending with no gap."""
         return {}
@@ -294,6 +328,23 @@ class Wrapper(Format):
     def settle(self, run: Evaluator, into: Stored, source: Any) -> Stored:
         settled = self.wrapped.settle(run, into.inner, source)
         return into.of_parts((*settled.parts, *into.parts[len(settled.parts) :]))
+
+    def tells(self, length: Any, rows: Any) -> bool:
+        return self.wrapped.tells(length, rows)
+
+    def settle_more(self, run: Evaluator, into: Stored, source: Any, kept: Sequence[Any] = ()) -> Stored:
+        settled = self.wrapped.settle_more(run, into.inner, source, kept)
+        return into.of_parts((*settled.parts, *into.parts[len(settled.parts) :]))
+
+    def settle_stored(self, into: Stored, kept: Sequence[Any] = ()) -> Stored:
+        settled = self.wrapped.settle_stored(into.inner, kept)
+        return into.of_parts((*settled.parts, *into.parts[len(settled.parts) :]))
+
+    def is_settled(self, value: Stored) -> bool:
+        return self.wrapped.is_settled(value.inner)
+
+    def told(self, run: Evaluator, into: Stored, source: Any, length: Any, kept: Sequence[Any] = ()) -> dict[str, Any]:
+        return self.wrapped.told(run, into.inner, source, length, kept)
 
     def keep(self, run: Evaluator, into: Stored, values: Any, index: Any) -> dict[str, Any]:
         return self.wrapped.keep(run, into.inner, values, index)

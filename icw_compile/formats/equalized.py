@@ -13,6 +13,9 @@ the stored rows multiplies the query (for keys), or the output (for values), ins
     `channel_shift` of each head of which all of ``written`` is zero, ``shift`` for the others. One operation for
     compilers, which would take half as long again to look into it. Plain torch, but on the CPU a C++ kernel, once
     `icw_compile.kernels.cpu` is loaded, that looks at ``x`` only where it has to.
+``settle_again(x[..., T, D] or None, rows, shift[..., 1, D], kept, length, dtype) -> [shift, *rows]``
+    What `settle_shift` gives, or, where too few rows are stored to go by, the shift that they and ``x`` tell, and the
+    first `TELLING` of ``rows`` (the parts of the inner format that have rows), encoded anew with it. One operation.
 ``quantize_divided(x[..., T, D], shift[..., 1, D] or None, short_scale) -> (int8[..., T, D], scale[..., T, 1])``
     `quantize_per_head` of what `divide_channels` gives, with scales of bfloat16 or else float32. As `settle_shift`, one
     operation for compilers, with a C++ kernel.
@@ -29,10 +32,13 @@ import torch
 from torch import Tensor
 
 from icw_compile.compat.fx import statically_known_true
-from icw_compile.formats.base import Evaluator, Part, Stored, Wrapper
-from icw_compile.formats.int8 import quantize_per_head, rows_for, to_finite
+from icw_compile.formats.base import Evaluator, Format, Part, Stored, Wrapper
+from icw_compile.formats.evaluate import EAGER
+from icw_compile.formats.int4 import Int4Rows
+from icw_compile.formats.int8 import QMAX, Int8Rows, quantize_per_head, rows_for, to_finite
+from icw_compile.formats.kept import place_rows
 
-__all__ = ["MAX_SHIFT", "Equalized", "channel_shift", "divide_channels", "multiply_channels"]
+__all__ = ["MAX_SHIFT", "TELLING", "Equalized", "channel_shift", "divide_channels", "multiply_channels"]
 
 aten = torch.ops.aten
 _ops = torch.ops.icw_int8kv
@@ -41,10 +47,12 @@ _ops = torch.ops.icw_int8kv
 OUTLIER = math.log2(3.0)
 #: Largest exponent of `channel_shift`.
 MAX_SHIFT = 7
+#: A shift that no more rows than these have settled is settled once more.
+TELLING = 16
 
 
-def channel_shift(x: Tensor) -> Tensor:
-    if x.shape[-2] <= 1:  # one token says nothing about the next
+def channel_shift(x: Tensor, least: int = 2) -> Tensor:
+    if x.shape[-2] < least:  # one token says nothing about the next
         return x.new_zeros((*x.shape[:-2], 1, x.shape[-1]), dtype=torch.uint8)
     magnitude = x.float().abs()
     row = magnitude.amax(dim=-1, keepdim=True)
@@ -55,13 +63,60 @@ def channel_shift(x: Tensor) -> Tensor:
     usual = torch.where(counts, size, 0.0).sum(dim=-2, keepdim=True) / rows.clamp(min=1)
     largest = torch.where(counts, size, -torch.inf).amax(dim=-2, keepdim=True)
     above = torch.minimum(_above_median(usual), _above_median(largest))
-    shifts = (above >= OUTLIER) & (rows > 1)
+    shifts = (above >= OUTLIER) & (rows >= least)
     return torch.where(shifts, above.floor().clamp(max=MAX_SHIFT), 0.0).to(torch.uint8)
 
 
 def settle_shift(x: Tensor, written: Tensor, shift: Tensor) -> Tensor:
     empty = (written == 0).all(dim=(-2, -1), keepdim=True)
     return torch.where(empty, channel_shift(x), shift).contiguous()
+
+
+def settle_again(
+    x: Tensor | None,
+    rows: Sequence[Tensor],
+    shift: Tensor,
+    kept: Sequence[Tensor],
+    length: int | None,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    first, written = [part[..., :TELLING, :] for part in rows], rows[1]
+    if length is None:
+        if x is not None:
+            shift = _ops.settle_shift(x, written, shift)
+        if written.shape[-2] <= TELLING:
+            return [shift.clone(), *(part.clone() for part in first)]
+        is_row = first[1].ne(0).any(dim=-1, keepdim=True)
+        stored = is_row.sum(dim=-2, keepdim=True)
+        few = written[..., TELLING:, :].eq(0).all(dim=(-2, -1), keepdim=True)
+    else:
+        is_row = (torch.arange(first[0].shape[-2], device=shift.device) < length).unsqueeze(-1)
+        is_row = is_row.expand(*first[0].shape[:-1], 1)
+        stored = is_row.sum(dim=-2, keepdim=True).clamp(max=length)
+        few = torch.full_like(stored, length <= TELLING, dtype=torch.bool)
+    tells = few & ((stored == 1) | ((stored > 0) & (stored + (1 if x is None else x.shape[-2]) > TELLING)))
+    if shift.device.type == "cpu" and not tells.any():
+        return [shift.clone(), *(part.clone() for part in first)]
+    inner: Format = (Int8Rows if len(rows) == 2 else Int4Rows)(dtype)
+    value = Stored(inner, tuple(first), "." * (shift.dim() - 2) + "TD")
+    divided = inner.decode(EAGER, value, torch.float32)
+    values = multiply_channels(divided, shift)
+    # What reads back as zero lies within half a step of it.
+    half = multiply_channels(divided.abs().amax(dim=-1, keepdim=True) / (2 * QMAX), shift)
+    seen = torch.where(divided == 0, half, values)
+    if kept:
+        values, seen = (place_rows(each, *kept) for each in (values, seen))
+    seen = torch.where(is_row, seen, 0.0)
+    if x is not None:
+        seen = torch.cat([seen, x.float().expand(*seen.shape[:-2], -1, -1)], dim=-2)
+    told = _ops.settle_shift(seen, written.new_zeros((1,) * written.dim()), shift)
+    # A single row may be an odd one: half of what it tells costs no channel more than half of its bits.
+    is_one = seen.ne(0).any(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) == 1
+    told = torch.where(tells, torch.where(is_one, (channel_shift(seen, 1) + 1) // 2, told), shift)
+    anew = inner.encode(EAGER, divide_channels(values, told, torch.float32), value)
+    changed = is_row & (told != shift).any(dim=-1, keepdim=True)
+    encoded = [torch.where(changed, new, old) for new, old in zip(anew.values(), first, strict=True)]
+    return [told.contiguous(), *(part.contiguous() for part in encoded)]
 
 
 def quantize_divided(x: Tensor, shift: Tensor | None, short_scale: bool) -> tuple[Tensor, Tensor]:
@@ -87,8 +142,11 @@ def divide_channels(x: Tensor, shift: Tensor, dtype: torch.dtype | None = None) 
 class Equalized(Wrapper):
     """Adds ``shift``, uint8, the exponent for each head and channel.
 
-    The first write of more than one token settles it; later ones find a shift that stays. "First" is known where the
-    write is run: of storage into which nothing was written, all rows read as zeros.
+    The first write settles it, from its tokens if they are several. One of no more than `TELLING` rows tells little: a
+    second write after a single token, and the one that makes it more rows than that, settle it anew, from the rows
+    that are stored and from its own if they are several, and the rows that are stored are encoded anew. What is stored
+    is known where the write is run: rows into which nothing was written read as zeros. A graph leaves a write of one
+    token to whoever calls it (`settle_stored`), so that a step has nothing to do with all that.
     """
 
     def __str__(self) -> str:
@@ -133,6 +191,48 @@ class Equalized(Wrapper):
             settled = run.call(_ops.settle_shift.default, source, self.written(into), into["shift"])
         return into.with_parts(shift=run.call(aten.copy_.default, into["shift"], settled))
 
+    def tells(self, length: Any, rows: Any) -> bool:
+        few = length == 1 or 0 < length <= TELLING < length + rows
+        return few or super().tells(length, rows)
+
+    def settle_more(self, run: Evaluator, into: Stored, source: Any, kept: Sequence[Any] = ()) -> Stored:
+        into = super().settle_more(run, into, source, kept)
+        if into.is_view or into.axes[-2:] != "TD" or not run.takes_effect:
+            return into
+        written = self.written(into)
+        if isinstance(source, Stored) or run.is_new(written):
+            return self.settle(run, into, source)
+        shape = run.tensor(source).shape
+        if len(shape) != len(into.axes):
+            return into
+        if statically_known_true(shape[-2] <= 1):
+            return self.settle_stored(into, kept) if run.is_eager else into
+        return self._placed(run, into, self.told(run, into, source, None, kept))
+
+    def settle_stored(self, into: Stored, kept: Sequence[Any] = ()) -> Stored:
+        into = super().settle_stored(into, kept)
+        return self._placed(EAGER, into, self.told(EAGER, into, None, None, kept))
+
+    def is_settled(self, value: Stored) -> bool:
+        written = self.written(value)
+        is_long = written.shape[-2] <= TELLING or bool(written[..., TELLING, :].ne(0).all())
+        return is_long and super().is_settled(value)
+
+    def told(self, run: Evaluator, into: Stored, source: Any, length: Any, kept: Sequence[Any] = ()) -> dict[str, Any]:
+        rows = into.rows
+        settled = run.call(
+            _ops.settle_again.default, source, list(rows.values()), into["shift"], list(kept), length, self.dtype
+        )
+        return {**super().told(run, into, source, length, kept), **dict(zip(("shift", *rows), settled, strict=True))}
+
+    def _placed(self, run: Evaluator, into: Stored, told: dict[str, Any]) -> Stored:
+        """``into`` with what was ``told`` written into its storage."""
+        shift = run.call(aten.copy_.default, into["shift"], told["shift"])
+        for name, part in into.rows.items():
+            place = run.call(aten.slice.Tensor, part, into.token_dim, 0, TELLING)
+            run.call(aten.copy_.default, place, told[name])
+        return into.with_parts(shift=shift)
+
     def into_query(self, run: Evaluator, query: Any, keys: Stored) -> Any:
         return super().into_query(run, _multiplied(run, query, keys), keys)
 
@@ -162,6 +262,14 @@ _register(
     "settle_shift(Tensor x, Tensor written, Tensor shift) -> Tensor",
     settle_shift,
     lambda x, written, shift: shift.new_empty(shift.shape),
+)
+_register(
+    "settle_again(Tensor? x, Tensor[] rows, Tensor shift, Tensor[] kept, SymInt? length, ScalarType dtype) -> Tensor[]",
+    settle_again,
+    lambda x, rows, shift, kept, length, dtype: [
+        shift.new_empty(shift.shape),
+        *(part.new_empty((*part.shape[:-2], min(part.shape[-2], TELLING), part.shape[-1])) for part in rows),
+    ],
 )
 _register(
     "quantize_divided(Tensor x, Tensor? shift, bool short_scale) -> (Tensor qdata, Tensor scale)",

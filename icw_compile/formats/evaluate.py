@@ -16,6 +16,7 @@ class _Eager:
 
     view = aten.view.default
     takes_effect = True
+    is_eager = True
 
     def call(self, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
@@ -25,6 +26,9 @@ class _Eager:
 
     def size(self, operand: Tensor, dim: int) -> int:
         return operand.shape[dim]
+
+    def is_new(self, operand: Tensor) -> bool:
+        return False
 
     def same(self, a: Tensor, b: Tensor) -> bool:
         if a is b:
@@ -38,6 +42,7 @@ class _Shapes(_Eager):
 
     view = aten.reshape.default
     takes_effect = False
+    is_eager = False
 
 
 class Allocation(NamedTuple):

@@ -108,6 +108,15 @@ class KeepsRows(Wrapper):
         converted = super().cast(run, x, dtype)
         return converted.with_parts(exact=run.call(aten.to.dtype, x["exact"], dtype))
 
+    def settle_more(self, run: Evaluator, into: Stored, source: Any, kept: Sequence[Any] = ()) -> Stored:
+        return super().settle_more(run, into, source, tuple(into.kept.values()))
+
+    def settle_stored(self, into: Stored, kept: Sequence[Any] = ()) -> Stored:
+        return super().settle_stored(into, tuple(into.kept.values()))
+
+    def told(self, run: Evaluator, into: Stored, source: Any, length: Any, kept: Sequence[Any] = ()) -> dict[str, Any]:
+        return super().told(run, into, source, length, tuple(into.kept.values()))
+
     def keep(self, run: Evaluator, into: Stored, values: Any, index: Any) -> dict[str, Any]:
         kept = run.call(_ops.keep_rows.default, into["exact"], into["position"], values, index, self.sinks)
         return {**super().keep(run, into, values, index), **dict(zip(("exact", "position"), kept, strict=True))}

@@ -99,12 +99,19 @@ def appended(run: Evaluator, x: Stored, source: Any, start: Any) -> dict[str, An
     return x.format.keep(run, x, values, run.call(aten.add.Tensor, index, start))
 
 
-def append(run: Evaluator, x: Stored, source: Any, start: Any, rows: int | Any) -> Stored:
+def append(run: Evaluator, x: Stored, source: Any, start: Any, rows: int | Any, *, tells: bool = False) -> Stored:
     """``x`` after ``source`` was written to its ``rows`` rows from ``start`` on, which are there.
 
-    The rows are written in place; what is kept besides is new.
+    The rows are written in place; what is kept besides is new. ``tells``: `Format.tells` of rows that are several, or
+    it may be so.
     """
     source = _promoted(run, source, x)
+    if tells and not isinstance(source, Stored):
+        told = x.format.told(run, x, source, start)
+        for name in x.rows.keys() & told.keys():
+            first = run.tensor(told[name]).shape[x.token_dim]
+            run.call(aten.copy_.default, run.call(aten.narrow.default, x[name], x.token_dim, 0, first), told.pop(name))
+        x = x.with_parts(**told)
     for name, new in encode_like(run, source, x).items():
         place = run.call(aten.narrow.default, x[name], x.token_dim, start, rows)
         run.call(aten.copy_.default, place, new)
@@ -121,7 +128,7 @@ def index_copy_(run: Evaluator, x: Any, dim: int, index: Any, source: Any) -> St
     if not isinstance(source, Stored) and _differs(run.tensor(source).shape, _size(run, x), dim):
         return None  # an error
     if axis == "T":
-        x = x.format.settle(run, x, source)
+        x = x.format.settle_more(run, x, source)
     written = _write(run, aten.index_copy_.default, x, (dim, index), source)
     return _keep_at(run, written, source, index if axis == "T" else None)
 

@@ -65,6 +65,13 @@ def evaluate(
     ] = 1536,
     batch: Annotated[int, typer.Option(min=1, help="Windows decoded together.")] = 16,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens of each that a decode step takes.")] = 16,
+    first: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the first call takes of what is prefilled. Left out: all.")
+    ] = None,
+    prompt_chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that each of the calls after it takes of that. Left out: the rest."),
+    ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Cut the model to its first layers.")] = None,
     option: Annotated[
         list[str] | None,
@@ -125,7 +132,7 @@ def evaluate(
     lengths = tuple(int(length) for length in recall.split(",")) if recall else ()
     settings = Settings(
         model, text, tokens, context, stride, batch, chunk, layers, tuple(option or ()), tuple(hard or ()), lengths,
-        others, dtype, device, tuple(code or ()),
+        others, dtype, device, tuple(code or ()), first, prompt_chunk,
     )  # fmt: skip
     with _refused_politely():
         if advise is None:
@@ -184,6 +191,9 @@ def bench(
         int,
         typer.Option(help="Longest prompt to run through the model; longer ones fill the cache with random numbers."),
     ] = 8192,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a prompt that a call takes at most. Left out: all of it.")
+    ] = None,
     time: Annotated[bool, typer.Option(help="Measure time: all contenders in one process, in turn.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure memory: each contender in a process of its own.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
@@ -201,7 +211,7 @@ def bench(
             raise typer.Exit(run_operator_bench(batch=batch, device=device, dtype=dtype, rounds=steps, json_file=json))
         settings = Settings(
             model, layers, batch, device, dtype, mode, tuple(contenders.split(",")) if contenders else (), steps,
-            prefill_rounds, max_prefill, time, memory, weights,
+            prefill_rounds, max_prefill, time, memory, weights, prefill_chunk,
         )  # fmt: skip
         if startup:
             layer_counts = [int(depth) for depth in depths.split(",")]

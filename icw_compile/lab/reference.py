@@ -30,11 +30,16 @@ _NAMES = ("keys", "values")
 _LEVELS = 2.0**7 - 1.0
 #: A call of more tokens than these attends to its own keys and values as they came.
 FEW_TOKENS = 16
+#: The shifts that no more tokens than these have settled are settled once more.
+TELLING_TOKENS = 16
 
 
-def channel_shift(x: Tensor) -> Tensor:
-    """The exponents of the powers of two by which the cache divides the channels of ``x[..., tokens, head_dim]``."""
-    if x.shape[-2] < 2:
+def channel_shift(x: Tensor, least: int = 2) -> Tensor:
+    """The exponents of the powers of two by which the cache divides the channels of ``x[..., tokens, head_dim]``.
+
+    All 0 for fewer than ``least`` tokens.
+    """
+    if x.shape[-2] < least:
         return torch.zeros(*x.shape[:-2], 1, x.shape[-1])
     written = (x != 0).any(dim=-1, keepdim=True)
     rows = written.sum(dim=-2, keepdim=True)
@@ -42,8 +47,10 @@ def channel_shift(x: Tensor) -> Tensor:
     logs = logs - logs.mean(dim=-1, keepdim=True)
     usual = (logs * written).sum(dim=-2, keepdim=True) / rows.clamp(min=1)
     largest = logs.masked_fill(~written, -math.inf).max(dim=-2, keepdim=True).values
-    least = torch.minimum(*(size - size.median(dim=-1, keepdim=True).values for size in (usual, largest)))
-    return torch.where((least >= math.log2(3.0)) & (rows > 1), least.floor().clamp(max=7.0), torch.zeros_like(least))
+    above = torch.minimum(*(size - size.median(dim=-1, keepdim=True).values for size in (usual, largest)))
+    return torch.where(
+        (above >= math.log2(3.0)) & (rows >= least), above.floor().clamp(max=7.0), torch.zeros_like(above)
+    )
 
 
 def quantize_dequantize(x: Tensor, shift: Tensor | None = None, bits: int = 8) -> Tensor:
@@ -104,10 +111,38 @@ def _storing_quantized(
             new, held = channel_shift(states), getattr(self, f"all_{name}", getattr(self, name, None))
             if name not in shifts or held is None:
                 shifts[name] = new
-            elif isinstance(self, StaticLayer) and states.shape[-2] > 1:  # as after a reset
-                empty = (held == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-                shifts[name] = torch.where(empty, new, shifts[name])
+            else:
+                self.settle_again(name, held, states, new)
             return quantize_dequantize(states, shifts[name], bits[name])
+
+        def settle_again(self, name: str, held: Tensor, states: Tensor, new: Tensor) -> None:
+            """After one token, and when there are more than a few: by those that are held, and by several new ones."""
+            first, more, shift = held[..., :TELLING_TOKENS, :], states.shape[-2], self.shifts[name]
+            is_row = torch.ones_like(first[..., :1], dtype=torch.bool)
+            few = torch.full_like(shift[..., :1], held.shape[-2] <= TELLING_TOKENS, dtype=torch.bool)
+            if isinstance(self, StaticLayer):
+                if more > 1:  # as after a reset
+                    empty = (held == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+                    shift = torch.where(empty, new, shift)
+                is_row = (first != 0).any(dim=-1, keepdim=True)
+                few = (held[..., TELLING_TOKENS:, :] == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+                few &= held.shape[-2] > TELLING_TOKENS
+            rows = is_row.sum(dim=-2, keepdim=True)
+            tells = few & ((rows == 1) | ((rows > 0) & (rows + more > TELLING_TOKENS)))
+            if sink_tokens or recent_tokens:  # the others are as they were stored
+                held[..., :TELLING_TOKENS, :] = torch.where(
+                    tells, self.seen(name, held, 0)[..., :TELLING_TOKENS, :], first
+                )
+            # What reads back as zero lies within half a step of it.
+            half = (first / 2.0**shift).abs().amax(dim=-1, keepdim=True) / (2 * _LEVELS) * 2.0**shift
+            both = torch.where(is_row & (first == 0), half, first.float())
+            both = torch.cat([both, states.float()], dim=-2) if more > 1 else both
+            is_one = (both != 0).any(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) == 1
+            told = torch.where(is_one, ((channel_shift(both, 1) + 1) / 2).floor(), channel_shift(both))
+            self.shifts[name] = torch.where(tells, told, shift)
+            if not (sink_tokens or recent_tokens):
+                changed = is_row & (self.shifts[name] != shift).any(dim=-1, keepdim=True)
+                first.copy_(torch.where(changed, quantize_dequantize(first, self.shifts[name], bits[name]), first))
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             own = key_states.shape[-2] if own_as_they_came and key_states.shape[-2] > FEW_TOKENS else 0
@@ -122,8 +157,10 @@ def _storing_quantized(
                     return held
                 return tuple(self.seen(name, states, own) for name, states in zip(_NAMES, held, strict=True))
             if not overflows:
-                before = copy.deepcopy(self) if own else None
-                stored = map(self.quantized, _NAMES, (key_states, value_states))
+                # What one that grows settles anew is read so, by the call as well.
+                before: Any = copy.deepcopy(self) if own and isinstance(self, StaticLayer) else None
+                stored = list(map(self.quantized, _NAMES, (key_states, value_states)))
+                before = copy.deepcopy(self) if own and before is None else before
                 held = super().update(*stored, *args, **kwargs)
                 if before is None:
                     return held

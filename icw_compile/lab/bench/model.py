@@ -134,6 +134,7 @@ class Settings:
     time: bool
     memory: bool
     weights: Weights = "float"
+    prefill_chunk: int | None = None
 
     def options(self, contender: Contender) -> Options:
         """Of our backend."""
@@ -338,7 +339,8 @@ class Session:
         """Run a prompt of ``context`` tokens into a new cache; returns the seconds."""
         self.cache = None  # before the next is made
         self.cache = self._empty_cache(context)
-        return self._run(self._tokens(context))
+        chunk = self.settings.prefill_chunk or context
+        return sum(self._run(self._tokens(min(chunk, context - start))) for start in range(0, context, chunk))
 
     def decode(self) -> float:
         """One decode step; returns the seconds."""

@@ -50,6 +50,8 @@ class Settings:
     dtype: str
     device: str
     codes: tuple[str, ...] = ()
+    first: int | None = None
+    prompt_chunk: int | None = None
 
 
 @dataclass
@@ -135,6 +137,7 @@ def prepare(settings: Settings, console: Console) -> Prepared:
         ids, tokenizer.bos_token_id, tokens=settings.tokens, context=settings.context, stride=settings.stride,
         batch=settings.batch, chunk=settings.chunk,
     )  # fmt: skip
+    windows.first, windows.prompt_chunk = settings.first, settings.prompt_chunk
     console.print(
         f"[bold]{escape(settings.model or MODEL.name)}[/]: {model.num_parameters():,} parameters, {settings.dtype}, "
         f"{settings.device}; {windows.ids.shape[0]} windows of {windows.context} tokens, the last {windows.stride} of "

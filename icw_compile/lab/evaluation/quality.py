@@ -38,12 +38,24 @@ class Windows:
         stride: how many tokens of each window are scored, its last ones.
         batch: windows decoded together.
         chunk: tokens of each that a decode step takes.
+        first: tokens that the first call takes of the part that is not scored; ``None`` for all of it.
+        prompt_chunk: tokens that each of the other calls takes of it; ``None`` for all that is left.
     """
 
     ids: Tensor
     stride: int
     batch: int
     chunk: int
+    first: int | None = None
+    prompt_chunk: int | None = None
+
+    @property
+    def prompts(self) -> list[slice]:
+        """The calls that the part in front of the scored one takes."""
+        end = self.context - self.stride
+        first = min(self.first or end, end)
+        starts = range(first, end, self.prompt_chunk or end)
+        return [slice(0, first), *(slice(start, min(start + starts.step, end)) for start in starts)]
 
     @classmethod
     def cut(
@@ -151,7 +163,8 @@ def measure(rows: Sequence[Contender], windows: Windows, device: torch.device, s
         caches = [row.make_cache(windows.context) for row in rows]
         for row, cache in zip(rows, caches):
             say(f"prompt, {row.name}")
-            _call(row, cache, ids[:, :prompt], logits_to_keep=1)
+            for piece in windows.prompts:
+                _call(row, cache, ids[:, piece], logits_to_keep=1)
         for start in range(prompt, windows.context, windows.chunk):
             step = slice(start, start + windows.chunk)
             targets = ids[:, start + 1 : start + windows.chunk + 1]
