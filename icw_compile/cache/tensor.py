@@ -39,7 +39,8 @@ class QuantizedKV(TensorOfParts):
 
     Channels that are outliers would leave the others of their row few levels. With a ``shift``, each is divided by a
     power of two before it is quantized; what reads int8 multiplies the query, or the output, instead. The first write
-    of several tokens into an empty tensor settles the shift (`icw_compile.formats.equalized`).
+    into an empty tensor settles the shift, and if it is of few tokens, a later one does so anew
+    (`icw_compile.formats.equalized`).
 
     The first rows, and the last ones, may be kept in the float dtype besides (``exact``, ``position``, ``sinks``):
     they are read as they came. Operations that scatter the tokens forget them, and their int8 rows are read.
