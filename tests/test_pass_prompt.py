@@ -1,0 +1,91 @@
+"""The prompt pass: masks that are looked at, so that attention reads no more than they show."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support import CLOSE_LOGITS, compiled, graphs, relative_distance, run, tiny_model, tokens
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+import icw_compile
+from icw_compile.kernels import cpu
+from icw_compile.kernels.inductor import attention
+from icw_compile.kernels.interface import FEW_TOKENS
+from icw_compile.lab.reference import reference_cache
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="no C++ compiler")
+
+_ops = torch.ops.icw_int8kv
+QUERIES, TOKENS = 300, 340
+
+
+def causal(offset: int) -> Tensor:
+    return torch.arange(TOKENS) <= torch.arange(QUERIES).unsqueeze(-1) + offset
+
+
+MASKS: dict[str, tuple[Callable[[], Tensor], list[int]]] = {
+    "a first prompt": (lambda: causal(0)[None, None], [300, 1]),
+    "of a batch": (lambda: causal(0).expand(2, 1, -1, -1), [300, 1]),
+    "on a filled cache": (lambda: causal(20)[None, None], [320, 0]),
+    "to the end": (lambda: causal(40)[None, None], [340, 0]),
+    "padded on the left": (lambda: torch.stack([causal(0), causal(0) & (torch.arange(TOKENS) > 6)])[:, None], [300, 0]),
+    "one more": (lambda: (causal(0) | (torch.arange(TOKENS) == 280))[None, None], [300, 0]),
+    "one less": (lambda: (causal(0) & ~torch.eye(QUERIES, TOKENS, dtype=torch.bool).roll(-5, 1))[None, None], [300, 0]),
+    "a window": (lambda: (causal(0) & ~causal(-50))[None, None], [300, 0]),
+    "for each head": (lambda: torch.stack([causal(each) for each in range(4)])[None], [303, 0]),
+    "nothing": (lambda: torch.zeros(1, 1, QUERIES, TOKENS, dtype=torch.bool), [1, 0]),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_equals_attention_with_the_mask(name: str) -> None:
+    make, extent = MASKS[name]
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, QUERIES, 4, 16, generator=generator).transpose(1, 2)
+    key, value = (torch.randn(2, 2, TOKENS, 16, generator=generator) for _ in range(2))
+    found = _ops.mask_extent(make())
+    assert found.tolist() == extent
+    actual = _ops.prompt_attention(query, key, value, make(), found, 0.3)
+    expected = attention(query, key, value, make(), False, 0.3, None)
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
+    assert actual.stride() == query.stride()
+
+
+def test_registration() -> None:
+    query, key = torch.randn(1, 4, 20, 16), torch.randn(1, 2, 24, 16)
+    mask = torch.ones(1, 1, 20, 24, dtype=torch.bool).tril()
+    torch.library.opcheck(_ops.mask_extent.default, (mask,))
+    torch.library.opcheck(_ops.prompt_attention.default, (query, key, key, mask, _ops.mask_extent(mask), 0.25))
+
+
+@pytest.mark.parametrize("heads", [1, 4], ids=["shared", "of their own"])
+def test_a_prompt_on_a_static_cache(heads: int) -> None:
+    model, ids = tiny_model(kv_heads=heads), tokens(60, batch=2)
+    chunks = (24, 20, FEW_TOKENS)
+    step = compiled(model, **{"icw.attention": "auto"})
+    actual = run(step, StaticCache(model.config, max_cache_len=80), ids, chunks)
+    assert relative_distance(actual, run(model, reference_cache(model, 80), ids, chunks)) <= CLOSE_LOGITS
+    # transformers itself makes no mask for a first prompt without padding.
+    assert [graph.passes["prompt"] for graph in graphs()] == [0, 2, 0]
+    mask = torch.ones_like(ids[:, :24])
+    mask[0, :9] = 0
+    with torch.no_grad():
+        actual = step(ids[:, :24], past_key_values=StaticCache(model.config, max_cache_len=80), attention_mask=mask)
+        expected = model(ids[:, :24], past_key_values=DynamicCache(config=model.config), attention_mask=mask)
+    assert relative_distance(actual.logits[mask.bool()], expected.logits[mask.bool()]) <= 1e-5
+
+
+@pytest.mark.parametrize(("attention", "extents"), [("auto", 1), ("inductor", 0)])
+def test_the_mask_is_looked_at_once_for_all_layers(attention: str, extents: int) -> None:
+    model, ids = tiny_model(), tokens(24)
+    explained = icw_compile.explain(
+        model,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=StaticCache(model.config, max_cache_len=40),
+        options={"icw.compiler": "eager", "icw.attention": attention},
+    )
+    (graph,) = explained.graphs
+    assert graph.rewritten.count("icw_int8kv.mask_extent.default") == extents
+    assert graph.rewritten.count("icw_int8kv.prompt_attention.default") == 2 * extents
