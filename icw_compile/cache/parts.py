@@ -250,7 +250,7 @@ class TensorOfParts(Tensor):
         """
         claim = self._claim
         shown = claim is not None and any(other.owner is claim.owner for other in claim.others())
-        if self.whole.kept and (shown or any(view() is not None for view in self._lagging)):
+        if (shown or any(view() is not None for view in self._lagging)) and self.whole.kept:
             raise NotImplementedError(
                 "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this one and a "
                 "view of it are both in use, and the rows that they keep would not follow."
