@@ -17,16 +17,17 @@ RESULTS = "icw_compile/lab/evaluation/results/"
 LLAMA = tuple(f"{RESULTS}kjv-llama-2m-bfloat16{part}.json" for part in ("-ours", "", "-values"))
 QWEN2 = tuple(f"{RESULTS}kjv-qwen2-2m-bfloat16{part}.json" for part in ("-ours", ""))
 ROUNDING = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-rounding.json" for name in ("llama", "qwen2"))
+# In "bits" and "others" 4 bits keep none of the last tokens besides.
 BITS = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-bits.json" for name in ("llama", "qwen2"))
-OTHERS = tuple(
-    f"{RESULTS}kjv-{name}-2m-bfloat16-{part}.json" for name in ("llama", "qwen2") for part in ("others", "recent")
-)
+OTHERS = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-others.json" for name in ("llama", "qwen2"))
+FOUR = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-four.json" for name in ("llama", "qwen2"))
 ADVICE = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-advice.json" for name in ("llama", "qwen2"))
 SINGLE = tuple(f"{RESULTS}kjv-llama-2m-{dtype}-single.json" for dtype in ("bfloat16", "float32"))
 
 OURS, PLAIN = "icw_int8kv", "icw_int8kv icw.keys=plain icw.values=plain"
 CLOSEST = "icw_int8kv emulate_precision_casts=True icw.recent_tokens=128"
 ROUNDED = "icw_int8kv emulate_precision_casts=True"
+VALUES_IN_4, IN_4 = "icw_int8kv icw.value_bits=4", "icw_int8kv icw.bits=4"
 FP8 = "fp8 per tensor"
 #: Contender -> what a column is called.
 COLUMNS = {
@@ -168,11 +169,7 @@ def _one_line(files: Iterable[Data], contender: str) -> str:
 def four_bits(*files: Data) -> str:
     """A row for each way to store 4 bits, a column for each case of each model."""
     columns = [(file["settings"]["model"], case) for file in files for case in merged(file)]
-    names = {
-        OURS: "8 bits",
-        f"{OURS} icw.value_bits=4": "**keys in 8, values in 4**",
-        f"{OURS} icw.bits=4": "**4 bits**",
-    }
+    names = {OURS: "8 bits", VALUES_IN_4: "**keys in 8, values in 4**", IN_4: "**4 bits**"}
     names |= {f"4 bits: {name}": f"{name} ({code.bits_per_number:g})" for name, code in CODES.items()}
     rows = [(shown, *(_cell(case.rows[name]) for _, case in columns)) for name, shown in names.items()]
     header = ("", *(f"`{model}`, {case.name}" for model, case in columns))
@@ -180,19 +177,32 @@ def four_bits(*files: Data) -> str:
 
 
 def others_of_four_bits(*files: Data) -> str:
-    """A row for each cache of 4 bits, ours and others, a column for each model as it is."""
-    models = _as_they_are(files)
-    names = {
-        f"{OURS} icw.value_bits=4": "**keys in 8, values in 4**",
-        f"{OURS} icw.bits=4": "**4 bits**",
-        f"{OURS} icw.value_bits=4 icw.recent_tokens=128": "**keys in 8, values in 4**, the last 128 tokens in float",
-        f"{OURS} icw.bits=4 icw.recent_tokens=128": "**4 bits**, the last 128 tokens in float",
-        HQQ_4: "HQQ, 4 bits, the last 128 tokens in float",
-        QUANTO_4: "quanto, 4 bits, the last 128 tokens in float",
+    """A row for each cache of 4 bits, ours and others, a column for each model as it is. `FOUR` first, then `OTHERS`."""
+    models, others = _as_they_are(files[: len(FOUR)]), _as_they_are(files[len(FOUR) :])
+    names = {VALUES_IN_4: "**keys in 8, values in 4**", IN_4: "**4 bits**"}
+    of_others = {
+        HQQ_4: "HQQ, 4 bits",
+        QUANTO_4: "quanto, 4 bits",
+        VALUES_IN_4: "keys in 8, values in 4, none in float: `icw.recent_tokens=0`",
+        IN_4: "4 bits, none in float: `icw.recent_tokens=0`",
         FLOAT_COMPILED: "float, compiled",
     }
-    rows = [(shown, *(_cell(rows[name]) for rows in models.values())) for name, shown in names.items()]
+    rows = [(shown, *(_cell(models[model][name]) for model in models)) for name, shown in names.items()]
+    rows += [(shown, *(_cell(others[model][name]) for model in models)) for name, shown in of_others.items()]
     return f"{sentence(_scored(files[0]))}:\n\n{grid(('', *(f'`{model}`' for model in models)), rows)}"
+
+
+def hard_cases_of_four_bits(*files: Data) -> str:
+    """A row for each case, a column for each setting and model, and what is recalled of the model that can."""
+    columns = [
+        (f"`{file['settings']['model']}`, {shown}", name, {case.name: case for case in merged(file)})
+        for file in files
+        for name, shown in ((VALUES_IN_4, "keys in 8, values in 4"), (IN_4, "4 bits"))
+    ]
+    names = [case.name for case in merged(files[0])]
+    rows = [(name, *(_cell(cases[name].rows[of]) for _, of, cases in columns)) for name in names]
+    recalled = [case for file in files for case in merged(file)[:1] if case.recall]
+    return f"{grid(('', *(title for title, *_ in columns)), rows)}\n\n{markdown_table(recall_table(recalled))}"
 
 
 def advice(*files: Data) -> str:
@@ -226,7 +236,8 @@ REGIONS = {
     "quality-qwen2-full": Region(QWEN2, full),
     "quality-recall": Region(QWEN2[1:], recall),
     "quality-bits": Region(BITS, four_bits),
-    "quality-bits-others": Region(OTHERS, others_of_four_bits),
+    "quality-bits-others": Region(FOUR + OTHERS, others_of_four_bits),
+    "quality-bits-hard": Region(FOUR, hard_cases_of_four_bits),
     "quality-advice": Region(ADVICE, advice),
     "quality-rounding": Region(ROUNDING, rounding),
     "quality-single": Region(SINGLE, single),
