@@ -5,6 +5,7 @@ from icw_compile.passes.canonicalize import canonicalize
 from icw_compile.passes.encode import encode_at_once
 from icw_compile.passes.graph import Input, KVGraph, Output, Site, Skipped
 from icw_compile.passes.lower import lower
+from icw_compile.passes.place import place_rows
 from icw_compile.passes.prompt import read_prompts
 from icw_compile.passes.propagate import propagate
 from icw_compile.passes.reads import fuse_reads
@@ -20,5 +21,6 @@ PASSES: tuple[Pass, ...] = (
     Pass("reads", fuse_reads),
     Pass("lower", lower),
     Pass("prompt", read_prompts),
+    Pass("place", place_rows),
     Pass("encode", encode_at_once),
 )

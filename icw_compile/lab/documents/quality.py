@@ -177,7 +177,7 @@ def four_bits(*files: Data) -> str:
 
 
 def others_of_four_bits(*files: Data) -> str:
-    """A row for each cache of 4 bits, a column for each model as it is: ours in `FOUR`, which is first, then `OTHERS`."""
+    """A row for each cache of 4 bits, a column for each model as it is: of ours in `FOUR`, first, then of `OTHERS`."""
     models, others = _as_they_are(files[: len(FOUR)]), _as_they_are(files[len(FOUR) :])
     names = {VALUES_IN_4: "**keys in 8, values in 4**", IN_4: "**4 bits**"}
     of_others = {
