@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import icw_compile.compat
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.compat import dynamo, flex, functorch, fx, inductor
+from icw_compile.compat import attention, dynamo, flex, functorch, fx, inductor
 from icw_compile.compat import transformers as hf
 from icw_compile.compat import triton as compat_triton
 
@@ -560,6 +560,20 @@ def test_sizes_that_become_equal():
         compiled(*tensors)
     assert seen == [(True, True), (False, False)]
     assert fx.become_equal(3, 3) and not fx.become_equal(3, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_with_what_its_rows_were_divided_by(is_causal, dtype):
+    query, key, value = (torch.randn(2, 3, length, 16).to(dtype) for length in (70, 90, 90))
+    output, lse = attention.attention_with_lse(query, key, value, is_causal=is_causal, scale=0.3)
+    scores = query.float() @ key.float().transpose(2, 3) * 0.3
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(70, 90, dtype=torch.bool).triu(1), -torch.inf)
+    assert lse.dtype == torch.float32 and output.dtype == dtype
+    assert (lse - scores.logsumexp(-1)).norm() <= 1e-5 * lse.norm()
+    expected = scores.softmax(-1) @ value.float()
+    assert (output - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
 
 
 def test_a_size_that_is_larger():

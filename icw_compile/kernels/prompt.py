@@ -5,16 +5,18 @@ takes out as well, and turns the mask into floats for it: for a first prompt twi
 besides. What the mask says is looked at once for all layers, and where it is known what it says, the kernel is told so.
 
 ``mask_extent(attn_mask[B, Hm, T, S]) -> int64 [2]``
-    For a boolean mask: how many tokens there are up to the last that any row sees; and 1 if each row sees exactly the
-    tokens up to its own, as in a first prompt without padding, else 0.
+    For a boolean mask: how many tokens ``E`` there are up to the last that any row sees; and 1 if the rows see exactly
+    the tokens up to their own, which are the last ``T`` of those, else 0: a prompt without padding, and no window.
 ``prompt_attention(query[B, Hq, T, D], key[B, H, S, D], value[B, H, S, D], attn_mask, extent, scale) -> [B, Hq, T, D]``
     `icw_compile.kernels.inductor.attention` with this mask, of which ``extent`` is what `mask_extent` gives. Laid out
-    as ``[B, T, Hq, D]``, as torch's kernel does it.
+    as ``[B, T, Hq, D]``, as torch's kernel does it. Without padding no score is computed in vain: those of the tokens
+    before the prompt, for which all query heads of a group are rows of one head, and those of its own are put together.
 """
 
 import torch
 from torch import Tensor
 
+from icw_compile.compat.attention import attention_with_lse
 from icw_compile.kernels.inductor import attention
 
 __all__ = ["mask_extent", "prompt_attention"]
@@ -27,7 +29,8 @@ def mask_extent(attn_mask: Tensor) -> Tensor:
     rows = attn_mask.shape[-2]
     seen = attn_mask.any(dim=(0, 1, 2)).nonzero()
     end = int(seen[-1]) + 1 if len(seen) else 1
-    is_causal = end == rows and all(map(_is_causal, attn_mask.split(_ROWS, dim=-2), range(0, rows, _ROWS)))
+    pieces = zip(attn_mask.split(_ROWS, dim=-2), range(end - rows, end, _ROWS), strict=True)
+    is_causal = end >= rows and all(_is_causal(piece, own) for piece, own in pieces)
     return torch.tensor([end, int(is_causal)], device=attn_mask.device)
 
 
@@ -40,9 +43,27 @@ def prompt_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, extent: Tensor, scale: float
 ) -> Tensor:
     end, is_causal = extent.tolist()
-    mask = None if is_causal else attn_mask.narrow(-1, 0, end)
-    output = attention(query, key.narrow(2, 0, end), value.narrow(2, 0, end), mask, bool(is_causal), scale, None)
+    key, value, before = key.narrow(2, 0, end), value.narrow(2, 0, end), end - query.shape[2]
+    if not is_causal:
+        output = attention(query, key, value, attn_mask.narrow(-1, 0, end), False, scale, None)
+    elif before == 0:
+        output = attention(query, key, value, None, True, scale, None)
+    else:
+        output = _behind(query, key, value, before, scale)
     return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _behind(query: Tensor, key: Tensor, value: Tensor, before: int, scale: float) -> Tensor:
+    """Causal attention of the last tokens, with ``before`` others in front of them."""
+    batch, query_heads, tokens, size = query.shape
+    heads = key.shape[1]
+    # Each row of these sees all of them, so that it does not matter whose row it is.
+    folded = query.reshape(batch, heads, query_heads // heads * tokens, size)
+    old, old_lse = attention_with_lse(folded, key[:, :, :before], value[:, :, :before], is_causal=False, scale=scale)
+    own = [x[:, :, before:].repeat_interleave(query_heads // heads, dim=1) for x in (key, value)]
+    new, new_lse = attention_with_lse(query, *own, is_causal=True, scale=scale)
+    share = torch.sigmoid(new_lse - old_lse.reshape(new_lse.shape)).unsqueeze(-1)
+    return torch.lerp(old.reshape(query.shape).float(), new.float(), share).to(query.dtype)
 
 
 def _empty_output(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, extent: Tensor, scale: float) -> Tensor:
