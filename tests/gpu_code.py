@@ -1,4 +1,4 @@
-"""What Inductor makes of a model's graphs for an H100, on a machine without one: ``python gpu_code.py KIND KERNEL``.
+"""What Inductor makes of a model's graphs for an H100, without one: ``python gpu_code.py KIND KERNEL BITS``.
 
 A process of its own, for torch and Triton are told that there is a GPU, and remember it. Each graph is rewritten while
 the model runs on the CPU; then its inputs are fakes on a CUDA device, and Inductor's code for that is generated. The
@@ -82,12 +82,21 @@ def on_cuda(module: GraphModule, inputs: Any, mode: FakeTensorMode) -> tuple[Gra
     return module, inputs
 
 
+def by_operator(otherwise: Callable[[Tensor, Any], Tensor], tensor: Tensor, index: Any) -> Tensor:
+    """``tensor[index]``, in which all of ``index`` is tensors, or whole dimensions in front of them."""
+    at = index if isinstance(index, tuple) else (index,)
+    if not all(isinstance(each, Tensor) or each == slice(None) for each in at):
+        return otherwise(tensor, index)
+    return torch.ops.aten.index.Tensor(tensor, [each if isinstance(each, Tensor) else None for each in at])
+
+
 def as_if_there_were_one(stack: ExitStack) -> None:
     """Until ``stack`` is closed, let torch and Triton take this machine for one with an H100."""
 
     def patch(holder: Any, name: str, value: Any) -> None:
         stack.enter_context(mock.patch.object(holder, name, value))
 
+    getitem = Tensor.__getitem__
     patch(torch.cuda, "get_device_properties", lambda *args, **kwargs: H100)
     patch(torch.cuda, "get_device_capability", lambda *args, **kwargs: (9, 0))
     patch(torch.cuda, "current_device", lambda: 0)
@@ -102,8 +111,10 @@ def as_if_there_were_one(stack: ExitStack) -> None:
     active = SimpleNamespace(get_current_target=lambda: TARGET, get_current_device=lambda: 0)
     triton_driver.set_active(active)
     patch(triton_helpers, "set_driver_to_gpu", lambda: None)
-    # torch's binding of it asks for a guard of the device, and its operator does not.
+    # torch's bindings of these ask for a guard of the device, and its operators do not.
     patch(Tensor, "copy_", lambda self, source, non_blocking=False: torch.ops.aten.copy_.default(self, source))
+    patch(Tensor, "__invert__", lambda self: torch.ops.aten.bitwise_not.default(self))
+    patch(Tensor, "__getitem__", lambda self, index: by_operator(getitem, self, index))
     # Patterns are traced with tensors on the device.
     for holder, name in ((misc_patterns, "_misc_patterns"), (fuse_attention, "_sfdp"), (pad_mm, "_pad_mm")):
         patch(holder, f"{name}_init", lambda *args: None)
@@ -152,7 +163,7 @@ def kernels_of(code: str, folder: Path) -> list[str]:
     return names
 
 
-def main(kind: str, attention: str) -> None:
+def main(kind: str, attention: str, bits: str) -> None:
     model = tiny_model(num_hidden_layers=1, dtype=torch.bfloat16)
     graphs: list[tuple[GraphModule, Any, Any]] = []
 
@@ -165,7 +176,8 @@ def main(kind: str, attention: str) -> None:
         return keep
 
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=64)
-    step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options={"icw.attention": "inductor"})
+    options = {"icw.attention": "inductor", "icw.bits": int(bits)}
+    step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options=options)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "inductor", inductor))
         if attention == "triton":  # its operator; what that compiles to is a matter of `test_machine_code`
@@ -183,8 +195,8 @@ def main(kind: str, attention: str) -> None:
             code = code_for(*graph)
             found.append({
                 "kernels": kernels_of(code, Path(folder)),
-                "attention": code.count("torch.ops.icw_int8kv_triton.attention.default("),
-                "int8": "torch.int8" in code,
+                "attention": len(re.findall(r"torch\.ops\.icw_int8kv_triton\.attention(_lse)?\.default\(", code)),
+                "stored": ("torch.int8" if bits == "8" else "torch.uint8") in code,
             })  # fmt: skip
     print(json.dumps(found))
 

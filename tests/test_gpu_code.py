@@ -18,23 +18,29 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: see below")
 @pytest.mark.parametrize(
-    ("kind", "attention"),
+    ("kind", "attention", "bits"),
     [
-        ("dynamic", "triton"),
-        pytest.param("dynamic", "inductor", marks=pytest.mark.slow),
-        pytest.param("static", "inductor", marks=pytest.mark.slow),
-        pytest.param("static", "triton", marks=pytest.mark.slow),
+        ("dynamic", "triton", "8"),
+        ("dynamic", "triton", "4"),  # whose kept rows give it a mask, of a length that is a symbol
+        pytest.param("dynamic", "inductor", "8", marks=pytest.mark.slow),
+        pytest.param("static", "inductor", "8", marks=pytest.mark.slow),
+        pytest.param("static", "triton", "8", marks=pytest.mark.slow),
+        pytest.param("static", "inductor", "4", marks=pytest.mark.slow),
     ],
 )
-def test_compiles_for_a_gpu(kind: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_for_a_gpu(
+    kind: str, attention: str, bits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompt and decode, with lengths that are symbols, through Inductor's Triton code to machine code."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     script = Path(__file__).with_name("gpu_code.py")
-    process = subprocess.run([sys.executable, script, kind, attention], capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, script, kind, attention, bits], capture_output=True, text=True, check=False
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     prompt, decode = json.loads(process.stdout.splitlines()[-1])
-    assert prompt["kernels"] and decode["kernels"] and decode["int8"]
+    assert prompt["kernels"] and decode["kernels"] and decode["stored"]
     assert (prompt["attention"], decode["attention"]) == (0, attention == "triton")
 
 

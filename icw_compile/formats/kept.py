@@ -36,15 +36,16 @@ def keep_rows(exact: Tensor, position: Tensor, values: Tensor, index: Tensor, si
     if tokens == 0:
         return exact.clone(), position.clone()
     # Rows in another order, or with gaps: none is known to be the last, and the rows that are stored stand for all.
-    in_order = (index - index[0] == torch.arange(tokens, device=index.device)).all()
-    position = torch.where((position < index[0]) & in_order, position, -1)
+    first = index.narrow(0, 0, 1)
+    in_order = (index - first == torch.arange(tokens, device=index.device)).all()
+    position = torch.where((position < first) & in_order, position, -1)
     # The last rows go, oldest first, to the places without a row and to those with the oldest. Places are compared in
     # pairs: they are few, and a sort would be an operation of its own.
-    place, held = torch.arange(sinks + recent, device=index.device), position[sinks:]
-    older = (held < held.unsqueeze(-1)) | (
-        (held == held.unsqueeze(-1)) & (place[:recent] < place[:recent].unsqueeze(-1))
-    )
-    source = torch.cat([place[:sinks] - index[0], older.sum(dim=-1) + torch.sym_max(tokens - recent, 0)])
+    place, held = torch.arange(sinks + recent, device=index.device), position.narrow(0, sinks, recent)
+    own = place.narrow(0, sinks, recent)
+    older = (held < held.unsqueeze(-1)) | ((held == held.unsqueeze(-1)) & (own < own.unsqueeze(-1)))
+    oldest = older.sum(dim=-1) + torch.sym_max(tokens - recent, 0)
+    source = torch.cat([place.narrow(0, 0, sinks) - first, oldest])
     written = (source >= 0) & (source < tokens) & in_order
     source = source.clamp(0, tokens - 1)
     row = index.index_select(0, source)

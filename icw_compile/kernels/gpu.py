@@ -198,8 +198,9 @@ def mask_spans(attn_mask: Tensor, length: int) -> Tensor:
     behind = torch.where(mask, position + 1, 0).amax(dim=-1, keepdim=True)
     count = mask.sum(dim=-1, keepdim=True)
     words = -(-length // 64)
-    bits = torch.nn.functional.pad(mask, (0, words * 64 - length)).view(*rows, words, 64)
-    bit = torch.ones_like(position[:1]) << torch.arange(64, device=mask.device)
+    bits = torch.cat([mask, mask.new_zeros((*rows, words * 64 - length))], dim=-1).view(*rows, words, 64)
+    place = torch.arange(64, device=mask.device)
+    bit = torch.ones_like(place) << place
     return torch.cat([first, behind, count, torch.where(bits, bit, 0).sum(dim=-1)], dim=-1)
 
 
