@@ -1,5 +1,6 @@
 """The ways in, the options, and what bad input gets; with the rewritten graphs run as they are."""
 
+import gc
 import subprocess
 import sys
 import warnings
@@ -228,6 +229,19 @@ def test_a_kernel_that_does_not_compile_after_all(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cpu, "_loader", cpu._Loader())
     with pytest.raises(BackendCompilerFailed, match="KernelUnavailableError: It does not compile"):
         run(compiled(model, **{"icw.attention": "cpu"}), icw_compile.static_cache(model, 1, 8), ids, (1,))
+
+
+def test_collections_are_as_often_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, during = gc.get_threshold(), []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        during.append(gc.get_threshold())
+        raise TypeError("not today")
+
+    monkeypatch.setattr("icw_compile.backend.rewrite", fails)
+    with pytest.raises(BackendCompilerFailed, match="not today"):
+        first_call(tiny_model(), options=EAGER)
+    assert during[0][0] > before[0] and gc.get_threshold() == before
 
 
 def test_unsupported_dtype() -> None:
