@@ -105,6 +105,7 @@ class Input:
         length: the placeholder that takes its number of tokens, unless that is a constant or known already.
         appended: the rows that the graph appends to it in place (a number, or the placeholder that carries it). The
             placeholders then take buffers with as many rows free behind its own.
+        tells: what is appended may decide anew how the rows are stored: it is not stored already.
         written: the graph writes into rows that are there already.
         token_by_token: all that it writes there is single tokens: how they are stored is decided before.
         adopted: the format in which it is to be stored, where the caller holds a float tensor: it is replaced in
@@ -116,6 +117,7 @@ class Input:
     parts: tuple[str, ...]
     length: str | None = None
     appended: int | str = 0
+    tells: bool = True
     written: bool = False
     token_by_token: bool = False
     adopted: Format | None = None

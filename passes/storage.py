@@ -370,11 +370,14 @@ def _take_input(
         length.meta = {"val": value.shape[2], "dynamo_placeholder": node.meta.get("dynamo_placeholder")}
         extra = length.name
     appends = _Append.find(graph, node, stored)
+    taken = {*graph.stored, *graph.storage}
+    is_new = appends is not None and taken.isdisjoint(_same_values(appends.new))
     rows = 0 if appends is None else appends.rows
-    graph.inputs[node.name] = Input(names, extra, rows if isinstance(rows, int) else rows.name, written)
+    appended = rows if isinstance(rows, int) else rows.name
+    graph.inputs[node.name] = Input(names, extra, appended, is_new, written)
     if appends is not None:
         graph.grown[appends.output] = Grown(node.name, appends.keep)
-        only_grows = set(node.users) == {appends.cat}  # its rows may change in place, as nothing else reads them
+        only_grows = is_new and set(node.users) == {appends.cat}  # rows may change in place: nothing else reads them
         tells = only_grows and _may_tell(stored.format, value.shape[2], appends.new.meta["val"].shape[2])
         grown = _append(graph, appends, stored, length, tells)
         floats = appends.cat if uses.as_they_come(node) else None

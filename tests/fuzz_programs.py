@@ -142,13 +142,29 @@ class CacheInput:
 
     @property
     def shift(self) -> Tensor:
-        first = self.values[:, :, : self.values.shape[2] - self.appended]
-        return channel_shift(first) if self.equalize else torch.zeros_like(self.values[:, :, :1])
+        return self._stored()[1]
 
     def rounded(self) -> Tensor:
-        if self.stays_float:
-            return self.values.clone()
-        return round_rows(self.values, self.shift.expand_as(self.values), self.bits)
+        return self.values.clone() if self.stays_float else self._stored()[0]
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """What is stored of the rows, one after the other, and the shift: few rows settle none that stays."""
+        first = self.values[:, :, : self.values.shape[2] - self.appended]
+        shift = channel_shift(first) if self.equalize else torch.zeros_like(self.values[:, :, :1])
+        rows = round_rows(first, shift.expand_as(first), self.bits)
+        for at in range(first.shape[2], self.values.shape[2]):
+            if self.equalize and at in (1, 16):
+                half = (rows / torch.exp2(shift)).abs().amax(-1, keepdim=True) / 254.0 * torch.exp2(shift)
+                seen = torch.where(rows == 0, half, rows)
+                told = (
+                    ((channel_shift(torch.cat([seen, seen], -2)) + 1) / 2).floor() if at == 1 else channel_shift(seen)
+                )
+                anew = round_rows(rows, told.expand_as(rows), self.bits)
+                rows = torch.where((told != shift).any(-1, keepdim=True), anew, rows)
+                shift = told
+            row = self.values[:, :, at : at + 1]
+            rows = torch.cat([rows, round_rows(row, shift, self.bits)], -2)
+        return rows, shift
 
     def make(self) -> Tensor:
         if self.stays_float:

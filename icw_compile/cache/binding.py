@@ -76,7 +76,7 @@ def _unwrap(
     tensor = passed[position]
     if each.appended:
         rows: Any = each.appended if rows_at is None else args[rows_at]
-        claim, parts = tensor.reserve(rows, capacity=tensor.buffers[0].shape[2])
+        claim, parts = tensor.reserve(rows, capacity=tensor.buffers[0].shape[2], tells=each.tells)
         reserved[position] = (tensor, claim, parts)
     else:
         if each.written:

@@ -150,7 +150,9 @@ class TensorOfParts(Tensor):
         values: Tensor = decode(EAGER, self.value)
         return values
 
-    def reserve(self, rows: int, *, capacity: int | None = None) -> tuple[Claim, tuple[Tensor, ...]]:
+    def reserve(
+        self, rows: int, *, capacity: int | None = None, tells: bool = True
+    ) -> tuple[Claim, tuple[Tensor, ...]]:
         """Room for ``rows`` more behind this tensor's, for a tensor independent of it.
 
         They are in spare storage where no other tensor has taken them. Otherwise the whole moves to a larger storage
@@ -158,13 +160,14 @@ class TensorOfParts(Tensor):
         there.
 
         Where the rows that there are were too few to decide how they are stored, they move to a storage of their own,
-        where that is decided anew: this tensor stays as it is.
+        where that is decided anew: this tensor stays as it is. Rows that are stored already (``tells=False``) decide
+        nothing.
 
         Returns:
             the claim to this tensor's rows and the new ones, and the parts, those that have rows with all that follow.
         """
         claim, like, total = self._claim, self.whole, self.shape[2] + rows
-        tells = like.format.tells(self.shape[2], rows)
+        tells = tells and like.format.tells(self.shape[2], rows)
         if not tells and claim is not None and (extended := claim.room.extend(claim, rows)) is not None:
             return extended, self.buffers
         if tells and rows == 1:  # of more, the write itself knows what they tell

@@ -287,10 +287,11 @@ def _append(tensors: Sequence[Any], dim: int = 0) -> QuantizedKV | None:
     more = sum(new.shape[2] for new in tensors[1:])
     if not _is_real(x):
         return _longer(x, x.shape[2] + more)
-    claim, parts = x.reserve(more)
+    tells = not any(isinstance(new, QuantizedKV) for new in tensors[1:]) and len(tensors) == 2
+    claim, parts = x.reserve(more, tells=tells)
     value = Stored(x.format, parts)
     start = x.shape[2]
-    tells = more > 1 and len(tensors) == 2 and x.format.tells(start, more)
+    tells = tells and more > 1 and x.format.tells(start, more)
     for new in tensors[1:]:
         value = append(EAGER, value, _to_stored(new), start, new.shape[2], tells=tells)
         start += new.shape[2]
