@@ -57,8 +57,8 @@ return scaled_dot_product_attention
 """,
     )
     assert graph.inputs == {
-        "keys_1": Input(("keys_1_qdata", "keys_1_scale"), written=True),
-        "values_1": Input(("values_1_qdata", "values_1_scale"), written=True),
+        "keys_1": Input(("keys_1_qdata", "keys_1_scale"), written=True, token_by_token=True),
+        "values_1": Input(("values_1_qdata", "values_1_scale"), written=True, token_by_token=True),
     }
     assert [(s.role, s.cache, s.shape) for s in graph.sites] == [
         ("key", "static", (2, 2, 8, 16)),

@@ -15,6 +15,7 @@ import icw_compile
 from icw_compile import QuantizedKV
 from icw_compile.formats import make_format
 from icw_compile.formats.equalized import MAX_SHIFT, settle_shift
+from icw_compile.formats.evaluate import EAGER
 from icw_compile.kernels import cpu
 
 OPERATOR = torch.ops.icw_int8kv.settle_shift.default
@@ -169,7 +170,8 @@ def test_registration_of_what_settles_again(length: int | None, bits: int) -> No
     if length is None:
         stored.parts[1][:, :, 5:].zero_()
     for x in (None, states(1, 2, 20, 16, seed=1)):
-        args = (x, list(stored.rows.values()), stored["shift"], [], length, torch.float32)
+        layout = stored.format.told(EAGER, stored, x, length) and str(stored.format.inner)  # it is known from there on
+        args = (x, list(stored.rows.values()), stored["scale"], stored["shift"], [], length, layout)
         torch.library.opcheck(torch.ops.icw_int8kv.settle_again.default, args)
 
 

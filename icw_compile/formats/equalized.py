@@ -13,9 +13,9 @@ the stored rows multiplies the query (for keys), or the output (for values), ins
     `channel_shift` of each head of which all of ``written`` is zero, ``shift`` for the others. One operation for
     compilers, which would take half as long again to look into it. Plain torch, but on the CPU a C++ kernel, once
     `icw_compile.kernels.cpu` is loaded, that looks at ``x`` only where it has to.
-``settle_again(x[..., T, D] or None, rows, shift[..., 1, D], kept, length, dtype) -> [shift, *rows]``
+``settle_again(x[..., T, D] or None, rows, written[..., S, *], shift[..., 1, D], kept, length, inner) -> shift, *rows``
     What `settle_shift` gives, or, where too few rows are stored to go by, the shift that they and ``x`` tell, and the
-    first `TELLING` of ``rows`` (the parts of the inner format that have rows), encoded anew with it. One operation.
+    first `TELLING` of ``rows``, the parts of the format ``inner``, encoded anew with it. One operation.
 ``quantize_divided(x[..., T, D], shift[..., 1, D] or None, short_scale) -> (int8[..., T, D], scale[..., T, 1])``
     `quantize_per_head` of what `divide_channels` gives, with scales of bfloat16 or else float32. As `settle_shift`, one
     operation for compilers, with a C++ kernel.
@@ -34,8 +34,7 @@ from torch import Tensor
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats.base import Evaluator, Format, Part, Stored, Wrapper
 from icw_compile.formats.evaluate import EAGER
-from icw_compile.formats.int4 import Int4Rows
-from icw_compile.formats.int8 import QMAX, Int8Rows, quantize_per_head, rows_for, to_finite
+from icw_compile.formats.int8 import QMAX, quantize_per_head, rows_for, to_finite
 from icw_compile.formats.kept import place_rows
 
 __all__ = ["MAX_SHIFT", "TELLING", "Equalized", "channel_shift", "divide_channels", "multiply_channels"]
@@ -72,21 +71,26 @@ def settle_shift(x: Tensor, written: Tensor, shift: Tensor) -> Tensor:
     return torch.where(empty, channel_shift(x), shift).contiguous()
 
 
+#: The formats that `Equalized` ones wrapped, by their names: an operation of a graph takes no object.
+_inner: dict[str, Format] = {}
+
+
 def settle_again(
     x: Tensor | None,
     rows: Sequence[Tensor],
+    written: Tensor,
     shift: Tensor,
     kept: Sequence[Tensor],
     length: int | None,
-    dtype: torch.dtype,
+    inner: str,
 ) -> list[Tensor]:
-    first, written = [part[..., :TELLING, :] for part in rows], rows[1]
+    format_, first = _inner[inner], [part[..., :TELLING, :] for part in rows]
     if length is None:
         if x is not None:
             shift = _ops.settle_shift(x, written, shift)
         if written.shape[-2] <= TELLING:
             return [shift.clone(), *(part.clone() for part in first)]
-        is_row = first[1].ne(0).any(dim=-1, keepdim=True)
+        is_row = written[..., :TELLING, :].ne(0).any(dim=-1, keepdim=True)
         stored = is_row.sum(dim=-2, keepdim=True)
         few = written[..., TELLING:, :].eq(0).all(dim=(-2, -1), keepdim=True)
     else:
@@ -97,9 +101,8 @@ def settle_again(
     tells = few & ((stored == 1) | ((stored > 0) & (stored + (1 if x is None else x.shape[-2]) > TELLING)))
     if shift.device.type == "cpu" and not tells.any():
         return [shift.clone(), *(part.clone() for part in first)]
-    inner: Format = (Int8Rows if len(rows) == 2 else Int4Rows)(dtype)
-    value = Stored(inner, tuple(first), "." * (shift.dim() - 2) + "TD")
-    divided = inner.decode(EAGER, value, torch.float32)
+    value = Stored(format_, tuple(first), "." * (shift.dim() - 2) + "TD")
+    divided = format_.decode(EAGER, value, torch.float32)
     values = multiply_channels(divided, shift)
     # What reads back as zero lies within half a step of it.
     half = multiply_channels(divided.abs().amax(dim=-1, keepdim=True) / (2 * QMAX), shift)
@@ -113,7 +116,7 @@ def settle_again(
     # A single row may be an odd one: half of what it tells costs no channel more than half of its bits.
     is_one = seen.ne(0).any(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) == 1
     told = torch.where(tells, torch.where(is_one, (channel_shift(seen, 1) + 1) // 2, told), shift)
-    anew = inner.encode(EAGER, divide_channels(values, told, torch.float32), value)
+    anew = format_.encode(EAGER, divide_channels(values, told, torch.float32), value)
     changed = is_row & (told != shift).any(dim=-1, keepdim=True)
     encoded = [torch.where(changed, new, old) for new, old in zip(anew.values(), first, strict=True)]
     return [told.contiguous(), *(part.contiguous() for part in encoded)]
@@ -219,10 +222,10 @@ class Equalized(Wrapper):
         return is_long and super().is_settled(value)
 
     def told(self, run: Evaluator, into: Stored, source: Any, length: Any, kept: Sequence[Any] = ()) -> dict[str, Any]:
-        rows = into.rows
-        settled = run.call(
-            _ops.settle_again.default, source, list(rows.values()), into["shift"], list(kept), length, self.dtype
-        )
+        rows, inner = into.rows, str(self.wrapped)
+        _inner[inner] = self.wrapped
+        stored = (list(rows.values()), self.written(into), into["shift"], list(kept))
+        settled = run.call(_ops.settle_again.default, source, *stored, length, inner)
         return {**super().told(run, into, source, length, kept), **dict(zip(("shift", *rows), settled, strict=True))}
 
     def _placed(self, run: Evaluator, into: Stored, told: dict[str, Any]) -> Stored:
@@ -264,9 +267,10 @@ _register(
     lambda x, written, shift: shift.new_empty(shift.shape),
 )
 _register(
-    "settle_again(Tensor? x, Tensor[] rows, Tensor shift, Tensor[] kept, SymInt? length, ScalarType dtype) -> Tensor[]",
+    "settle_again(Tensor? x, Tensor[] rows, Tensor written, Tensor shift, Tensor[] kept, SymInt? length, str inner) "
+    "-> Tensor[]",
     settle_again,
-    lambda x, rows, shift, kept, length, dtype: [
+    lambda x, rows, written, shift, kept, length, inner: [
         shift.new_empty(shift.shape),
         *(part.new_empty((*part.shape[:-2], min(part.shape[-2], TELLING), part.shape[-1])) for part in rows),
     ],
