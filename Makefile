@@ -53,8 +53,8 @@ notebooks: $(VENV)/installed
 	$(BIN)/pytest -n 2 --nbmake --nbmake-timeout=300 notebooks
 
 write-notebooks: $(VENV)/installed
-	$(BIN)/jupytext --quiet --update --to ipynb notebooks/*.py
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/jupytext --quiet --update --to ipynb notebooks/0*.py
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/0*.ipynb
 
 format: $(VENV)/requirements
 	$(BIN)/ruff check --fix .
