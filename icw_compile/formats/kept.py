@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats.base import Evaluator, Part, Stored, Wrapper
 
 __all__ = ["KeepsRows", "keep_rows", "place_rows"]
@@ -35,8 +36,14 @@ def keep_rows(exact: Tensor, position: Tensor, values: Tensor, index: Tensor, si
     tokens, recent = values.shape[-2], exact.shape[-2] - sinks
     if tokens == 0:
         return exact.clone(), position.clone()
-    # Rows in another order, or with gaps: none is known to be the last, and the rows that are stored stand for all.
     first = index.narrow(0, 0, 1)
+    if sinks == 0 and statically_known_true(tokens == 1):
+        # In a decode step one row is written, and the others stay where they are.
+        position = torch.where(position < first, position, -1)
+        oldest = position.argmin(dim=0, keepdim=True)
+        row = values.to(exact.dtype).expand_as(exact.narrow(-2, 0, 1))
+        return exact.index_copy(-2, oldest, row), position.index_copy(0, oldest, index)
+    # Rows in another order, or with gaps: none is known to be the last, and the rows that are stored stand for all.
     in_order = (index - first == torch.arange(tokens, device=index.device)).all()
     position = torch.where((position < first) & in_order, position, -1)
     # The last rows go, oldest first, to the places without a row and to those with the oldest. Places are compared in
