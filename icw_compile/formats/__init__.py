@@ -36,7 +36,7 @@ def recent_tokens_for(bits: int) -> int:
     """How many of the tokens written last are kept besides where nobody says: 128 where numbers have 4 bits.
 
     Attention reads the latest tokens most. That many are what the quantized caches of transformers keep; they take the
-    divergence that 4 bits cause down by a factor of 5 to 15 (docs/quality.md).
+    divergence that 4 bits cause down by a factor of 5 to 17 (docs/quality.md).
     """
     return 128 if bits < 8 else 0
 
