@@ -204,6 +204,21 @@ def test_outlier_channels():
     check(tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("times", [4, 8, 9, 16, 20, 24, 64])
+def test_queries_that_reach_far(dtype, times):
+    """One channel of some queries is this many times the others: where they take two digits, and where three.
+
+    Keys have nothing there, so that all of the score comes from the channels that lose most. Query heads of a group
+    are of every number that rows are taken in.
+    """
+    for group, spread in itertools.product((1, 2, 3, 7, 9, 15), (0.125, 1.0)):
+        tensors = make(1, group, 1, 1, 300, 64, 64, dtype, seed=group)
+        tensors[0][:, group // 2 :, :, 5] = times * tensors[0].abs().mean()
+        tensors[1][..., 5] = 0
+        check(tensors, scale=spread)
+
+
 def test_negative_scales():
     tensors = make(1, 8, 2, 2, 700, 128, 128, torch.float32)
     tensors[4][:, :, 300] *= -1

@@ -191,6 +191,18 @@ const Tables& tables() {
   return made;
 }
 
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+// 64 levels of 32 bytes, those of the low bits first.
+inline __m512i unpack_64(const uint8_t* packed, const int8_t* low, const int8_t* high) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
+  const __m512i table = _mm512_mask_broadcast_i32x4(
+      _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(low))), 0xff00,
+      _mm_load_si128(reinterpret_cast<const __m128i*>(high)));
+  return _mm512_shuffle_epi8(table, _mm512_and_si512(both, _mm512_set1_epi8(15)));
+}
+#endif
+
 // One row of `half` bytes to 2 * half levels: those of the low bits first, each half by its table.
 inline void unpack_row(const uint8_t* packed, const int8_t* low, const int8_t* high, int64_t half, int8_t* out) {
   int64_t d = 0;
@@ -198,13 +210,7 @@ inline void unpack_row(const uint8_t* packed, const int8_t* low, const int8_t* h
   const __m512i low_table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(low)));
   const __m512i high_table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(high)));
   const __m512i mask = _mm512_set1_epi8(15);
-  if (half == 32) {  // Both halves in one register.
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
-    const __m512i table = _mm512_mask_blend_epi64(0xf0, low_table, high_table);
-    _mm512_storeu_si512(out, _mm512_shuffle_epi8(table, _mm512_and_si512(both, mask)));
-    return;
-  }
+  if (half == 32) return _mm512_storeu_si512(out, unpack_64(packed, low, high));
   for (; d + 64 <= half; d += 64) {
     const __m512i bytes = _mm512_loadu_si512(packed + d);
     _mm512_storeu_si512(out + d, _mm512_shuffle_epi8(low_table, _mm512_and_si512(bytes, mask)));
@@ -576,50 +582,117 @@ inline void transpose_16x16(__m512i r[16]) {
   }
 }
 
-// The three signed digits of each query row, most significant first: value = scale * ((d2 * 256 + d1) * 256 + d0).
-// AMX: tiles of [depth / 4][16 columns][4], column = digit * 4 + row in tile. VNNI: [row * 3 + digit][depth].
-void make_query_digits(const Problem& p, Workspace& w) {
+// Two digits are off by 2^-16 of a row's largest value: little beside what an output in bfloat16 loses, unless the largest
+// is more than so many times the mean.
+constexpr float kTwoDigitRange = 16.0f;
+
+// The signed digits of each query row, most significant first: value = scale * ((d2 * 256 + d1) * 256 + d0), or, VNNI
+// only, scale * (d1 * 256 + d0) where that is enough for all rows. Returns how many.
+// AMX: tiles of [depth / 4][16 columns][4], column = digit * 4 + row in tile. VNNI: [depth / 4][row * digits + digit][4].
+int make_query_digits(const Problem& p, Workspace& w) {
   const int64_t tiles = (p.rows + kRowsPerColumnTile - 1) / kRowsPerColumnTile;
   std::memset(w.query_digits, 0, tiles * 16 * p.key_width);
   std::memset(w.query_offsets, 0, tiles * 16 * sizeof(int32_t));
+  bool are_two_enough = p.engine == Engine::kVnni && p.query.type == Type::kBFloat16;
   for (int64_t row = 0; row < p.rows; ++row) {
     const float* q = w.query + row * p.key_width;
-    float amax = 0;
-#pragma omp simd reduction(max : amax)
-    for (int64_t d = 0; d < p.head_dim; ++d) amax = std::fabs(q[d]) > amax ? std::fabs(q[d]) : amax;
-    w.query_scale[row] = 0;
-    if (w.query_broken[row] || amax < 1e-30f) continue;
+    float amax = 0, sum = 0;
+#pragma omp simd reduction(max : amax) reduction(+ : sum)
+    for (int64_t d = 0; d < p.head_dim; ++d) {
+      const float size = std::fabs(q[d]);
+      amax = size > amax ? size : amax;
+      sum += size;
+    }
+    w.query_scale[row] = w.query_broken[row] || amax < 1e-30f ? 0.0f : amax;
+    if (w.query_scale[row] != 0.0f) are_two_enough &= amax * p.head_dim <= kTwoDigitRange * sum;
+  }
+  const int digits = are_two_enough ? 2 : 3;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const float* q = w.query + row * p.key_width;
+    const float amax = w.query_scale[row];
+    if (amax == 0.0f) continue;
     int exponent;
-    // Digits reach +-127 * 65536: a power of two below that, or the next one.
+    // Digits reach +-127 * 65536, two +-127 * 256: a power of two below that, or the next one.
     if (std::frexp(amax, &exponent) > 0.992f) ++exponent;
-    const float inverse = std::ldexp(1.0f, 23 - exponent);
-    w.query_scale[row] = std::ldexp(1.0f, exponent - 23);
+    const float inverse = std::ldexp(1.0f, 8 * digits - 1 - exponent);
+    w.query_scale[row] = std::ldexp(1.0f, exponent - 8 * digits + 1);
     const int64_t tile = row / kRowsPerColumnTile, column = row % kRowsPerColumnTile;
     for (int64_t d = 0; d < p.head_dim; d += 16) {
       const __mmask16 lanes = d + 16 <= p.head_dim ? 0xffff : (1u << (p.head_dim - d)) - 1;
       __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, q + d), _mm512_set1_ps(inverse)));
-      for (int digit = 2; digit >= 0; --digit) {
+      for (int digit = digits - 1; digit >= 0; --digit) {
         const __m128i bytes = _mm512_cvtepi32_epi8(rest);
         const __m512i value = _mm512_cvtepi8_epi32(bytes);
         rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, value), 8);
+        int8_t* out;
+        int64_t step;
         if (p.engine == Engine::kVnni) {
-          _mm_store_si128(reinterpret_cast<__m128i*>(w.query_digits + (row * 3 + digit) * p.key_width + d), bytes);
-          w.query_offsets[row * 3 + digit] -= 128 * _mm512_reduce_add_epi32(value);
-          continue;
+          w.query_offsets[row * digits + digit] -= 128 * _mm512_reduce_add_epi32(value);
+          out = w.query_digits + (d / 4 * p.rows + row) * digits * 4 + digit * 4;
+          step = p.rows * digits * 4;
+        } else {
+          out = w.query_digits + tile * 16 * p.key_width + d * 16 + (digit * 4 + column) * 4;
+          step = 64;
         }
-        int8_t* out = w.query_digits + tile * 16 * p.key_width + d * 16 + (digit * 4 + column) * 4;
         alignas(16) int32_t words[4];
         _mm_store_si128(reinterpret_cast<__m128i*>(words), bytes);
-        for (int j = 0; j < 4; ++j) std::memcpy(out + j * 64, words + j, 4);
+        for (int j = 0; j < 4; ++j) std::memcpy(out + j * step, words + j, 4);
       }
     }
   }
+  return digits;
 }
 
 inline __m512 combine_digits(__m512i d2, __m512i d1, __m512i d0, __m512 scale) {
   const __m512 low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d1), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(d0));
   return _mm512_mul_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(d2), _mm512_set1_ps(65536.0f), low), scale);
 }
+
+inline __m512 combine_digits(__m512i d1, __m512i d0, __m512 scale) {
+  return _mm512_mul_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(d1), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(d0)), scale);
+}
+
+// Rows of 8 bits.
+struct ByteRows {
+  const int8_t* data;
+  int64_t stride;
+
+  // 64 channels, those of `lanes`, from channel `d` on.
+  __m512i load(int64_t i, int64_t d, __mmask64 lanes) const {
+    return _mm512_maskz_loadu_epi8(lanes, data + i * stride + d);
+  }
+  // Asks for these channels of `count` rows. GCC takes a function that does nothing else for one without effect, and
+  // leaves out calls that it does not inline.
+  __attribute__((always_inline)) void prefetch(int64_t i, int64_t count, int64_t d) const {
+    for (int64_t j = i; j < i + count; ++j) _mm_prefetch(data + j * stride + d, _MM_HINT_T0);
+  }
+};
+
+// Rows of 4 bits, each half a multiple of 64 channels, or of 32 if that is all: unpacked as they are loaded.
+struct NibbleRows {
+  const uint8_t *data, *codes;
+  int64_t stride, code_stride, half;
+  const int8_t (*levels)[16];
+
+  static bool fit(int64_t size) { return size == 64 || size % 128 == 0; }
+
+  __m512i load(int64_t i, int64_t d, __mmask64) const {
+    const uint8_t* row = data + i * stride;
+    const uint8_t* code = codes + i * code_stride;
+    if (half == 32) return unpack_64(row, levels[code[0]], levels[code[1]]);
+    const bool is_high = d >= half;
+    const __m512i bytes = _mm512_loadu_si512(row + (is_high ? d - half : d));
+    const __m512i nibbles = is_high ? _mm512_srli_epi16(bytes, 4) : bytes;
+    const __m128i* table = reinterpret_cast<const __m128i*>(levels[code[is_high]]);
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(table)),
+                               _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
+  }
+  __attribute__((always_inline)) void prefetch(int64_t i, int64_t count, int64_t d) const {
+    if (d >= half) return;
+    _mm_prefetch(codes + i * code_stride, _MM_HINT_T0);
+    for (int64_t j = i; j < i + count; ++j) _mm_prefetch(data + j * stride + d, _MM_HINT_T0);
+  }
+};
 
 inline void interleave_rows(__m512i r0, __m512i r1, __m512i r2, __m512i r3, int8_t* out) {
   const __m512i t0 = _mm512_unpacklo_epi8(r0, r1), t1 = _mm512_unpackhi_epi8(r0, r1);
@@ -633,23 +706,20 @@ inline void interleave_rows(__m512i r0, __m512i r1, __m512i r2, __m512i r3, int8
 // Interleaves four rows each of positions [begin, end) and channels [d, d + 64), so that the four bytes of a channel
 // are one 32-bit word: [position / 4][64][4], channels in the order that `copy_row` undoes. Position i goes to place
 // i & ring: what is used once fits a ring of 8 KiB that stays in the first-level cache.
-inline void interleave_values(const Problem& p, Workspace& w, const int8_t* value, int64_t d, int64_t begin,
-                              int64_t end, int64_t ring) {
-  const int64_t width = std::min<int64_t>(64, p.value_dim - d), stride = p.value_stride();
+template <bool kPrefetch, typename Rows>
+inline void interleave_values(const Problem& p, Workspace& w, const Rows& rows, int64_t d, int64_t begin, int64_t end,
+                              int64_t ring) {
+  const __mmask64 lanes = ~uint64_t(0) >> (64 - std::min<int64_t>(64, p.value_dim - d));
   int8_t* const out = w.interleaved;
   int64_t i = begin;
-  if (width == 64) {
-    for (; i + 4 <= end; i += 4) {
-      const int8_t* row = value + i * stride + d;
-      interleave_rows(_mm512_loadu_si512(row), _mm512_loadu_si512(row + stride), _mm512_loadu_si512(row + 2 * stride),
-                      _mm512_loadu_si512(row + 3 * stride), out + (i & ring) * 64);
-    }
+  for (; i + 4 <= end; i += 4) {
+    if constexpr (kPrefetch) rows.prefetch(i + kBlock, 4, d);
+    interleave_rows(rows.load(i, d, lanes), rows.load(i + 1, d, lanes), rows.load(i + 2, d, lanes),
+                    rows.load(i + 3, d, lanes), out + (i & ring) * 64);
   }
-  const __mmask64 lanes = ~uint64_t(0) >> (64 - width);
-  for (; i < end; i += 4) {
+  if (i < end) {
     __m512i r[4];
-    for (int j = 0; j < 4; ++j)
-      r[j] = i + j < end ? _mm512_maskz_loadu_epi8(lanes, value + (i + j) * stride + d) : _mm512_setzero_si512();
+    for (int j = 0; j < 4; ++j) r[j] = i + j < end ? rows.load(i + j, d, lanes) : _mm512_setzero_si512();
     interleave_rows(r[0], r[1], r[2], r[3], out + (i & ring) * 64);
   }
 }
@@ -703,42 +773,69 @@ inline void accumulate_16(float* out, const int32_t* digits, int64_t digit_strid
 
 // ---- AVX-512 VNNI
 
-template <int kRows>
-void scores_vnni_rows(const Problem& p, Workspace& w, int64_t row, const int32_t* key, int64_t i) {
-  __m512i sums[kRows * 3];
-  for (int r = 0; r < kRows * 3; ++r) sums[r] = _mm512_set1_epi32(w.query_offsets[row * 3 + r]);
-  const int8_t* digits = w.query_digits + row * 3 * p.key_width;
-  for (int64_t d = 0; d < p.head_dim; d += 4) {
-    const __m512i k = _mm512_load_si512(key + d * 4);
-    for (int r = 0; r < kRows * 3; ++r) {
-      int32_t word;
-      std::memcpy(&word, digits + r * p.key_width + d, 4);
-      sums[r] = _mm512_dpbusd_epi32(sums[r], k, _mm512_set1_epi32(word));
-    }
-  }
-  for (int r = 0; r < kRows; ++r)
-    _mm512_store_ps(
-        w.scores + (row + r) * kBlock + i,
-        combine_digits(sums[r * 3], sums[r * 3 + 1], sums[r * 3 + 2], _mm512_set1_ps(w.query_scale[row + r])));
+// sum += the products of four unsigned and four signed bytes in each word, the signed ones the same in all words. With
+// the intrinsic, GCC copies the sums to and fro.
+inline void add_products(__m512i& sum, __m512i bytes, const int8_t* four) {
+  using Word = const int32_t __attribute__((may_alias, aligned(1)));
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(bytes), "m"(*reinterpret_cast<Word*>(four)));
 }
 
-void scores_vnni(const Problem& p, Workspace& w, const int8_t* key, int64_t count) {
-  int32_t* transposed = w.products;  // [depth / 4][16 keys], 128 added to make the bytes unsigned.
+// The same, with the unsigned ones in all words alike.
+inline void add_products(__m512i& sum, const uint8_t* four, __m512i bytes) {
+  int32_t word;
+  std::memcpy(&word, four, 4);
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(word)), "v"(bytes));
+}
+
+template <int kDigits, int kRows>
+void scores_vnni_rows(const Problem& p, Workspace& w, int64_t row, const int32_t* key, int64_t i) {
+  __m512i sums[kRows * kDigits];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows * kDigits; ++r) sums[r] = _mm512_set1_epi32(w.query_offsets[row * kDigits + r]);
+  const int64_t step = p.rows * kDigits * 4;
+  const int8_t* digits = w.query_digits + row * kDigits * 4;
+  for (int64_t d = 0; d < p.head_dim; d += 4, digits += step) {
+    const __m512i k = _mm512_load_si512(key + d * 4);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows * kDigits; ++r) add_products(sums[r], k, digits + r * 4);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const __m512 scale = _mm512_set1_ps(w.query_scale[row + r]);
+    __m512 score;
+    if constexpr (kDigits == 3) score = combine_digits(sums[r * 3], sums[r * 3 + 1], sums[r * 3 + 2], scale);
+    else score = combine_digits(sums[r * 2], sums[r * 2 + 1], scale);
+    _mm512_store_ps(w.scores + (row + r) * kBlock + i, score);
+  }
+}
+
+// 64 channels from `d` on of 16 keys, fewer at the end, as [16 words][16 keys], 128 added to make the bytes unsigned.
+template <typename Rows>
+void transpose_keys(const Problem& p, const Rows& keys, int64_t i, int64_t d, int64_t count, int32_t* out) {
+  const __mmask64 lanes = ~uint64_t(0) >> (64 - std::min<int64_t>(64, p.head_dim - d));
+  const __m512i offset = _mm512_set1_epi8(-128);
+  __m512i r[16];
+  if (i + 16 <= count) {
+    keys.prefetch(i + kBlock, 16, d);
+    for (int j = 0; j < 16; ++j) r[j] = _mm512_xor_si512(keys.load(i + j, d, lanes), offset);
+  } else {
+    for (int j = 0; j < 16; ++j)
+      r[j] = i + j < count ? _mm512_xor_si512(keys.load(i + j, d, lanes), offset) : _mm512_setzero_si512();
+  }
+  transpose_16x16(r);
+  for (int j = 0; j < 16; ++j) _mm512_store_si512(out + j * 16, r[j]);
+}
+
+template <int kDigits, typename Rows>
+void scores_vnni(const Problem& p, Workspace& w, const Rows& keys, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) {
-    for (int64_t d = 0; d < p.head_dim; d += 64) {
-      const __mmask64 lanes = ~uint64_t(0) >> (64 - std::min<int64_t>(64, p.head_dim - d));
-      __m512i r[16];
-      for (int j = 0; j < 16; ++j)
-        r[j] = _mm512_xor_si512(
-            _mm512_maskz_loadu_epi8(i + j < count ? lanes : 0, i + j < count ? key + (i + j) * p.key_stride() + d : key),
-            _mm512_set1_epi8(-128));
-      transpose_16x16(r);
-      for (int j = 0; j < 16; ++j) _mm512_store_si512(transposed + d * 4 + j * 16, r[j]);
-    }
+    for (int64_t d = 0; d < p.head_dim; d += 64) transpose_keys(p, keys, i, d, count, w.products + d * 4);
     int64_t row = 0;
-    for (; row + 4 <= p.rows; row += 4) scores_vnni_rows<4>(p, w, row, transposed, i);
-    for (; row + 2 <= p.rows; row += 2) scores_vnni_rows<2>(p, w, row, transposed, i);
-    for (; row < p.rows; ++row) scores_vnni_rows<1>(p, w, row, transposed, i);
+    if constexpr (kDigits == 2)  // Sums of more digits would not fit into the registers.
+      for (; row + 8 <= p.rows; row += 8) scores_vnni_rows<kDigits, 8>(p, w, row, w.products, i);
+    for (; row + 4 <= p.rows; row += 4) scores_vnni_rows<kDigits, 4>(p, w, row, w.products, i);
+    for (; row + 2 <= p.rows; row += 2) scores_vnni_rows<kDigits, 2>(p, w, row, w.products, i);
+    for (; row < p.rows; ++row) scores_vnni_rows<kDigits, 1>(p, w, row, w.products, i);
   }
 }
 
@@ -751,16 +848,15 @@ void values_vnni_rows(const Problem& p, Workspace& w, int64_t row, int64_t d, in
     digits[r] = w.weight_digits + ((row + r) / kRowsPerTile * 16 + (row + r) % kRowsPerTile * kDigits) * kBlock;
   for (int64_t k = 0; k < 64; k += 16) {
     __m512i sums[kRows * kDigits];
+#pragma GCC unroll 16
     for (int r = 0; r < kRows * kDigits; ++r) sums[r] = _mm512_setzero_si512();
     for (int64_t i = 0; i < count; i += 4) {
       const __m512i v = _mm512_load_si512(w.interleaved + i * 64 + k * 4);
-      for (int r = 0; r < kRows; ++r)
-        for (int digit = 0; digit < kDigits; ++digit) {
-          int32_t word;
-          std::memcpy(&word, digits[r] + digit * kBlock + i, 4);
-          sums[r * kDigits + digit] = _mm512_dpbusd_epi32(sums[r * kDigits + digit], _mm512_set1_epi32(word), v);
-        }
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows * kDigits; ++r)
+        add_products(sums[r], digits[r / kDigits] + r % kDigits * kBlock + i, v);
     }
+#pragma GCC unroll 16
     for (int r = 0; r < kRows * kDigits; ++r) _mm512_store_si512(results + r * 16, sums[r]);
     for (int r = 0; r < kRows; ++r)
       accumulate_16<kDigits>(w.accumulated + (row + r) * p.value_width + d + k, results + r * kDigits * 16, 16,
@@ -768,10 +864,11 @@ void values_vnni_rows(const Problem& p, Workspace& w, int64_t row, int64_t d, in
   }
 }
 
-template <int kDigits>
-void values_vnni(const Problem& p, Workspace& w, const int8_t* value, int64_t count) {
+template <int kDigits, typename Rows>
+void values_vnni(const Problem& p, Workspace& w, const Rows& values, int64_t count) {
+  make_weight_digits<kDigits>(p, w, count);
   for (int64_t d = 0; d < p.value_width; d += 64) {
-    interleave_values(p, w, value, d, 0, count, kBlock - 1);
+    interleave_values<true>(p, w, values, d, 0, count, kBlock - 1);
     int64_t row = 0;
     for (; row + 4 <= p.rows; row += 4) values_vnni_rows<kDigits, 4>(p, w, row, d, count);
     for (; row + 2 <= p.rows; row += 2) values_vnni_rows<kDigits, 2>(p, w, row, d, count);
@@ -925,8 +1022,10 @@ template <int kDigits>
 void values_amx(const Problem& p, Workspace& w, const int8_t* value, const int8_t* next_key, int64_t count) {
   constexpr int64_t kRows = 16 / kDigits;
   const int64_t ring = p.rows <= kRows ? 127 : kBlock - 1;
+  make_weight_digits<kDigits>(p, w, count);
+  const ByteRows rows_of_values{value, p.value_stride()};
   for (int64_t d = 0; d < p.value_width; d += 64) {
-    interleave_values(p, w, value, d, 0, std::min<int64_t>(count, 64), ring);
+    interleave_values<false>(p, w, rows_of_values, d, 0, std::min<int64_t>(count, 64), ring);
     for (int64_t row = 0; row < p.rows; row += kRows) {
       const uint8_t* digits = w.weight_digits + row / kRows * 16 * kBlock;
       const int64_t rows = std::min<int64_t>(kRows, p.rows - row);
@@ -939,7 +1038,7 @@ void values_amx(const Problem& p, Workspace& w, const int8_t* value, const int8_
         if (row == 0 && next_key != nullptr && d < p.head_dim)
           prefetch_rows(next_key + i * p.key_stride() + d, p.key_stride(), 64, 1);
         if (row == 0 && i + 64 < count)
-          interleave_values(p, w, value, d, i + 64, std::min<int64_t>(count, i + 128), ring);
+          interleave_values<false>(p, w, rows_of_values, d, i + 64, std::min<int64_t>(count, i + 128), ring);
       }
       _tile_stored(0, w.products, 256);
       _tile_stored(1, w.products + 16, 256);
@@ -1051,11 +1150,30 @@ const int8_t* rows_of(const Strided& rows, const Strided& codes, int64_t size, i
   const auto& levels = tables().levels;
   const int64_t width = round_up(size, 64);
   for (int64_t i = 0; i < count; ++i, packed += rows.row, code += codes.row) {
-    __builtin_prefetch(packed + kBlock * rows.row);  // of the next block: 5 % of the time
+    __builtin_prefetch(packed + kBlock * rows.row);  // Of the next block.
     unpack_row(packed, levels[code[0]], levels[code[1]], size / 2, buffer + i * width);
   }
   return buffer;
 }
+
+#ifdef ICW_VNNI
+
+// `use` with the same rows as they are best loaded.
+template <typename Use>
+void with_rows(const Strided& rows, const Strided& codes, int64_t size, int64_t b, int64_t h, int64_t position,
+               int64_t count, int8_t* buffer, const Use& use) {
+  if (codes.data != nullptr && NibbleRows::fit(size)) {
+    const int64_t row = b * rows.batch + h * rows.head + position * rows.row;
+    const int64_t code = b * codes.batch + h * codes.head + position * codes.row;
+    use(NibbleRows{static_cast<const uint8_t*>(rows.data) + row, static_cast<const uint8_t*>(codes.data) + code,
+                   rows.row, codes.row, size / 2, tables().levels});
+  } else {
+    use(ByteRows{rows_of(rows, codes, size, b, h, position, count, buffer),
+                 codes.data != nullptr ? round_up(size, 64) : rows.row});
+  }
+}
+
+#endif
 
 void start_rows(const Problem& p, Workspace& w) {
   std::fill(w.largest, w.largest + p.rows, -kInf);
@@ -1069,6 +1187,7 @@ bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t star
   find_live_masks(p, w, masks, b, h);
   start_rows(p, w);
   bool prepared = false;
+  int query_digits = 3;
   auto kept = std::lower_bound(p.kept.begin(), p.kept.end(), start,
                                [](const KeptRow& row, int64_t position) { return row.row < position; });
   for (int64_t position = start, next; position < end; position = next) {
@@ -1081,45 +1200,46 @@ bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t star
     if (!prepared) {
       load_query(p, w, b, h);
 #ifdef ICW_VNNI
-      if (p.engine != Engine::kPortable) make_query_digits(p, w);
+      if (p.engine != Engine::kPortable) query_digits = make_query_digits(p, w);
 #endif
       prepared = true;
     }
     if (!load_scales(p, w, masks, b, h, position, count) && p.engine != Engine::kPortable) return false;
-    const int8_t* key = rows_of(p.key, p.key_codes, p.head_dim, b, h, position, count, w.keys);
-    const int8_t* value = rows_of(p.value, p.value_codes, p.value_dim, b, h, position, count, w.values);
+    auto keys = [&] { return rows_of(p.key, p.key_codes, p.head_dim, b, h, position, count, w.keys); };
+    auto values = [&] { return rows_of(p.value, p.value_codes, p.value_dim, b, h, position, count, w.values); };
     switch (p.engine) {
-      case Engine::kPortable: scores_portable(p, w, key, p.key_stride(), count); break;
+      case Engine::kPortable:
+        scores_portable(p, w, keys(), p.key_stride(), count);
+        softmax_block(p, w, masks, count);
+        values_portable(p, w, values(), p.value_stride(), count);
+        break;
 #ifdef ICW_VNNI
-      case Engine::kVnni: scores_vnni(p, w, key, count); break;
+      case Engine::kVnni:
+        with_rows(p.key, p.key_codes, p.head_dim, b, h, position, count, w.keys, [&](const auto& rows) {
+          query_digits == 2 ? scores_vnni<2>(p, w, rows, count) : scores_vnni<3>(p, w, rows, count);
+        });
+        softmax_block(p, w, masks, count);
+        with_rows(p.value, p.value_codes, p.value_dim, b, h, position, count, w.values, [&](const auto& rows) {
+          p.weight_digits == 2 ? values_vnni<2>(p, w, rows, count) : values_vnni<3>(p, w, rows, count);
+        });
+        break;
 #endif
 #ifdef ICW_AMX
-      case Engine::kAmx:
+      case Engine::kAmx: {
+        const int8_t *key = keys(), *value = values();
         if (p.head_dim <= 64) scores_amx<1>(p, w, key, value, count);
         else if (p.head_dim <= 128) scores_amx<2>(p, w, key, value, count);
         else if (p.head_dim <= 192) scores_amx<3>(p, w, key, value, count);
         else scores_amx<4>(p, w, key, value, count);
+        softmax_block(p, w, masks, count);
+        const bool is_ahead = position + 2 * kBlock <= gap && p.key_codes.data == nullptr;
+        const int8_t* next_key = is_ahead ? key + kBlock * p.key.row : nullptr;
+        p.weight_digits == 2 ? values_amx<2>(p, w, value, next_key, count) : values_amx<3>(p, w, value, next_key, count);
         break;
+      }
 #endif
       default: break;
     }
-    softmax_block(p, w, masks, count);
-    if (p.engine == Engine::kPortable) {
-      values_portable(p, w, value, p.value_stride(), count);
-      continue;
-    }
-#ifdef ICW_VNNI
-    p.weight_digits == 2 ? make_weight_digits<2>(p, w, count) : make_weight_digits<3>(p, w, count);
-    if (p.engine == Engine::kVnni)
-      p.weight_digits == 2 ? values_vnni<2>(p, w, value, count) : values_vnni<3>(p, w, value, count);
-#ifdef ICW_AMX
-    if (p.engine == Engine::kAmx) {
-      const bool is_ahead = position + 2 * kBlock <= gap && p.key_codes.data == nullptr;
-      const int8_t* next_key = is_ahead ? key + kBlock * p.key.row : nullptr;
-      p.weight_digits == 2 ? values_amx<2>(p, w, value, next_key, count) : values_amx<3>(p, w, value, next_key, count);
-    }
-#endif
-#endif
   }
   if (prepared)
     for (int64_t row = 0; row < p.rows; ++row)
@@ -1166,7 +1286,9 @@ void run_kept(const Problem& p, Workspace& w, int64_t b, int64_t h) {
       load_row(p.kept_keys, p.key, p.key_codes, p.key_scale, p.head_dim, b, h, key_place, row, w.keys, key);
       load_row(p.kept_values, p.value, p.value_codes, p.value_scale, p.value_dim, b, h, value_place, row, w.values, value);
       float broken = 0;
+#pragma omp simd reduction(+ : broken)
       for (int64_t d = 0; d < p.head_dim; ++d) broken += key[d] * 0.0f;
+#pragma omp simd reduction(+ : broken)
       for (int64_t d = 0; d < p.value_dim; ++d) broken += value[d] * 0.0f;
       if (broken != 0.0f) {  // Whoever reads it gets NaN, and nobody else does.
         std::fill(key, key + p.head_dim, 0.0f);
@@ -1587,8 +1709,9 @@ void find_kept(Problem& p, const std::optional<Tensor>& keys, const std::optiona
     rows = strided(exact, name, false);
     check_shape(exact, name, p.batch, p.heads, position.size(0), size);
     const int64_t* at = static_cast<const int64_t*>(position.data_ptr());
-    for (int64_t i = 0; i < position.size(0); ++i) {
-      KeptRow row{at[i * position.stride(0)], -1, -1};
+    const int64_t places = position.size(0), stride = position.stride(0);
+    for (int64_t i = 0; i < places; ++i) {
+      KeptRow row{at[i * stride], -1, -1};
       row.*place = i;
       if (row.row >= 0 && row.row < p.length) p.kept.push_back(row);
     }
