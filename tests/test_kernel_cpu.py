@@ -408,13 +408,121 @@ def test_declines_symbolic_sizes():
         assert "does not broadcast" in cpu.declines(call([one, *rows, *rows], other))
 
 
+def prompt_case(batch, query_heads, heads, tokens, length, head_dim, value_dim, dtype, seed=0):
+    """Queries and rows as projections give them, tokens before heads."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (query_heads, tokens, head_dim), (heads, length, head_dim), (heads, length, value_dim)
+    return [
+        torch.randn(batch, size, many, channels, generator=generator).to(dtype).transpose(1, 2)
+        for many, size, channels in sizes
+    ]
+
+
+def check_prompt(query, key, value, mask, is_causal, scale=0.2, tolerance=None):
+    tokens, length, group = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    key_of_each, value_of_each = (x.double().repeat_interleave(group, dim=1) for x in (key, value))
+    scores = query.double() @ key_of_each.transpose(2, 3) * scale
+    seen = torch.ones(tokens, length, dtype=torch.bool).tril(length - tokens) if is_causal else mask
+    if seen is not None:
+        scores = torch.where(seen, scores, -torch.inf) if seen.dtype == torch.bool else scores + seen
+    expected = (scores.softmax(dim=-1).nan_to_num() @ value_of_each).float()
+    for engine in ENGINES.values():
+        made = torch.ops.icw_int8kv_cpu.prompt(query, key, value, mask, is_causal, scale, engine)
+        assert made.is_contiguous() and made.dtype == query.dtype
+        actual = made.transpose(1, 2)
+        assert actual.shape == expected.shape
+        assert actual.isfinite().all()
+        error = (actual.float() - expected).norm() / expected.norm().clamp(min=1e-30)
+        assert error <= (tolerance or 2 * TOLERANCE[query.dtype]), (engine, error.item())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "head_dim,value_dim", [(64, 64), (80, 80), (128, 64), (40, 72), (256, 256), (33, 47), (320, 64)]
+)
+def test_prompts(dtype, head_dim, value_dim):
+    for index, ((query_heads, heads), tokens) in enumerate(itertools.product(HEADS, (1, 17, 150, 300))):
+        length = tokens + (0, 1, 255, 256, 900)[index % 5]
+        tensors = prompt_case(1 + index % 2, query_heads, heads, tokens, length, head_dim, value_dim, dtype, index)
+        check_prompt(*tensors, None, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_prompts_with_masks(dtype):
+    for tokens, length in ((20, 20), (130, 400), (70, 1500)):
+        for name, mask in masks(2, 6, tokens, length):
+            if name != "all dead but finfo.min":  # Of that torch makes a mean.
+                check_prompt(*prompt_case(2, 6, 2, tokens, length, 64, 96, dtype), mask, False)
+    # Of a batch, some of which is padded, and rows that see nothing.
+    tokens, length = 90, 700
+    causal = torch.ones(tokens, length, dtype=torch.bool).tril(length - tokens)
+    padded = torch.stack([causal, causal & (torch.arange(length) > 650)])[:, None]
+    check_prompt(*prompt_case(2, 6, 2, tokens, length, 64, 64, dtype), padded, False)
+    assert not padded.any(dim=-1).all()
+
+
+def test_prompts_of_any_layout_and_scale():
+    query, key, value = prompt_case(2, 6, 2, 50, 333, 64, 64, torch.bfloat16)
+    strided = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (query, key, value)]
+    check_prompt(*strided, None, True)
+    check_prompt(query, key.expand(2, -1, -1, -1), value[:, :1].expand_as(value), None, True)
+    check_prompt(query, key, value, None, True, scale=3.0)
+    check_prompt(query * 1e-3, key * 1e-3, value * 1e9, None, True)
+    check_prompt(*prompt_case(1, 2, 1, 30, 0, 64, 64, torch.bfloat16), None, False)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_prompt_that_is_not_finite(which, bad):
+    """Who reads it gets NaN, and nobody else does: in a block that is read in pairs, and in one that is not read."""
+    query, key, value = prompt_case(1, 4, 2, 300, 600, 64, 64, torch.bfloat16)
+    {"query": query[:, 1, 250], "key": key[:, 1, 590], "value": value[:, 1, 590]}[which][..., 3] = bad
+    for engine in ENGINES.values():
+        made = torch.ops.icw_int8kv_cpu.prompt(query, key, value, None, True, 0.1, engine).transpose(1, 2)
+        nan = made.isnan().any(dim=-1)
+        expected = torch.zeros(1, 4, 300, dtype=torch.bool)
+        if which == "query":
+            expected[:, 1, 250] = True
+        else:
+            expected[:, 2:, 290:] = True
+        assert torch.equal(nan, expected)
+
+
+def test_prompts_on_any_number_of_threads():
+    tensors = prompt_case(2, 8, 2, 400, 2500, 64, 64, torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            made = torch.ops.icw_int8kv_cpu.prompt(*tensors, None, True, 0.1)
+            if threads == 1:
+                first = made
+            assert torch.equal(made, first)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda q, k, v: (q, k[:, :, :5], v[:, :, :5]), "20 causal queries of 5 rows"),
+        (lambda q, k, v: (q, k[..., :8], v), "key must be"),
+        (lambda q, k, v: (q[:, :3], k, v), "cannot be grouped"),
+    ],
+)
+def test_prompts_that_do_not_fit(change, message):
+    tensors = change(*prompt_case(1, 4, 2, 20, 30, 16, 16, torch.float32))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.icw_int8kv_cpu.prompt(*tensors, None, True, 1.0)
+
+
 WITHOUT_MEMORY = """
 import resource, torch
 from icw_compile.kernels import cpu
 cpu.load()
 torch.set_num_threads(2)
-def call(tokens):
-    query = torch.zeros(64, 1, 1, 256).expand(64, 1, tokens, 256)
+def call(heads):
+    query = torch.zeros(64, 1, 1, 256).expand(64, heads, 1, 256)
     rows, scale = torch.zeros(64, 1, 64, 256, dtype=torch.int8), torch.ones(64, 1, 64, 1)
     return cpu.attention(query, rows, scale, rows[..., :1], scale, None, False, 1.0, None)
 call(1)

@@ -24,6 +24,7 @@
 // the compiler vectorises (AVX2, NEON, anything), which also takes head sizes and scales that the others do not.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -45,6 +46,9 @@
 #endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #define ICW_VNNI 1
+#ifdef __AVX512BF16__
+#define ICW_BF16 1
+#endif
 #if defined(__AMX_INT8__) && defined(__linux__) && defined(__x86_64__)
 #define ICW_AMX 1
 #include <sys/syscall.h>
@@ -55,6 +59,9 @@
 namespace {
 
 constexpr int64_t kBlock = 256;  // Positions per online-softmax step: a block's K rows stay in L1/L2.
+constexpr int64_t kFewTokens = 16;   // More query tokens are a prompt, of which
+constexpr int64_t kTileRows = 128;   // so many query rows are read at a time.
+constexpr int64_t kOwnChunk = 1024;  // Rows of a prompt in a unit of work.
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // An additive mask at or below kDead is a spelling of minus infinity (finfo.min) for a row that also has kLive values.
@@ -62,6 +69,8 @@ constexpr float kDead = -1e30f, kLive = -1e29f;
 
 enum class Type { kFloat32, kBFloat16, kFloat16, kFloat64, kBool };
 enum class Engine { kPortable, kVnni, kAmx };
+// In what order the channels of accumulated values are.
+enum class Order { kNatural, kOfBytes, kOfPairs };
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -268,15 +277,18 @@ struct Problem {
   Strided key_codes, value_codes;  // Of rows of 4 bits: no data if they are of 8.
   Strided kept_keys, kept_values;  // Rows are places. No data if none are kept.
   std::vector<KeptRow> kept;       // In ascending order of the rows.
+  bool is_prompt = false;          // All rows are kept as they are, none is stored: row i at place i.
   bool mask_by_head = false, mask_by_token = false, is_causal = false;
   bool has_softcap = false;
   float scale = 1.0f, softcap = 0.0f;
   std::vector<float> sinks;  // One for each query head, or none.
-  void* out = nullptr;  // Contiguous [B, Hq, T, Dv] of the query's type.
+  void* out = nullptr;       // [B, Hq, T, Dv] of the query's type, with contiguous channels.
 
   Engine engine = Engine::kPortable;
   int weight_digits = 2;
   int64_t groups, rows;          // Query heads per head; query rows per head: row = group * tokens + token.
+  int64_t before = 0;            // Rows before those of the query's first token, all of which causal queries see.
+  Strided to;                    // Strides of the output.
   int64_t key_width, value_width;  // head_dim and value_dim, padded as the buffers hold them.
   int64_t chunk, chunks;
 
@@ -324,8 +336,9 @@ struct Workspace {
       place(key_scale, kBlock);
       place(value_scale, kBlock);
       place(mask, p.rows * kBlock);
-      place(kept_keys, p.kept.empty() ? 0 : kBlock * p.key_width);
-      place(kept_values, p.kept.empty() ? 0 : kBlock * p.value_width);
+      const bool any_kept = p.is_prompt || !p.kept.empty();
+      place(kept_keys, any_kept ? kBlock * p.key_width : 0);
+      place(kept_values, any_kept ? kBlock * p.value_width : 0);
       place(query_broken, padded_rows);
       place(mask_live, padded_rows);
       place(query_digits, query_tiles * 16 * p.key_width + 64);
@@ -345,15 +358,17 @@ struct Workspace {
 };
 
 // Copies a row of `accumulated` in the natural order of its channels: interleaving value rows within 128-bit lanes left
-// channel 16 * lane + 4 * quarter + i of each 64 at 16 * quarter + 4 * lane + i.
-void copy_row(Engine engine, const float* accumulated, int64_t value_dim, float* out) {
-  if (engine == Engine::kPortable) {
+// channel 16 * lane + 4 * quarter + i of each 64 at 16 * quarter + 4 * lane + i, and of two bytes each, channel
+// 8 * lane + 4 * half + i of each 32 at 16 * half + 4 * lane + i.
+void copy_row(Order order, const float* accumulated, int64_t value_dim, float* out) {
+  if (order == Order::kNatural) {
     std::copy(accumulated, accumulated + value_dim, out);
     return;
   }
   for (int64_t d = 0; d < value_dim; d += 4) {
-    const float* in = accumulated + (d & ~int64_t(63)) + (d & 15) / 4 * 16 + (d & 63) / 16 * 4;
-    std::copy(in, in + std::min<int64_t>(4, value_dim - d), out + d);
+    const int64_t at = order == Order::kOfBytes ? (d & ~int64_t(63)) + (d & 15) / 4 * 16 + (d & 63) / 16 * 4
+                                                : (d & ~int64_t(31)) + (d & 7) / 4 * 16 + (d & 31) / 8 * 4;
+    std::copy(accumulated + at, accumulated + at + std::min<int64_t>(4, value_dim - d), out + d);
   }
 }
 
@@ -418,7 +433,7 @@ int64_t load_mask(const Problem& p, Workspace& w, const MaskRows& rows, int64_t 
     }
     if (p.is_causal) {
       const int64_t token = rows.by_token ? row % p.tokens : 0;
-      for (int64_t i = std::max<int64_t>(token + 1 - start, 0); i < count; ++i) out[i] = -kInf;
+      for (int64_t i = std::max<int64_t>(p.before + token + 1 - start, 0); i < count; ++i) out[i] = -kInf;
     }
     int64_t last = count;
     while (last > left && out[last - 1] == -kInf) --last;
@@ -434,7 +449,7 @@ void find_live_masks(const Problem& p, Workspace& w, const MaskRows& rows, int64
     if (p.mask.data == nullptr || p.mask.type == Type::kBool) continue;
     const int64_t offset = mask_offset(p, rows, b, h, row);
     const int64_t token = rows.by_token ? row % p.tokens : 0;
-    const int64_t end = p.is_causal ? std::min(p.length, token + 1) : p.length;
+    const int64_t end = p.is_causal ? std::min(p.length, p.before + token + 1) : p.length;
     for (int64_t s = 0; s < end && !w.mask_live[row]; ++s)
       w.mask_live[row] = load(p.mask.data, offset + s * p.mask.last, p.mask.type) >= kLive;
   }
@@ -809,11 +824,10 @@ void scores_vnni_rows(const Problem& p, Workspace& w, int64_t row, const int32_t
   }
 }
 
-// 64 channels from `d` on of 16 keys, fewer at the end, as [16 words][16 keys], 128 added to make the bytes unsigned.
+// 64 bytes from `d` on of 16 keys of `size` bytes, fewer at the end, as [16 words][16 keys]. `offset` changes their bits.
 template <typename Rows>
-void transpose_keys(const Problem& p, const Rows& keys, int64_t i, int64_t d, int64_t count, int32_t* out) {
-  const __mmask64 lanes = ~uint64_t(0) >> (64 - std::min<int64_t>(64, p.head_dim - d));
-  const __m512i offset = _mm512_set1_epi8(-128);
+void transpose_keys(const Rows& keys, int64_t size, __m512i offset, int64_t i, int64_t d, int64_t count, int32_t* out) {
+  const __mmask64 lanes = ~uint64_t(0) >> (64 - std::min<int64_t>(64, size - d));
   __m512i r[16];
   if (i + 16 <= count) {
     keys.prefetch(i + kBlock, 16, d);
@@ -828,8 +842,10 @@ void transpose_keys(const Problem& p, const Rows& keys, int64_t i, int64_t d, in
 
 template <int kDigits, typename Rows>
 void scores_vnni(const Problem& p, Workspace& w, const Rows& keys, int64_t count) {
+  const __m512i offset = _mm512_set1_epi8(-128);  // Adds 128, for unsigned bytes.
   for (int64_t i = 0; i < count; i += 16) {
-    for (int64_t d = 0; d < p.head_dim; d += 64) transpose_keys(p, keys, i, d, count, w.products + d * 4);
+    for (int64_t d = 0; d < p.head_dim; d += 64)
+      transpose_keys(keys, p.head_dim, offset, i, d, count, w.products + d * 4);
     int64_t row = 0;
     if constexpr (kDigits == 2)  // Sums of more digits would not fit into the registers.
       for (; row + 8 <= p.rows; row += 8) scores_vnni_rows<kDigits, 8>(p, w, row, w.products, i);
@@ -875,6 +891,123 @@ void values_vnni(const Problem& p, Workspace& w, const Rows& values, int64_t cou
     for (; row < p.rows; ++row) values_vnni_rows<kDigits, 1>(p, w, row, d, count);
   }
 }
+
+// ---- bfloat16, of rows that are kept
+
+#ifdef ICW_BF16
+
+// sum += the products of two pairs in each word, one of them the same in all words. As `add_products`.
+inline void add_pairs(__m512& sum, __m512i pairs, const int32_t* pair) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(*pair));
+}
+
+// The query rows as [depth / 2][row] pairs, where `make_query_digits` has its digits.
+void make_query_pairs(const Problem& p, Workspace& w) {
+  int32_t* out = reinterpret_cast<int32_t*>(w.query_digits);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const float* q = w.query + row * p.key_width;
+    for (int64_t d = 0; d < p.head_dim; d += 2) {
+      const uint32_t low = bits_as<uint32_t>(q[d]) >> 16;
+      const uint32_t high = d + 1 < p.head_dim ? bits_as<uint32_t>(q[d + 1]) & 0xffff0000 : 0;
+      out[d / 2 * p.rows + row] = w.query_broken[row] ? 0 : int32_t(low | high);
+    }
+  }
+}
+
+template <int kRows>
+void scores_bf16_rows(const Problem& p, Workspace& w, int64_t row, int64_t i) {
+  __m512 sums[kRows];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) sums[r] = _mm512_setzero_ps();
+  const int32_t* pairs = reinterpret_cast<const int32_t*>(w.query_digits) + row;
+  for (int64_t d = 0; d < p.head_dim; d += 2, pairs += p.rows) {
+    const __m512i k = _mm512_load_si512(w.products + d * 8);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) add_pairs(sums[r], k, pairs + r);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) _mm512_store_ps(w.scores + (row + r) * kBlock + i, sums[r]);
+}
+
+void scores_bf16(const Problem& p, Workspace& w, const ByteRows& keys, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    for (int64_t d = 0; d < p.head_dim * 2; d += 64)
+      transpose_keys(keys, p.head_dim * 2, _mm512_setzero_si512(), i, d, count, w.products + d * 4);
+    int64_t row = 0;
+    for (; row + 16 <= p.rows; row += 16) scores_bf16_rows<16>(p, w, row, i);
+    for (; row + 4 <= p.rows; row += 4) scores_bf16_rows<4>(p, w, row, i);
+    for (; row < p.rows; ++row) scores_bf16_rows<1>(p, w, row, i);
+  }
+}
+
+// The weights of a block, rounded: rows of kBlock, where `make_weight_digits` has its digits. Zeros up to a pair.
+void make_weight_pairs(const Problem& p, Workspace& w, int64_t count) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    float* weights = w.scores + row * kBlock;
+    for (int64_t i = count; i < round_up(count, 32); ++i) weights[i] = 0.0f;
+    for (int64_t i = 0; i < count; i += 32) {
+      const __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_load_ps(weights + i + 16), _mm512_load_ps(weights + i));
+      std::memcpy(w.weight_digits + row * kBlock * 2 + i * 2, &pairs, 64);
+    }
+  }
+}
+
+template <int kRows>
+void values_bf16_rows(const Problem& p, Workspace& w, int64_t row, int64_t d, int64_t count) {
+  const int32_t* weights = reinterpret_cast<const int32_t*>(w.weight_digits) + row * (kBlock / 2);
+  for (int64_t half = 0; half < 2; ++half) {
+    __m512 sums[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) sums[r] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 2) {
+      const __m512i v = _mm512_load_si512(w.interleaved + i * 64 + half * 64);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) add_pairs(sums[r], v, weights + r * (kBlock / 2) + i / 2);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      float* out = w.accumulated + (row + r) * p.value_width + d + half * 16;
+      _mm512_store_ps(out, _mm512_fmadd_ps(_mm512_load_ps(out), _mm512_set1_ps(w.correction[row + r]), sums[r]));
+    }
+  }
+}
+
+void values_bf16(const Problem& p, Workspace& w, const ByteRows& values, int64_t count) {
+  make_weight_pairs(p, w, count);
+  for (int64_t d = 0; d < p.value_dim; d += 32) {
+    const __mmask64 lanes = ~uint64_t(0) >> (64 - std::min<int64_t>(64, (p.value_dim - d) * 2));
+    for (int64_t i = 0; i < count; i += 2) {
+      const __m512i even = values.load(i, d * 2, lanes);
+      const __m512i odd = i + 1 < count ? values.load(i + 1, d * 2, lanes) : _mm512_setzero_si512();
+      _mm512_store_si512(w.interleaved + i * 64, _mm512_unpacklo_epi16(even, odd));
+      _mm512_store_si512(w.interleaved + i * 64 + 64, _mm512_unpackhi_epi16(even, odd));
+    }
+    int64_t row = 0;
+    for (; row + 16 <= p.rows; row += 16) values_bf16_rows<16>(p, w, row, d, count);
+    for (; row + 4 <= p.rows; row += 4) values_bf16_rows<4>(p, w, row, d, count);
+    for (; row < p.rows; ++row) values_bf16_rows<1>(p, w, row, d, count);
+  }
+}
+
+// Whether all of `count` rows of `size` bfloat16 are finite.
+bool all_finite(const ByteRows& rows, int64_t count, int64_t size) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 broken = 0;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < size; d += 32) {
+      const __mmask64 lanes = ~uint64_t(0) >> (64 - std::min<int64_t>(64, (size - d) * 2));
+      const __m512i bits = _mm512_and_si512(rows.load(i, d * 2, lanes), exponent);
+      broken |= _mm512_cmpeq_epi16_mask(bits, exponent);
+    }
+  return broken == 0;
+}
+
+bool has_pairs(const Problem& p) {
+  return p.engine == Engine::kVnni && p.query.type == Type::kBFloat16 && p.kept_keys.type == Type::kBFloat16 &&
+         p.kept_keys.last == 1 && p.kept_values.type == Type::kBFloat16 && p.kept_values.last == 1;
+}
+
+#endif  // ICW_BF16
 
 #endif  // ICW_VNNI
 
@@ -1259,25 +1392,25 @@ void load_row(const Strided& kept, const Strided& rows, const Strided& codes, co
   for (int64_t d = 0; d < size; ++d) out[d] = float(stored[d]) * step;
 }
 
-// The rows that are kept, in float32, with the accumulated values in natural order.
-void run_kept(const Problem& p, Workspace& w, int64_t b, int64_t h) {
+// Rows that are kept, [first, last) of them, in float32, with the accumulated values in natural order.
+void run_kept(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t first, int64_t last) {
   const MaskRows masks = mask_rows(p);
   find_live_masks(p, w, masks, b, h);
   start_rows(p, w);
   load_query(p, w, b, h);
   std::fill(w.key_scale, w.key_scale + kBlock, p.scale);
   std::fill(w.value_scale, w.value_scale + kBlock, 1.0f);
-  for (size_t next = 0; next < p.kept.size();) {
+  for (int64_t next = first; next < last;) {
     int64_t count = 0;
-    for (; count < kBlock && next < p.kept.size(); ++next) {
-      const auto [row, key_place, value_place] = p.kept[next];
+    for (; count < kBlock && next < last; ++next) {
+      const auto [row, key_place, value_place] = p.is_prompt ? KeptRow{next, next, next} : p.kept[next];
       bool is_read = masks.count == 0;
       for (int64_t m = 0; m < masks.count; ++m) {
         float& mask = w.mask[m * kBlock + count];
         mask = 0.0f;
         if (p.mask.data != nullptr) mask = load(p.mask.data, mask_offset(p, masks, b, h, m) + row * p.mask.last, p.mask.type);
         if (w.mask_live[m] && mask <= kDead) mask = -kInf;
-        if (p.is_causal && row > (masks.by_token ? m % p.tokens : 0)) mask = -kInf;
+        if (p.is_causal && row > p.before + (masks.by_token ? m % p.tokens : 0)) mask = -kInf;
         is_read |= mask != -kInf;
       }
       if (!is_read) continue;
@@ -1307,12 +1440,51 @@ void run_kept(const Problem& p, Workspace& w, int64_t b, int64_t h) {
     if (w.query_broken[row] && w.sum[row] != 0.0f) w.sum[row] = kNaN;
 }
 
+// Rows [first, last) of a prompt, in bfloat16, as are the weights of their values, where that can be; returns in which
+// order the accumulated values are.
+Order run_own(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t first, int64_t last) {
+#ifdef ICW_BF16
+  auto rows_from = [&](const Strided& rows, int64_t row) {
+    const int64_t at = b * rows.batch + h * rows.head + row * rows.row;
+    return ByteRows{static_cast<const int8_t*>(rows.data) + at * 2, rows.row * 2};
+  };
+  bool is_prepared = false, are_finite = has_pairs(p);
+  const MaskRows masks = mask_rows(p);
+  find_live_masks(p, w, masks, b, h);
+  start_rows(p, w);
+  for (int64_t row = first; row < last && are_finite; row += kBlock) {
+    const int64_t count = load_mask(p, w, masks, b, h, row, std::min(kBlock, last - row));
+    if (count == 0) continue;
+    const ByteRows keys = rows_from(p.kept_keys, row), values = rows_from(p.kept_values, row);
+    are_finite = all_finite(keys, count, p.head_dim) && all_finite(values, count, p.value_dim);
+    if (!are_finite) break;
+    if (!is_prepared) {
+      load_query(p, w, b, h);
+      make_query_pairs(p, w);
+      std::fill(w.key_scale, w.key_scale + kBlock, p.scale);
+      std::fill(w.value_scale, w.value_scale + kBlock, 1.0f);
+      is_prepared = true;
+    }
+    scores_bf16(p, w, keys, count);
+    softmax_block(p, w, masks, count);
+    values_bf16(p, w, values, count);
+  }
+  if (are_finite) {
+    for (int64_t row = 0; is_prepared && row < p.rows; ++row)
+      if (w.query_broken[row] && w.sum[row] != 0.0f) w.sum[row] = kNaN;
+    return Order::kOfPairs;
+  }
+#endif
+  run_kept(p, w, b, h, first, last);
+  return Order::kNatural;
+}
+
 // What a chunk leaves for each row: largest score, sum, then value_dim weighted values, in the natural order.
-void write_partial(const Problem& p, const Workspace& w, Engine engine, float* out) {
+void write_partial(const Problem& p, const Workspace& w, Order order, float* out) {
   for (int64_t row = 0; row < p.rows; ++row, out += p.value_dim + 2) {
     out[0] = w.largest[row];
     out[1] = w.sum[row];
-    copy_row(engine, w.accumulated + row * p.value_width, p.value_dim, out + 2);
+    copy_row(order, w.accumulated + row * p.value_width, p.value_dim, out + 2);
   }
 }
 
@@ -1327,8 +1499,8 @@ void write_output(const Problem& p, int64_t b, int64_t h, int64_t row, const flo
     }
   }
   const float inverse = sum == 0.0f ? 0.0f : factor / sum;
-  const int64_t at = (b * p.query_heads + h * p.groups) * p.tokens + row;
-  store_run(p.out, at * p.value_dim, p.value_dim, p.query.type, values, inverse);
+  const int64_t at = b * p.to.batch + (h * p.groups + row / p.tokens) * p.to.head + row % p.tokens * p.to.row;
+  store_run(p.out, at, p.value_dim, p.query.type, values, inverse);
 }
 
 void merge_partials(const Problem& p, int64_t b, int64_t h, const float* partials, std::vector<float>& values) {
@@ -1391,16 +1563,18 @@ void run(Problem& p, int threads, int engine) {
   p.weight_digits = p.query.type == Type::kFloat32 ? 3 : 2;
   p.engine = best_engine(p.head_dim);
   if (engine >= 0) p.engine = std::min(p.engine, Engine(engine));
-  const int64_t length = p.is_causal ? std::min(p.length, p.tokens) : p.length;
+  const int64_t length = p.is_causal ? std::min(p.length, p.before + p.tokens) : p.length;
   const int64_t pairs = p.batch * p.heads;
-  if (pairs * length * (p.head_dim + p.value_dim) < 128 * 1024) threads = 1;
+  if (pairs * length * (p.head_dim + p.value_dim) * (p.is_prompt ? p.rows : 1) < 128 * 1024) threads = 1;
   // Enough units for the threads to even out, large enough for the merge not to matter.
   p.chunk = round_up(std::max<int64_t>(length, 1), kBlock);
   if (threads > 1)
     p.chunk = std::min(p.chunk, round_up(std::max<int64_t>(pairs * length / (16 * threads), 4 * kBlock), kBlock));
-  // The rows that are kept are a chunk of their own, the last.
-  const int64_t stored_chunks = std::max<int64_t>((length + p.chunk - 1) / p.chunk, 1);
-  p.chunks = stored_chunks + (p.kept.empty() ? 0 : 1);
+  // The rows that are kept are a chunk of their own, the last; those of a prompt are many.
+  const int64_t stored_chunks = p.is_prompt ? 0 : std::max<int64_t>((length + p.chunk - 1) / p.chunk, 1);
+  const int64_t kept_chunks = p.is_prompt ? std::max<int64_t>((length + kOwnChunk - 1) / kOwnChunk, 1)
+                                          : int64_t(!p.kept.empty());
+  p.chunks = stored_chunks + kept_chunks;
 
   const int64_t partial_size = p.rows * (p.value_dim + 2);
   std::unique_ptr<float[]> partials(p.chunks > 1 ? new float[pairs * p.chunks * partial_size] : nullptr);
@@ -1420,24 +1594,28 @@ void run(Problem& p, int threads, int engine) {
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
       const int64_t pair = unit / p.chunks, c = unit % p.chunks, b = pair / p.heads, h = pair % p.heads;
       const int64_t start = c * p.chunk, end = std::min(length, start + p.chunk);
-      Engine used = p.engine;
-      if (c == stored_chunks) {
-        used = Engine::kPortable;
-        run_kept(p, workspace, b, h);
+      Order order = p.engine == Engine::kPortable ? Order::kNatural : Order::kOfBytes;
+      if (p.is_prompt) {
+        const int64_t first = c * kOwnChunk, last = std::min(length, first + kOwnChunk);
+        order = run_own(p, workspace, b, h, first, last);
+      } else if (c == stored_chunks) {
+        order = Order::kNatural;
+        run_kept(p, workspace, b, h, 0, int64_t(p.kept.size()));
       } else if (!run_unit(p, workspace, b, h, start, end)) {
         Problem portable = p;
-        portable.engine = used = Engine::kPortable;
+        portable.engine = Engine::kPortable;
+        order = Order::kNatural;
         run_unit(portable, workspace, b, h, start, end);
       }
       done.fetch_add(1, std::memory_order_relaxed);
       if (p.chunks == 1) {
         for (int64_t row = 0; row < p.rows; ++row) {
-          copy_row(used, workspace.accumulated + row * p.value_width, p.value_dim, values.data());
+          copy_row(order, workspace.accumulated + row * p.value_width, p.value_dim, values.data());
           write_output(p, b, h, row, values.data(), workspace.largest[row], workspace.sum[row]);
         }
         continue;
       }
-      write_partial(p, workspace, used, partials.get() + unit * partial_size);
+      write_partial(p, workspace, order, partials.get() + unit * partial_size);
       if (finished[pair].fetch_add(1, std::memory_order_acq_rel) + 1 == p.chunks)
         merge_partials(p, b, h, partials.get() + pair * p.chunks * partial_size, values);
     }
@@ -1447,6 +1625,25 @@ void run(Problem& p, int threads, int engine) {
   };
   in_parallel(threads, work);
   if (done.load() != units) throw std::bad_alloc();
+}
+
+size_t size_of(Type type) { return type == Type::kBool ? 1 : type == Type::kFloat32 ? 4 : type == Type::kFloat64 ? 8 : 2; }
+
+// A prompt in tiles of tokens, for which the keys are laid out once.
+void run_tiles(const Problem& p, int threads, int engine) {
+  const int64_t tile = p.tokens > kFewTokens ? std::max<int64_t>(kTileRows / (p.query_heads / p.heads), 1) : p.tokens;
+  auto moved = [](const void* data, int64_t elements, Type type) {
+    return static_cast<const char*>(data) + elements * int64_t(size_of(type));
+  };
+  for (int64_t first = 0; first < p.tokens; first += tile) {
+    Problem part = p;
+    part.tokens = std::min(tile, p.tokens - first);
+    part.before += first;
+    part.query.data = moved(p.query.data, first * p.query.row, p.query.type);
+    if (p.mask.data != nullptr) part.mask.data = moved(p.mask.data, first * p.mask.row, p.mask.type);
+    part.out = const_cast<char*>(moved(p.out, first * p.to.row, p.query.type));
+    run(part, threads, engine);
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------ packing a row
@@ -1734,6 +1931,53 @@ void find_kept(Problem& p, const std::optional<Tensor>& keys, const std::optiona
   p.kept.resize(rows);
 }
 
+void set_query(Problem& p, const Tensor& query) {
+  p.query = strided(query, "query", false);
+  const auto sizes = query.sizes();
+  p.batch = sizes[0];
+  p.query_heads = sizes[1];
+  p.tokens = sizes[2];
+  p.head_dim = sizes[3];
+}
+
+void check_heads(const Problem& p) {
+  STD_TORCH_CHECK(p.heads > 0 && p.query_heads % p.heads == 0, "icw_int8kv_cpu::attention: ", p.query_heads,
+                  " query heads cannot be grouped on ", p.heads, " key/value heads");
+  STD_TORCH_CHECK(p.query.type != Type::kBool && p.query.type != Type::kFloat64,
+                  "icw_int8kv_cpu::attention: query must be float32, bfloat16 or float16");
+}
+
+void set_mask(Problem& p, const Tensor& mask) {
+  p.mask = strided(mask, "attn_mask", false);
+  const int64_t full[4] = {p.batch, p.query_heads, p.tokens, p.length};
+  int64_t* strides[4] = {&p.mask.batch, &p.mask.head, &p.mask.row, &p.mask.last};
+  for (int i = 0; i < 4; ++i) {
+    const int64_t size = mask.size(i);
+    STD_TORCH_CHECK(size == full[i] || size == 1, "icw_int8kv_cpu::attention: attn_mask does not broadcast to [",
+                    full[0], ", ", full[1], ", ", full[2], ", ", full[3], "]: dimension ", i, " is ", size);
+    if (size == 1) *strides[i] = 0;
+  }
+  p.mask_by_head = p.mask.head != 0;
+  p.mask_by_token = p.mask.row != 0;
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  aoti_torch_get_dtype(tensor.get(), &dtype);
+  return dtype;
+}
+
+// Into `out`, whose rows of channels follow one another as `rows` says: those of a batch, a head and a token.
+void compute(Problem& p, Tensor& out, const std::array<int64_t, 3>& rows, int engine) {
+  p.out = out.data_ptr();
+  p.to.batch = rows[0] * p.value_dim;
+  p.to.head = rows[1] * p.value_dim;
+  p.to.row = rows[2] * p.value_dim;
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  if (p.batch * p.query_heads * p.tokens * p.value_dim > 0) run_tiles(p, int(threads), engine);
+}
+
 Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key_scale, const Tensor& value_qdata,
                  const Tensor& value_scale, const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
                  std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine,
@@ -1742,16 +1986,11 @@ Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key
                  const std::optional<Tensor>& value_exact, const std::optional<Tensor>& value_position) {
   const int64_t in_key = key_codes ? 2 : 1, in_value = value_codes ? 2 : 1;  // Channels in a byte.
   Problem p;
-  p.query = strided(query, "query", false);
+  set_query(p, query);
   p.key = strided(key_qdata, "key_qdata", true, key_codes.has_value());
   p.key_scale = strided(key_scale, "key_scale", false);
   p.value = strided(value_qdata, "value_qdata", true, value_codes.has_value());
   p.value_scale = strided(value_scale, "value_scale", false);
-  const auto sizes = query.sizes();
-  p.batch = sizes[0];
-  p.query_heads = sizes[1];
-  p.tokens = sizes[2];
-  p.head_dim = sizes[3];
   p.heads = key_qdata.size(1);
   p.length = key_qdata.size(2);
   p.value_dim = value_qdata.size(3) * in_value;
@@ -1768,25 +2007,9 @@ Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key
     check_shape(*value_codes, "value_codes", p.batch, p.heads, p.length, 2);
     p.value_codes = strided(*value_codes, "value_codes", true, true);
   }
-  STD_TORCH_CHECK(p.heads > 0 && p.query_heads % p.heads == 0, "icw_int8kv_cpu::attention: ", p.query_heads,
-                  " query heads cannot be grouped on ", p.heads, " key/value heads");
-  STD_TORCH_CHECK(p.query.type != Type::kBool && p.query.type != Type::kFloat64,
-                  "icw_int8kv_cpu::attention: query must be float32, bfloat16 or float16");
+  check_heads(p);
   find_kept(p, key_exact, key_position, value_exact, value_position);
-  if (attn_mask.has_value()) {
-    const Tensor& mask = *attn_mask;
-    p.mask = strided(mask, "attn_mask", false);
-    const int64_t full[4] = {p.batch, p.query_heads, p.tokens, p.length};
-    int64_t* strides[4] = {&p.mask.batch, &p.mask.head, &p.mask.row, &p.mask.last};
-    for (int i = 0; i < 4; ++i) {
-      const int64_t size = mask.size(i);
-      STD_TORCH_CHECK(size == full[i] || size == 1, "icw_int8kv_cpu::attention: attn_mask does not broadcast to [",
-                      full[0], ", ", full[1], ", ", full[2], ", ", full[3], "]: dimension ", i, " is ", size);
-      if (size == 1) *strides[i] = 0;
-    }
-    p.mask_by_head = p.mask.head != 0;
-    p.mask_by_token = p.mask.row != 0;
-  }
+  if (attn_mask.has_value()) set_mask(p, *attn_mask);
   p.is_causal = is_causal;
   p.scale = float(scale);
   p.has_softcap = softcap.has_value();
@@ -1798,14 +2021,43 @@ Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key
     load_run(sinks->data_ptr(), 0, sinks->stride(0), p.query_heads, type_of(*sinks, "sinks"), p.sinks.data());
   }
 
-  int32_t dtype;
-  aoti_torch_get_dtype(query.get(), &dtype);
-  Tensor out = empty({p.batch, p.query_heads, p.tokens, p.value_dim}, dtype);
-  p.out = out.data_ptr();
-  uint32_t threads = 1;
-  torch_get_num_threads(&threads);
-  if (p.batch * p.query_heads * p.tokens * p.value_dim > 0) run(p, int(threads), int(engine));
+  Tensor out = empty({p.batch, p.query_heads, p.tokens, p.value_dim}, dtype_of(query));
+  compute(p, out, {p.query_heads * p.tokens, p.tokens, 1}, int(engine));
   return out;
+}
+
+// Attention over rows as they came; causal queries are those of the last rows. Returns [B, T, Hq, Dv].
+Tensor prompt(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& attn_mask,
+              bool is_causal, double scale, int64_t engine) {
+  Problem p;
+  set_query(p, query);
+  p.is_prompt = true;
+  p.kept_keys = strided(key, "key", false);
+  p.kept_values = strided(value, "value", false);
+  p.heads = key.size(1);
+  p.length = key.size(2);
+  p.value_dim = value.size(3);
+  check_shape(key, "key", p.batch, p.heads, p.length, p.head_dim);
+  check_shape(value, "value", p.batch, p.heads, p.length, p.value_dim);
+  check_heads(p);
+  if (attn_mask.has_value()) set_mask(p, *attn_mask);
+  p.is_causal = is_causal;
+  p.before = p.length - p.tokens;
+  STD_TORCH_CHECK(!is_causal || p.before >= 0, "icw_int8kv_cpu::prompt: ", p.tokens, " causal queries of ", p.length,
+                  " rows");
+  p.scale = float(scale);
+  Tensor out = empty({p.batch, p.tokens, p.query_heads, p.value_dim}, dtype_of(query));
+  compute(p, out, {p.tokens * p.query_heads, 1, p.query_heads}, int(engine));
+  return out;
+}
+
+// Whether `prompt` is faster than what torch has. Not measured with AMX, which torch uses for products of bfloat16.
+bool is_for_prompts(int64_t head_dim) {
+#ifdef ICW_BF16
+  return best_engine(head_dim) == Engine::kVnni;
+#else
+  return false;
+#endif
 }
 
 // How the rows of each head lie in a tensor whose first dimensions are those of `like`, or 1.
@@ -1989,9 +2241,15 @@ int64_t engine(int64_t head_dim) { return int64_t(best_engine(head_dim)); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CompositeExplicitAutograd, m) { m.impl("engine", TORCH_BOX(&engine)); }
+STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CompositeExplicitAutograd, m) {
+  m.impl("engine", TORCH_BOX(&engine));
+  m.impl("is_for_prompts", TORCH_BOX(&is_for_prompts));
+}
 
-STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+STABLE_TORCH_LIBRARY_IMPL(icw_int8kv_cpu, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("prompt", TORCH_BOX(&prompt));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(icw_int8kv, CPU, m) {
   m.impl("settle_shift", TORCH_BOX(&settle_shift));

@@ -23,10 +23,18 @@ key_exact=None, key_position=None, value_exact=None, value_position=None) -> [B,
     ``S``) is ``key_exact[:, :, k]`` and not what is stored of it, and the values likewise. The result is contiguous, in
     the query's dtype. Raises RuntimeError for shapes and dtypes that do not fit, MemoryError for want of memory.
     ``engine`` caps the instructions that are used, for tests: 0 plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
+``prompt(query[B, Hq, T, D], key[B, H, S, D], value[B, H, S, Dv], attn_mask, is_causal, scale, engine=-1) ->
+[B, T, Hq, Dv]``
+    The same over rows as they came, of any of the dtypes of a query; if ``is_causal``, token ``t`` reads the positions up
+    to ``S - T + t``. In bfloat16 throughout, weights are rounded to it, as torch's kernel does. Heads come behind the
+    tokens.
 ``engine(head_dim) -> int``
     The best engine that this build and this processor have for keys of that size.
+``is_for_prompts(head_dim) -> bool``
+    Whether ``prompt`` is made for them: with AVX-512 VNNI and bfloat16, and no AMX, with which it was not measured.
 """
 
+import functools
 import threading
 import time
 from concurrent.futures import Future
@@ -40,7 +48,7 @@ from icw_compile.kernels.build import begin_build, build
 from icw_compile.kernels.inductor import ATTENTION_ARGUMENTS
 from icw_compile.kernels.interface import FEW_TOKENS, AttentionCall, AttentionKernel, declines_rows
 
-__all__ = ["ENGINES", "KERNEL", "attention", "engines", "is_available", "load"]
+__all__ = ["ENGINES", "KERNEL", "attention", "engines", "is_available", "is_for_prompts", "load"]
 
 #: Instructions that the kernel can use, by the value of ``engine`` that caps them.
 ENGINES = ("plain", "vnni", "amx")
@@ -80,6 +88,17 @@ def engines(head_dim: int = 128) -> tuple[str, ...]:
     """
     load()
     return ENGINES[: torch.ops.icw_int8kv_cpu.engine.default(head_dim) + 1]
+
+
+@functools.cache
+def is_for_prompts(head_dim: int) -> bool:
+    """Whether ``icw_int8kv_cpu::prompt`` is made for this processor, and for heads of ``head_dim`` channels.
+
+    Raises:
+        KernelUnavailableError: the kernel cannot be built or loaded here.
+    """
+    load()
+    return bool(torch.ops.icw_int8kv_cpu.is_for_prompts.default(head_dim))
 
 
 class _Loader:
@@ -148,6 +167,12 @@ def begin() -> bool:
 
 def _register() -> None:
     torch.library.define("icw_int8kv_cpu::engine", "(int head_dim) -> int")
+    torch.library.define("icw_int8kv_cpu::is_for_prompts", "(int head_dim) -> bool")
+    torch.library.define(
+        "icw_int8kv_cpu::prompt",
+        "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale, int engine=-1) "
+        "-> Tensor",
+    )
     torch.library.define(
         "icw_int8kv_cpu::attention",
         f"({ATTENTION_ARGUMENTS}, int engine=-1, Tensor? key_codes=None, Tensor? value_codes=None, "

@@ -4,19 +4,26 @@ A prompt on a static cache has a mask of all rows of the cache. torch's kernel c
 takes out as well, and turns the mask into floats for it: for a first prompt twice the work, and twice the mask's memory
 besides. What the mask says is looked at once for all layers, and where it is known what it says, the kernel is told so.
 
+In bfloat16 on a processor with AVX-512 VNNI, bfloat16 and no AMX, the kernel is our own, ``icw_int8kv_cpu::prompt``:
+torch's takes three times as long there. Otherwise it is torch's.
+
 ``mask_extent(attn_mask[B, Hm, T, S]) -> int64 [2]``
     For a boolean mask: how many tokens ``E`` there are up to the last that any row sees; and 1 if the rows see exactly
     the tokens up to their own, which are the last ``T`` of those, else 0: a prompt without padding, and no window.
 ``prompt_attention(query[B, Hq, T, D], key[B, H, S, D], value[B, H, S, D], attn_mask, extent, scale) -> [B, Hq, T, D]``
-    `icw_compile.kernels.inductor.attention` with this mask, of which ``extent`` is what `mask_extent` gives. Laid out
-    as ``[B, T, Hq, D]``, as torch's kernel does it. Without padding no score is computed in vain: those of the tokens
-    before the prompt, for which all query heads of a group are rows of one head, and those of its own are put together.
+    `icw_compile.kernels.inductor.attention` with this mask, of which ``extent`` is what `mask_extent` gives, or, without
+    both, for ``S == T``, causal attention. Laid out as ``[B, T, Hq, D]``, as torch's kernel does it. Without padding no
+    score is computed in vain: for torch's kernel, those of the tokens before the prompt, for which all query heads of a
+    group are rows of one head, and those of its own are put together.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from icw_compile.compat.attention import attention_with_lse
+from icw_compile.kernels import cpu
 from icw_compile.kernels.inductor import attention
 
 __all__ = ["mask_extent", "prompt_attention"]
@@ -40,17 +47,32 @@ def _is_causal(rows: Tensor, first: int) -> bool:
 
 
 def prompt_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, extent: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, extent: Tensor | None, scale: float
 ) -> Tensor:
-    end, is_causal = extent.tolist()
-    key, value, before = key.narrow(2, 0, end), value.narrow(2, 0, end), end - query.shape[2]
-    if not is_causal:
-        output = attention(query, key, value, attn_mask.narrow(-1, 0, end), False, scale, None)
+    if attn_mask is not None and extent is not None:
+        end, is_causal = extent.tolist()
+        key, value = key.narrow(2, 0, end), value.narrow(2, 0, end)
+        attn_mask = None if is_causal else attn_mask.narrow(-1, 0, end)
+    before = key.shape[2] - query.shape[2]
+    if _is_ours(query, key, value):
+        ours = torch.ops.icw_int8kv_cpu.prompt.default
+        return ours(query, key, value, attn_mask, attn_mask is None, scale).transpose(1, 2)
+    if attn_mask is not None:
+        output = attention(query, key, value, attn_mask, False, scale, None)
     elif before == 0:
         output = attention(query, key, value, None, True, scale, None)
     else:
         output = _behind(query, key, value, before, scale)
     return output.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _is_ours(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and key.stride(3) == value.stride(3) == 1
+        and cpu.is_for_prompts(query.shape[3])
+    )
 
 
 def _behind(query: Tensor, key: Tensor, value: Tensor, before: int, scale: float) -> Tensor:
@@ -66,7 +88,7 @@ def _behind(query: Tensor, key: Tensor, value: Tensor, before: int, scale: float
     return torch.lerp(old.reshape(query.shape).float(), new.float(), share).to(query.dtype)
 
 
-def _empty_output(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, extent: Tensor, scale: float) -> Tensor:
+def _empty_output(query: Tensor, *others: Any) -> Tensor:
     batch, heads, tokens, size = query.shape
     return query.new_empty((batch, tokens, heads, size)).transpose(1, 2)
 
@@ -78,7 +100,7 @@ for _schema, _function, _fake in (
         lambda attn_mask: attn_mask.new_empty((2,), dtype=torch.int64),
     ),
     (
-        "prompt_attention(Tensor query, Tensor key, Tensor value, Tensor attn_mask, Tensor extent, float scale) "
+        "prompt_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? extent, float scale) "
         "-> Tensor",
         prompt_attention,
         _empty_output,
