@@ -1,4 +1,4 @@
-// Decode attention over an int8 key/value cache on the CPU.
+// Attention on the CPU: of a decode step over a quantized key/value cache, and of a prompt over rows as they came.
 //
 // What it computes is `icw_int8kv::attention` (icw_compile/kernels/inductor.py); how:
 //
@@ -7,18 +7,22 @@
 //   (largest score, sum, weighted values) per query row; whoever finishes a head's last chunk merges them, in order.
 // * A query row is one (query head, query token) of the head's group: each K and V row is read once for all of them.
 // * The int8 rows are multiplied as they are. The *other* operand is made integer: a query row becomes three signed
-//   base-256 digits over a power of two (23 bits: bfloat16 values are exact down to 2^-15 of the row's largest), a
-//   block's softmax weights (value scale included) become two or three unsigned digits over the block's largest. The
+//   base-256 digits over a power of two (23 bits: bfloat16 values are exact down to 2^-15 of the row's largest), or two
+//   where they do, a block's softmax weights (value scale included) two or three unsigned digits over the largest. The
 //   digits of several rows fill the 16 rows or columns of one AMX tile, so an integer tile multiplication per digit
 //   costs nothing extra, no int8 row is ever converted to floating point, and the sums are exact.
-// * Rows of 4 bits become rows of 8 in a block's buffer, which stays in the first- or second-level cache: a shuffle looks
-//   up 64 of them at once. From there on they are rows of 8 bits.
+// * Rows of 4 bits become rows of 8, in registers where that can be, or else in a block's buffer, which stays in the
+//   first- or second-level cache: a shuffle looks up 64 of them at once. From there on they are rows of 8 bits.
+// * Rows of the next block are asked for while a block is read: hardware does not follow keys and values in turn.
 // * A block whose mask leaves nothing is skipped before its rows, or their scales, are read.
-// * Rows of which the cache keeps the values themselves are left out of the blocks and are a unit of their own, in float32.
+// * Rows of which the cache keeps the values themselves are left out of the blocks and are a unit of their own, in
+//   float32.
+// * A prompt is read in tiles of query rows. Its keys are laid out as those of the integers are, two bfloat16 where four
+//   bytes were, and so are its values: a product of pairs takes the place of two digits.
 //
 // Tried and not taken: three weight digits for 16-bit models (0-9 % slower, the error is the output's rounding either
 // way), blocks of 512 positions (no faster), interleaving a block's values for all channels at once (half as fast). Not
-// tried: bfloat16 tiles or dot products, for which every int8 row would have to be converted first.
+// tried: bfloat16 products for int8 rows, every one of which would have to be converted first.
 //
 // Engines, by what the build targets and the machine allows: AMX int8 tiles; AVX-512 VNNI; plain C++ in float32 that
 // the compiler vectorises (AVX2, NEON, anything), which also takes head sizes and scales that the others do not.
@@ -597,13 +601,14 @@ inline void transpose_16x16(__m512i r[16]) {
   }
 }
 
-// Two digits are off by 2^-16 of a row's largest value: little beside what an output in bfloat16 loses, unless the largest
-// is more than so many times the mean.
+// Two digits are off by 2^-16 of a row's largest value: little beside what an output in bfloat16 loses, unless the
+// largest is more than so many times the mean.
 constexpr float kTwoDigitRange = 16.0f;
 
 // The signed digits of each query row, most significant first: value = scale * ((d2 * 256 + d1) * 256 + d0), or, VNNI
 // only, scale * (d1 * 256 + d0) where that is enough for all rows. Returns how many.
-// AMX: tiles of [depth / 4][16 columns][4], column = digit * 4 + row in tile. VNNI: [depth / 4][row * digits + digit][4].
+// AMX: tiles of [depth / 4][16 columns][4], column = digit * 4 + row in tile. VNNI: [depth / 4][row * digits + digit]
+// [4].
 int make_query_digits(const Problem& p, Workspace& w) {
   const int64_t tiles = (p.rows + kRowsPerColumnTile - 1) / kRowsPerColumnTile;
   std::memset(w.query_digits, 0, tiles * 16 * p.key_width);
@@ -824,7 +829,8 @@ void scores_vnni_rows(const Problem& p, Workspace& w, int64_t row, const int32_t
   }
 }
 
-// 64 bytes from `d` on of 16 keys of `size` bytes, fewer at the end, as [16 words][16 keys]. `offset` changes their bits.
+// 64 bytes from `d` on of 16 keys of `size` bytes, fewer at the end, as [16 words][16 keys], their bits changed by
+// `offset`.
 template <typename Rows>
 void transpose_keys(const Rows& keys, int64_t size, __m512i offset, int64_t i, int64_t d, int64_t count, int32_t* out) {
   const __mmask64 lanes = ~uint64_t(0) >> (64 - std::min<int64_t>(64, size - d));

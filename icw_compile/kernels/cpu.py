@@ -1,4 +1,4 @@
-"""The C++ kernel for decode attention on the CPU: ``icw_int8kv_cpu::attention``, built on first use.
+"""The C++ kernels for attention on the CPU: ``icw_int8kv_cpu::attention`` and ``prompt``, built on first use.
 
 The operator and its fake implementation exist as soon as this module is imported, so that graphs that hold it can be
 traced and printed anywhere. `load` compiles ``attention.cpp`` for this machine with the compiler that Inductor
@@ -25,9 +25,9 @@ key_exact=None, key_position=None, value_exact=None, value_position=None) -> [B,
     ``engine`` caps the instructions that are used, for tests: 0 plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
 ``prompt(query[B, Hq, T, D], key[B, H, S, D], value[B, H, S, Dv], attn_mask, is_causal, scale, engine=-1) ->
 [B, T, Hq, Dv]``
-    The same over rows as they came, of any of the dtypes of a query; if ``is_causal``, token ``t`` reads the positions up
-    to ``S - T + t``. In bfloat16 throughout, weights are rounded to it, as torch's kernel does. Heads come behind the
-    tokens.
+    The same over rows as they came, of any of the dtypes of a query; if ``is_causal``, token ``t`` reads the positions
+    up to ``S - T + t``. In bfloat16 throughout, weights are rounded to it, as torch's kernel does. Heads come behind
+    the tokens.
 ``engine(head_dim) -> int``
     The best engine that this build and this processor have for keys of that size.
 ``is_for_prompts(head_dim) -> bool``
