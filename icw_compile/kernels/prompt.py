@@ -12,9 +12,9 @@ torch's takes three times as long there. Otherwise it is torch's.
     the tokens up to their own, which are the last ``T`` of those, else 0: a prompt without padding, and no window.
 ``prompt_attention(query[B, Hq, T, D], key[B, H, S, D], value[B, H, S, D], attn_mask, extent, scale) -> [B, Hq, T, D]``
     `icw_compile.kernels.inductor.attention` with this mask, of which ``extent`` is what `mask_extent` gives, or,
-    without both, for ``S == T``, causal attention. Laid out as ``[B, T, Hq, D]``, as torch's kernel does it. Without padding no
-    score is computed in vain: for torch's kernel, those of the tokens before the prompt, for which all query heads of a
-    group are rows of one head, and those of its own are put together.
+    without both, for ``S == T``, causal attention. Laid out as ``[B, T, Hq, D]``, as torch's kernel does it. Without
+    padding no score is computed in vain: for torch's kernel, those of the tokens before the prompt, for which all query
+    heads of a group are rows of one head, and those of its own are put together.
 """
 
 from typing import Any
