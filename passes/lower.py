@@ -11,12 +11,13 @@
                                                       # after, otherwise: as it was, decoded for torch's kernels
 
 A kernel reads what is stored once for all query heads that share it. Where channels were divided, the query is
-multiplied for the keys and the output for the values. Rows that are kept in the model's dtype are given to a kernel
-that takes them, and otherwise are masked out of its attention and merged with its output. All compute the same function
+multiplied for the keys and the output for the values. Rows that are kept in the model's dtype are given to a kernel as
+well; those of ``attention_decode`` are masked out of it and merged with its output. All compute the same function
 (`icw_compile.kernels.inductor`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ aten = torch.ops.aten
 _ops = torch.ops.icw_int8kv
 
 
+_NONE: Mapping[str, Node] = MappingProxyType({})
 #: A mask, and for how many tokens -> the node that works out its spans.
 _Spans = dict[tuple[Node, Any], Node]
 
@@ -79,22 +81,20 @@ def _lower(graph: KVGraph, attention: FusedAttention, spans: _Spans) -> tuple[st
             for name, part in list(value.named.items())[2:]
         }
         rows = [part for value in stored for part in value.parts[:2]]
-        if kernel.with_lse is None:
-            with graph.before(attention.node):
-                named |= _kept_rows(graph, attention)
-
-        def taken(mask: Node | None) -> dict[str, Node]:
-            return {**named, **_spans_of(graph, kernel, mask, rows[0], attention.node, spans)}
-
-        _call(graph, attention, kernel.operator, kernel.with_lse, rows, taken)
+        with graph.before(attention.node):
+            named |= _kept_rows(graph, attention)
+            named |= _spans_of(graph, kernel, args_of(attention.node)[3], rows[0], attention.node, spans)
+        _call(graph, attention, kernel.operator, rows, named)
         return kernel.name, ""
     if statically_known_true(query.shape[2] == 1):
         with graph.before(attention.node):
             scaled = [value.format.scaled_rows(graph, value) for value in stored]
         if None not in scaled:
             rows = [part for pair in scaled if pair is not None for part in pair]
-            decode_step = (_ops.attention_decode.default, _ops.attention_decode_lse.default)
-            _call(graph, attention, *decode_step, rows, lambda mask: {})
+            if attention.key.stored.kept or attention.value.stored.kept:
+                _call_merged(graph, attention, rows)
+            else:
+                _call(graph, attention, _ops.attention_decode.default, rows)
             return "inductor decode", reason or ""
     return "inductor prefill", reason or ""
 
@@ -105,7 +105,10 @@ def _attention_call(graph: KVGraph, attention: FusedAttention) -> AttentionCall:
 
     def rows(value: Storage) -> StoredRows:
         base = _base(value.stored)
-        return StoredRows(base.format.name, {name: graph.tensor(part) for name, part in base.named.items()})
+        parts, kept = (
+            {name: graph.tensor(part) for name, part in named.items()} for named in (base.named, value.stored.kept)
+        )
+        return StoredRows(base.format.name, parts, kept)
 
     return AttentionCall(
         graph.tensor(query),
@@ -153,36 +156,39 @@ def _spans_of(
 
 
 def _call(
-    graph: KVGraph,
-    attention: FusedAttention,
-    operator: Any,
-    with_lse: Any,
-    rows: Sequence[Node],
-    named: Callable[[Node | None], Mapping[str, Node]],
+    graph: KVGraph, attention: FusedAttention, operator: Any, rows: Sequence[Node], named: Mapping[str, Node] = _NONE
 ) -> None:
-    """Let ``operator`` compute the attention, or, where rows are kept besides, ``with_lse`` and what merges them.
+    """Let ``operator`` compute the attention over ``rows``, two of keys and two of values, and over ``named``."""
+    node, key, value = attention.node, attention.key.stored, attention.value.stored
+    query, _, _, *rest = args_of(node)
+    with graph.before(node):
+        output = graph.call(operator, key.format.into_query(graph, query, key), *rows, *rest, **named)
+        _replace(graph, node, value.format.into_output(graph, output, value))
 
-    Without ``with_lse``, the operator takes those rows itself. ``rows`` are two of the keys and two of the values,
-    ``named`` what else it takes with a mask.
-    """
+
+def _call_merged(graph: KVGraph, attention: FusedAttention, rows: Sequence[Node]) -> None:
+    """Let ``attention_decode`` compute the attention over ``rows``, and merge it with that over kept ones."""
     node, key, value = attention.node, attention.key.stored, attention.value.stored
     query, _, _, mask, is_causal, scale, softcap, *sinks = args_of(node)
     rest = (is_causal, scale, softcap)
     with graph.before(node):
+        position = _kept_positions(graph, key, value)
+        tokens = graph.size(rows[0], 2)
+        others = graph.call(_ops.without_rows.default, mask, position, tokens)
         inner_query = key.format.into_query(graph, query, key)
-        if with_lse is None or not (key.kept or value.kept):
-            output = graph.call(operator, inner_query, *rows, mask, *rest, *sinks, **named(mask))
-            output = value.format.into_output(graph, output, value)
-        else:
-            position = _kept_positions(graph, key, value)
-            tokens = graph.size(rows[0], 2)
-            others = graph.call(_ops.without_rows.default, mask, position, tokens)
-            output, lse = graph.call(with_lse, inner_query, *rows, others, *rest, *sinks, **named(others))
-            output = value.format.into_output(graph, output, value)
-            exact = [_rows_at(graph, stored, position) for stored in (key, value)]
-            output = graph.call(_ops.merge_rows.default, output, lse, query, *exact, position, mask, *rest, tokens)
-        if graph.tensor(output).dtype != graph.tensor(node).dtype:
-            output = graph.call(aten.to.dtype, output, graph.tensor(node).dtype)
+        output, lse = graph.call(_ops.attention_decode_lse.default, inner_query, *rows, others, *rest, *sinks)
+        output = value.format.into_output(graph, output, value)
+        exact = [_rows_at(graph, stored, position) for stored in (key, value)]
+        _replace(
+            graph,
+            node,
+            graph.call(_ops.merge_rows.default, output, lse, query, *exact, position, mask, *rest, tokens),
+        )
+
+
+def _replace(graph: KVGraph, node: Node, output: Node) -> None:
+    if graph.tensor(output).dtype != graph.tensor(node).dtype:
+        output = graph.call(aten.to.dtype, output, graph.tensor(node).dtype)
     node.replace_all_uses_with(output)
     graph.graph.erase_node(node)
 

@@ -59,6 +59,10 @@ H100 = SimpleNamespace(
 )
 
 
+#: What reads kept rows beside an attention that does not.
+MERGES = [getattr(torch.ops.icw_int8kv, name).default for name in ("without_rows", "merge_rows", "place_kept")]
+
+
 class Generated(Exception):
     """There is code."""
 
@@ -164,7 +168,7 @@ def kernels_of(code: str, folder: Path) -> list[str]:
 
 
 def main(kind: str, attention: str, bits: str) -> None:
-    model = tiny_model(num_hidden_layers=1, dtype=torch.bfloat16)
+    model = tiny_model(num_hidden_layers=1 if bits == "8" else 2, dtype=torch.bfloat16)
     graphs: list[tuple[GraphModule, Any, Any]] = []
 
     def inductor(mode: Any, options: Any) -> Callable[..., Any]:
@@ -195,7 +199,8 @@ def main(kind: str, attention: str, bits: str) -> None:
             code = code_for(*graph)
             found.append({
                 "kernels": kernels_of(code, Path(folder)),
-                "attention": len(re.findall(r"torch\.ops\.icw_int8kv_triton\.attention(_lse)?\.default\(", code)),
+                "attention": len(re.findall(r"torch\.ops\.icw_int8kv_triton\.attention\.default\(", code)),
+                "merges": sum(node.target in MERGES for node in graph[0].graph.nodes),
                 "stored": ("torch.int8" if bits == "8" else "torch.uint8") in code,
             })  # fmt: skip
     print(json.dumps(found))

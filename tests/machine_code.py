@@ -46,7 +46,7 @@ class Compiled:
 triton.runtime.driver.set_active(Driver())
 attention_triton.attend = Compiled(attention_triton.attend)
 attention_triton.merge = Compiled(attention_triton.merge)
-for dtype, query_heads, heads, tokens, length, sizes, bits, mask, causal, softcap, sinks, splits in cases:
+for dtype, query_heads, heads, tokens, length, sizes, bits, mask, causal, softcap, sinks, splits, *kept in cases:
     dtype = getattr(torch, dtype)
     stored, codes = [], {}
     for role, size, each in zip(("key", "value"), sizes, bits):
@@ -55,8 +55,11 @@ for dtype, query_heads, heads, tokens, length, sizes, bits, mask, causal, softca
         stored += [rows, torch.empty(1, heads, length, 1, dtype=scale_dtype_for(dtype))]
         if packed:
             codes[role + "_codes"] = torch.empty(1, heads, length, 2, dtype=torch.uint8)
-    operator = gpu.attention_lse_triton if sinks else gpu.attention_triton
-    operator(
+        if kept and kept[0] and (packed or kept[1] == "both"):
+            exact_dtype = torch.float32 if dtype == torch.float16 else dtype
+            codes[role + "_exact"] = torch.empty(1, heads, kept[0], size, dtype=exact_dtype)
+            codes[role + "_position"] = torch.empty(kept[0], dtype=torch.int64)
+    gpu.attention_triton(
         torch.empty(1, query_heads, tokens, sizes[0], dtype=dtype),
         *stored,
         mask and torch.empty(1, 1, tokens, length, dtype=getattr(torch, mask)),
@@ -107,7 +110,8 @@ def compile_for(backend: str, arch: Any, cases: list[tuple[Any, ...]], folder: P
         backend: ``"cuda"`` or ``"hip"``.
         arch: ``80``, ``"gfx942"``, ...
         cases: dtype, query heads, heads, query tokens, cached tokens, (D, Dv), bits of (keys, values), dtype of the
-            mask or ``None``, causal, softcap, whether there are sinks, splits.
+            mask or ``None``, causal, softcap, whether there are sinks, splits; then, if rows are kept, how many, and
+            whether of keys and values, ``"both"``, or of what is of 4 bits, ``"packed"``.
     """
     command = [sys.executable, "-c", COMPILE, json.dumps([backend, arch, cases, str(folder)])]
     lines = _run(*command, cwd="/", env={**os.environ, "TRITON_INTERPRET": "0"}).splitlines()

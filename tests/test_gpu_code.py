@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
     ("kind", "attention", "bits"),
     [
         ("dynamic", "triton", "8"),
-        ("dynamic", "triton", "4"),  # whose kept rows give it a mask, of a length that is a symbol
+        ("dynamic", "triton", "4"),  # which keeps rows
         pytest.param("dynamic", "inductor", "8", marks=pytest.mark.slow),
         pytest.param("static", "inductor", "8", marks=pytest.mark.slow),
         pytest.param("static", "triton", "8", marks=pytest.mark.slow),
@@ -41,7 +41,10 @@ def test_compiles_for_a_gpu(
     assert process.returncode == 0, process.stderr[-3000:]
     prompt, decode = json.loads(process.stdout.splitlines()[-1])
     assert prompt["kernels"] and decode["kernels"] and decode["stored"]
-    assert (prompt["attention"], decode["attention"]) == (0, attention == "triton")
+    layers = 1 if bits == "8" else 2
+    assert (prompt["attention"], decode["attention"]) == (0, layers * (attention == "triton"))
+    # The Triton kernel reads kept rows itself.
+    assert (prompt["merges"], decode["merges"]) == (0, 4 * layers * (attention == "inductor" and bits == "4"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import in_four_bits, log_sums, make, masks, reference
+from attention_cases import decode, in_four_bits, keep_some, make, masks, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import graphs, relative_distance, run, tiny_model, tokens
@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 import icw_compile
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.formats.int4 import halves_to_levels
+from icw_compile.formats.kept import place_rows
 from icw_compile.kernels import AttentionCall, StoredRows, find_kernel, gpu
 from icw_compile.lab.reference import reference_cache
 
@@ -28,7 +29,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 if DEVICE == "cpu":
     torch.library.impl("icw_int8kv_triton::attention", "CPU", gpu.attention_triton)
-    torch.library.impl("icw_int8kv_triton::attention_lse", "CPU", gpu.attention_lse_triton)
 
 #: Relative norm of the difference from float32: rounding of the weights and of the output. Triton's interpreter cuts
 #: bfloat16 off where a GPU rounds it.
@@ -47,10 +47,12 @@ def kernel(tensors, mask=None, is_causal=False, scale=None, softcap=None, sinks=
     return torch.ops.icw_int8kv_triton.attention(*tensors, *others, **codes).cpu()
 
 
-def check(tensors, *args, tolerance=None, splits=0, four_bits=(), **kwargs):
+def check(tensors, *args, tolerance=None, splits=0, four_bits=(), keep=None, **kwargs):
+    """``keep``: besides the rows of `keep_some`, what it takes."""
     tensors, codes, rows = in_four_bits(tensors, four_bits)
-    expected = reference(rows, *args, **kwargs)
-    actual = kernel(tensors, *args, **kwargs, splits=splits, **codes)
+    kept, placed = keep_some(decode(rows), tensors[0].dtype, **keep) if keep else ({}, None)
+    expected = reference(rows, *args, **kwargs, placed=placed)
+    actual = kernel(tensors, *args, **kwargs, splits=splits, **codes, **kept)
     assert actual.dtype == tensors[0].dtype
     assert actual.shape == expected.shape
     assert actual.is_contiguous()
@@ -106,19 +108,6 @@ def test_causal_softcap_and_sinks(splits):
         check(tensors, mask, True, 0.2, 5.0, splits=splits)
         check(tensors, sinks=sinks, splits=splits)
         check(tensors, mask, True, 0.2, 5.0, sinks, splits=splits)
-
-
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("sinks", [None, torch.tensor([0.0, 3.0, -2.0, 40.0])])
-def test_log_sums(splits, sinks):
-    tensors = make(2, 4, 2, 2, 150, 64, 64, torch.float32)
-    mask = torch.rand(2, 1, 2, 150, generator=torch.Generator().manual_seed(1)) > 0.3
-    mask[1, :, 1] = False  # reads nothing
-    on_device = [x.to(DEVICE) for x in tensors]
-    others = (mask.to(DEVICE), False, 0.2, 5.0, None if sinks is None else sinks.to(DEVICE), splits)
-    output, log_sum = torch.ops.icw_int8kv_triton.attention_lse(*on_device, *others)
-    assert torch.equal(output, torch.ops.icw_int8kv_triton.attention(*on_device, *others))
-    torch.testing.assert_close(log_sum.cpu(), log_sums(tensors, mask, False, 0.2, 5.0, sinks), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -303,7 +292,7 @@ def test_four_bits(head_dim, value_dim, dtype, four_bits):
 
 @st.composite
 def calls(draw):
-    """Tensors, arguments and numbers of bits, of any shape that is cheap to interpret."""
+    """Tensors, arguments, numbers of bits and kept rows, of any shape that is cheap to interpret."""
     dtype = draw(st.sampled_from(list(TOLERANCE)))
     batch, heads, group = (draw(st.integers(1, 3)) for _ in range(3))
     count = draw(st.sampled_from([1, 1, 1, 2, 3, 7, 16]))
@@ -322,14 +311,16 @@ def calls(draw):
     sinks = torch.randn(group * heads, generator=generator) if draw(st.booleans()) else None
     softcap = draw(st.sampled_from([None, None, 3.0]))
     arguments = (mask, kind == "causal", sizes[0] ** -0.5, softcap, sinks)
-    return tensors, arguments, draw(st.sampled_from(FOUR_BITS)), draw(st.sampled_from([1, 2, 3]))
+    roles = draw(st.sampled_from([(), *FOUR_BITS]))
+    keep = {"most": draw(st.sampled_from([1, 5, 70])), "roles": roles, "seed": seed} if roles else None
+    return tensors, arguments, draw(st.sampled_from(FOUR_BITS)), draw(st.sampled_from([1, 2, 3])), keep
 
 
 @settings(max_examples=60, derandomize=True, database=None, deadline=None)
 @given(calls())
 def test_four_bits_in_any_call(call):
-    tensors, arguments, four_bits, splits = call
-    check(tensors, *arguments, splits=splits, four_bits=four_bits)
+    tensors, arguments, four_bits, splits, keep = call
+    check(tensors, *arguments, splits=splits, four_bits=four_bits, keep=keep)
 
 
 def test_every_index_of_every_table():
@@ -341,19 +332,6 @@ def test_every_index_of_every_table():
     tensors = [torch.zeros(1, 1, 256, 32), packed, scale, packed, scale]
     output = kernel(tensors, torch.eye(256).bool().view(1, 1, 256, 256), key_codes=codes, value_codes=codes)
     assert torch.equal(output, halves_to_levels(packed, codes).float())
-
-
-@pytest.mark.parametrize(("four_bits", "splits"), [(FOUR_BITS[0], 3), (FOUR_BITS[1], 1), (FOUR_BITS[2], 1)])
-def test_log_sums_in_four_bits(four_bits, splits):
-    tensors, codes, rows = in_four_bits(make(2, 4, 2, 2, 150, 64, 64, torch.float32), four_bits)
-    mask = torch.rand(2, 1, 2, 150, generator=torch.Generator().manual_seed(1)) > 0.3
-    mask[1, :, 1] = False  # reads nothing
-    others = (mask, False, 0.2, 5.0, torch.tensor([0.0, 3.0, -2.0, 40.0]))
-    on_device = [x.to(DEVICE) for x in tensors], [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in others]
-    codes = {name: x.to(DEVICE) for name, x in codes.items()}
-    output, log_sum = torch.ops.icw_int8kv_triton.attention_lse(*on_device[0], *on_device[1], splits, **codes)
-    assert torch.equal(output.cpu(), kernel(tensors, *others, splits=splits, **codes))
-    torch.testing.assert_close(log_sum.cpu(), log_sums(rows, *others), rtol=1e-5, atol=1e-5)
 
 
 def test_strides_in_four_bits():
@@ -401,6 +379,137 @@ def test_packed_rows_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             kernel(changed, **named)
+
+
+#: Of which rows are kept: in both of them, in one of them.
+ROLES = pytest.mark.parametrize("roles", [("key", "value"), ("key",), ("value",)], ids=("both", "keys", "values"))
+
+
+@ROLES
+@BITS
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(64, 64), (80, 40), pytest.param(128, 128, marks=pytest.mark.slow)]
+)
+def test_kept_rows(head_dim, value_dim, four_bits, roles):
+    """In any order, with gaps, some of keys or of values alone; among them places without a row."""
+    for index, dtype in enumerate(TOLERANCE):
+        tensors = make(1, 4, 2, (1, 5, 1)[index], 170, head_dim, value_dim, dtype, index)
+        for splits, most in ((1, 100), (3, 7)):
+            check(tensors, splits=splits, four_bits=four_bits, keep={"most": most, "roles": roles, "seed": splits})
+
+
+@ROLES
+def test_kept_rows_under_masks(roles):
+    tensors = make(2, 4, 2, 3, 100, 64, 64, torch.float32)
+    for seed, (name, mask) in enumerate(masks(2, 4, 3, 100)):
+        keep = {"most": (5, 70)[seed % 2], "roles": roles, "seed": seed}
+        others = (mask.dtype == torch.bool, 0.2, 5.0, torch.randn(4)) if seed % 3 else ()
+        try:
+            check(tensors, mask, *others, splits=(1, 2)[seed // 2 % 2], four_bits=FOUR_BITS[seed % 3], keep=keep)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("length", [1, 64, 300, 700])
+def test_sinks_and_recent_rows_are_kept(length, splits):
+    """As a cache has them: the first ones and the last, more than there are rows, or so many places and no row yet."""
+    for four_bits, (first, last) in zip(FOUR_BITS, ((0, 128), (4, 128), (5, 70)), strict=True):
+        for recent in (length, length - 100):
+            rows = torch.cat([torch.arange(first), torch.arange(recent - last, recent)])
+            position = torch.where(rows < recent, rows.clamp(min=-1), -1)[torch.randperm(first + last)]
+            for count, is_causal in ((1, False), (2, True)):
+                tensors, codes, levels = in_four_bits(make(1, 4, 2, count, length, 64, 64, torch.float32), four_bits)
+                kept, placed = {}, decode(levels)
+                for at, role in enumerate(("key", "value")):
+                    exact = torch.randn(1, 2, len(position), 64)
+                    kept |= {f"{role}_exact": exact, f"{role}_position": position}
+                    placed[at] = place_rows(placed[at], exact, position)
+                expected = reference(levels, None, is_causal, placed=placed)
+                actual = kernel(tensors, None, is_causal, splits=splits, **codes, **kept)
+                assert relative_distance(actual, expected) < TOLERANCE[torch.float32]
+
+
+def test_all_rows_are_kept():
+    """What is stored is not read then, and may be anything."""
+    for four_bits in FOUR_BITS:
+        tensors, codes, rows = in_four_bits(make(1, 4, 2, 2, 150, 64, 64, torch.float32), four_bits)
+        position = torch.randperm(150)
+        exact = [torch.randn(1, 2, 150, 64) for _ in range(2)]
+        placed = [place_rows(torch.zeros(1, 2, 150, 64), each, position) for each in exact]
+        kept = dict(zip(("key_exact", "value_exact"), exact, strict=True))
+        kept |= {"key_position": position, "value_position": position}
+        expected = reference(rows, placed=placed)
+        tensors[2], tensors[4] = torch.full_like(tensors[2], torch.nan), torch.full_like(tensors[4], torch.inf)
+        for splits in (1, 3):
+            actual = kernel(tensors, splits=splits, **codes, **kept)
+            assert relative_distance(actual, expected) < TOLERANCE[torch.float32]
+
+
+def test_no_row_is_kept():
+    """Places without one, and none: to the bit what there is without them."""
+    tensors, codes, _ = in_four_bits(make(1, 4, 2, 2, 150, 64, 64, torch.bfloat16), FOUR_BITS[0])
+    expected = kernel(tensors, splits=2, **codes)
+    for position in (torch.tensor([-1, -1, 150, 2**40]), torch.tensor([], dtype=torch.int64)):
+        exact = torch.full((1, 2, len(position), 64), torch.nan, dtype=torch.bfloat16)
+        kept = {"key_exact": exact, "key_position": position, "value_exact": exact, "value_position": position}
+        assert torch.equal(kernel(tensors, splits=2, **codes, **kept), expected)
+
+
+def test_the_first_of_two_kept_rows_of_a_position():
+    tensors = make(1, 2, 2, 1, 150, 64, 64, torch.float32)
+    position, exact = torch.tensor([-1, 7, 140, 7]), torch.randn(1, 2, 4, 64)
+    placed = [place_rows(rows, exact, position) for rows in decode(tensors)]
+    kept = {"key_exact": exact, "key_position": position, "value_exact": exact, "value_position": position}
+    assert relative_distance(kernel(tensors, **kept), reference(tensors, placed=placed)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_kept_row_that_is_not_finite(bad, splits):
+    """It reaches who reads it, and nobody else."""
+    tensors, codes, _ = in_four_bits(make(1, 4, 2, 2, 600, 64, 64, torch.bfloat16), FOUR_BITS[0])
+    mask = torch.ones(1, 1, 2, 600, dtype=torch.bool)
+    mask[:, :, 0, 500] = False
+    for role in ("key", "value"):
+        exact = torch.randn(1, 2, 3, 64)
+        exact[:, 1, 2] = bad
+        kept = {f"{role}_exact": exact, f"{role}_position": torch.tensor([9, -1, 500])}
+        output = kernel(tensors, mask, splits=splits, **codes, **kept)
+        assert output[:, :2].isfinite().all() and output[:, 2:, 0].isfinite().all()
+        assert output[:, 2:, 1].isnan().all()
+
+
+@DTYPES
+def test_kept_rows_of_another_magnitude(dtype):
+    """Than what is stored, in another dtype and by other strides."""
+    tensors = make(1, 4, 2, 2, 150, 64, 64, dtype)
+    for factor in (1e-2, 50.0):
+        kept, _ = keep_some(decode(tensors), torch.float32, 40)
+        kept["value_exact"] = (kept["value_exact"] * factor).to(dtype).float()
+        kept["key_exact"] = kept["key_exact"].to(dtype).transpose(2, 3).contiguous().transpose(2, 3)
+        placed = [
+            place_rows(rows, kept[f"{role}_exact"].float(), kept[f"{role}_position"])
+            for role, rows in zip(("key", "value"), decode(tensors), strict=True)
+        ]
+        actual = kernel(tensors, splits=2, **kept)
+        assert relative_distance(actual, reference(tensors, placed=placed)) < TOLERANCE[dtype]
+
+
+def test_kept_rows_that_do_not_fit():
+    tensors = make(1, 4, 2, 1, 100, 64, 32, torch.bfloat16)
+    position = torch.tensor([3, -1])
+    exact = torch.zeros(1, 2, 2, 64)
+    for kept, message in (
+        ({"key_exact": exact}, "key_exact and key_position go together"),
+        ({"value_position": position}, "value_exact and value_position go together"),
+        ({"key_exact": exact[:, :, :1], "key_position": position}, r"key_exact must be of floats \[1, 2, 2, 64\]"),
+        ({"value_exact": exact, "value_position": position}, r"value_exact must be of floats \[1, 2, 2, 32\]"),
+        ({"key_exact": exact.int(), "key_position": position}, "of floats .*, not torch.int32"),
+        ({"key_exact": exact, "key_position": position.int()}, r"key_position must be int64 \[K\], not torch.int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernel(tensors, **kept)
 
 
 def spans(draw, *shape):
@@ -501,10 +610,11 @@ def test_arguments_that_do_not_fit():
 def test_operator_registration():
     tensors = make(1, 4, 2, 2, 100, 64, 32, torch.float32)
     mask = torch.rand(1, 1, 2, 100, device=DEVICE) > 0.5
-    for operator, four_bits in ((gpu.attention, ()), (gpu.attention_lse, ()), (gpu.attention, ("key", "value"))):
-        stored, codes, _ = in_four_bits(tensors, four_bits)
-        named = {name: x.to(DEVICE) for name, x in codes.items()}
-        torch.library.opcheck(operator, (*(x.to(DEVICE) for x in stored), mask, False, 0.1, None), named)
+    for four_bits, keep in (((), {}), (("key", "value"), {}), (("value",), {"roles": ("value",)})):
+        stored, codes, rows = in_four_bits(tensors, four_bits)
+        kept = keep_some(decode(rows), torch.float32, **keep)[0] if keep else {}
+        named = {name: x.to(DEVICE) for name, x in (codes | kept).items()}
+        torch.library.opcheck(gpu.attention, (*(x.to(DEVICE) for x in stored), mask, False, 0.1, None), named)
 
 
 def test_compiles_with_symbolic_length():
@@ -681,14 +791,16 @@ QUICK = [
     ("float16", 8, 4, 1, 500, (256, 256), (8, 4), "float16", False, 50.0, True, 3),
     ("float32", 4, 4, 5, 500, (80, 72), (8, 8), "float32", True, None, False, 1),
     ("float32", 4, 4, 5, 500, (80, 72), (4, 8), "float32", True, None, False, 1),
+    ("bfloat16", 32, 8, 1, 4096, (128, 128), (4, 4), "bool", False, None, False, 8, 128, "both"),
+    ("float16", 8, 4, 512, 512, (256, 256), (8, 4), None, True, None, True, 1, 132, "packed"),
 ]
 SLOW = [
-    (dtype, 4, 1, length, 512, (size, size), bits, mask, mask is None, None, mask is None, splits)
+    (dtype, 4, 1, length, 512, (size, size), bits, mask, mask is None, None, mask is None, splits, *kept)
     for dtype in ("bfloat16", "float16", "float32")
     for size in (64, 96, 128, 256)
     for length in (4, 8, 16, 512)
     for mask, splits in ((None, 1), ("bool", 4), ("float32", 4))
-    for bits in ((8, 8), (4, 4))
+    for bits, *kept in (((8, 8),), ((4, 4),), ((4, 4), 128, "both"))
 ]
 
 
@@ -702,7 +814,7 @@ def test_compiles_for(backend, arch, shared_memory, cases, tmp_path):
     """What is launched compiles to machine code, and fits in the shared memory that every such device has."""
     compiled = compile_for(backend, arch, cases, tmp_path)
     assert [code.name for code in compiled] == [
-        name for case in cases for name in ("attend", "merge")[: 1 if case[-1] == 1 else 2]
+        name for case in cases for name in ("attend", "merge")[: 1 if case[11] == 1 else 2]
     ]
     assert all(code.path.stat().st_size > 0 and code.shared <= shared_memory for code in compiled)
 

@@ -24,6 +24,35 @@ BUDGETS = {
     (64, (4, 4), None): (168, 675),
     (256, (4, 4), None): (200, 790),
 }
+#: The same with 128 kept rows of what is of 4 bits: besides, instructions for a block that has some of them, and bytes
+#: of a thread in memory, for it has too few registers for such a block. The loop over blocks that are read whole reads
+#: a few numbers from there that stay the same.
+KEPT_BUDGETS = {
+    (128, (4, 4), None): (168, 915, 2900, 256),
+    (128, (4, 4), "bool"): (168, 915, 2980, 512),
+    (64, (4, 4), None): (168, 720, 2150, 256),
+    (256, (4, 4), None): (200, 830, 2500, 256),
+    (128, (8, 4), None): (168, 800, 2500, 512),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_decode_with_kept_rows(arch, tmp_path):
+    cases = [
+        ("bfloat16", 32, 8, 1, 4096, (size, size), bits, mask, False, None, False, 8, 128, "packed")
+        for size, bits, mask in KEPT_BUDGETS
+    ]
+    attends = (code for code in compile_for("cuda", arch, cases, tmp_path) if code.name == "attend")
+    for (case, budget), code in zip(KEPT_BUDGETS.items(), attends, strict=True):
+        (registers, instructions, kept_instructions, stack), used, loops = budget, code.resources(), code.loops()
+        found = f"sm_{arch}, {case}: {used}, {[(loop.total(), loop.most_common()) for loop in loops]}"
+        loop, kept = loops
+        assert used["REG"] <= registers and used["STACK"] <= stack and used["LOCAL"] == 0, found
+        assert loop.total() <= instructions and kept.total() <= kept_instructions, found
+        assert any(name.startswith("LDGSTS") for name in loop), found
+        assert not any(name.startswith(("LDS.U8", "LDS.S8", "LDG.E.U8", "I2F")) for name in loop), found
+        in_memory = {name: number for name, number in loop.items() if name.startswith(("LDL", "STL"))}
+        assert sum(in_memory.values()) <= 30, found
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -18,6 +18,9 @@ What they compute is ``icw_int8kv::attention`` (`icw_compile.kernels.inductor`);
   loaded. Those that every row reads whole run in a loop without a test in it, whose loads Triton pipelines. A boolean
   mask without holes, as of what is cached, a window or padding, is known by where its rows begin and end, and is read
   for the blocks at the ends; of one with holes, and of an additive one, all blocks are read in part.
+* Rows that are kept in the model's dtype take the place of what is stored of them, where a block has any: scores and
+  weighted values of such a block are of two products each. The blocks that are read whole end where kept rows begin,
+  at both ends, and so their loop knows nothing of them.
 * Sinks are one more score, which has no value, when all others are known.
 
 Lengths are not specialised, but for whether heads have an even number of scales: a cache that grows compiles nothing
@@ -36,6 +39,9 @@ __all__ = ["attend", "merge"]
 
 # Splits that `merge` reads at a time.
 CHUNK = tl.constexpr(16)
+# Kept rows whose positions are compared at a time.
+KEPT = tl.constexpr(64)
+INTERPRETS = tl.constexpr(is_interpreting())
 IS_PTX = tl.constexpr(torch.version.hip is None and not is_interpreting())
 # Of float32 products. Triton's backend for AMD has no products of three TF32 numbers, and multiplies float32 as it is.
 PRECISION = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
@@ -264,6 +270,123 @@ def _uniform(number):
 
 
 @triton.jit
+def _kept(position, start, kept, length):
+    """int32 ``[KEPT]``: which position each of the rows from ``start`` is kept of, -1 of none."""
+    at = start + tl.arange(0, KEPT)
+    row = tl.load(position + at, mask=at < kept, other=-1)
+    return tl.where((row >= 0) & (row < length), row, -1).to(tl.int32)
+
+
+@triton.jit
+def _without_kept(begin, end, position, kept, length, middle):
+    """``begin`` and ``end`` of positions of which no row is kept: those below ``middle`` lie before, others behind."""
+    for start in range(0, kept, KEPT):
+        row = _kept(position, start, kept, length)
+        begin = tl.maximum(begin, _uniform(tl.max(tl.where(row < middle, row + 1, 0))))
+        end = tl.minimum(end, _uniform(tl.min(tl.where(row >= tl.maximum(middle, 0), row, length))))
+    return begin, end
+
+
+@triton.jit
+def _places(position, kept, length, start, BLOCK: tl.constexpr):
+    """int32 ``[BLOCK]``: which of the kept rows each position from ``start`` is, the first of several, or -1."""
+    wanted = start + tl.arange(0, BLOCK)
+    place = tl.zeros([BLOCK], tl.int32) + kept
+    for first in range(0, kept, KEPT):
+        row = _kept(position, first, kept, length)
+        at = first + tl.arange(0, KEPT)
+        place = tl.minimum(place, tl.min(tl.where(row[None, :] == wanted[:, None], at[None, :], kept), 1))
+    return tl.where(place < kept, place, -1)
+
+
+@triton.jit
+def _exact_dtype(DTYPE: tl.constexpr) -> tl.constexpr:
+    """Of products with kept rows, for queries of ``DTYPE``: Triton's interpreter has no arithmetic of bfloat16."""
+    return tl.float32 if INTERPRETS and DTYPE == tl.bfloat16 else DTYPE  # noqa: SIM300
+
+
+@triton.jit
+def _exact(base, places, stride, FIRST: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr):
+    """``[BLOCK, PADDED]``: of the kept rows at ``places`` the ``SIZE`` channels from ``FIRST``; zeros of no row."""
+    column = tl.arange(0, PADDED)[None, :]
+    pointers = base + places.to(tl.int64)[:, None] * stride + FIRST + column
+    return tl.load(pointers, mask=(places >= 0)[:, None] & (column < SIZE), other=0).to(DTYPE)
+
+
+@triton.jit
+def _exact_scores(
+    query,
+    key_exact,
+    places,
+    stride_channel,
+    stride,
+    HEAD_DIM: tl.constexpr,
+    PADDED_HEAD_DIM: tl.constexpr,
+):
+    """float32 ``[ROWS, BLOCK]``: products of the rows of queries at the pointers ``query`` with kept keys."""
+    DTYPE: tl.constexpr = _exact_dtype(query.dtype.element_ty)
+    column = tl.arange(0, PADDED_HEAD_DIM)[None, :]
+    rows = tl.load(query[:, None] + column * stride_channel, mask=column < HEAD_DIM, other=0)
+    keys = _exact(key_exact, places, stride, 0, HEAD_DIM, PADDED_HEAD_DIM, DTYPE)
+    return tl.dot(rows.to(DTYPE), tl.trans(keys), input_precision=PRECISION)
+
+
+@triton.jit
+def _weighted(weights, values, broken, sums):
+    """``sums + weights @ values``, in which a number of ``values`` that is not finite counts as zero.
+
+    And float32 ``broken``, to which such numbers of a row add NaN. Of weights in bfloat16, what is rounded off is added
+    as well: they are as exact as those of stored rows.
+    """
+    zeros = values * 0
+    broken += tl.sum(zeros.to(tl.float32), 1)
+    values = tl.where(zeros == 0, values, 0.0)
+    rounded = weights.to(values.dtype)
+    sums = tl.dot(rounded, values, sums, input_precision=PRECISION)
+    if values.dtype == tl.bfloat16:
+        sums = tl.dot((weights - rounded.to(tl.float32)).to(values.dtype), values, sums)
+    return sums, broken
+
+
+@triton.jit
+def _exact_values(
+    weights,
+    even,
+    odd,
+    value_exact,
+    places,
+    stride,
+    IS_PACKED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """``even`` and ``odd`` with the weighted values of kept rows, their channels in the order of `_channels`.
+
+    A row that is not finite makes NaN of all channels of who reads it, and of no other: float32 ``[ROWS, 1]`` to add.
+    """
+    HALF: tl.constexpr = PADDED_VALUE_DIM // 2
+    broken = tl.zeros([BLOCK], tl.float32)
+    if IS_PACKED:
+        for odd_half in tl.static_range(2):
+            half = _exact(value_exact, places, stride, VALUE_DIM // 2 * odd_half, VALUE_DIM // 2, HALF, DTYPE)
+            half = tl.permute(tl.reshape(half, (BLOCK, HALF // 4, 2, 2)), (0, 1, 3, 2))
+            half = tl.reshape(half, (BLOCK, HALF))
+            if odd_half == 0:
+                even, broken = _weighted(weights, half, broken, even)
+            else:
+                odd, broken = _weighted(weights, half, broken, odd)
+    else:
+        rows = _exact(value_exact, places, stride, 0, VALUE_DIM, PADDED_VALUE_DIM, DTYPE)
+        even_values, odd_values = tl.split(tl.reshape(rows, (BLOCK, HALF, 2)))
+        even, broken = _weighted(weights, even_values, broken, even)
+        odd, broken = _weighted(weights, odd_values, broken, odd)
+    read = tl.sum(tl.where(weights == 0, 0.0, broken[None, :]), 1)[:, None]
+    return even + read, odd + read
+
+
+@triton.jit
 def _step(
     query,
     low,
@@ -289,6 +412,15 @@ def _step(
     stride_value,
     stride_value_scale,
     stride_value_codes,
+    query_rows,
+    exact_scale,
+    key_exact,
+    key_places,
+    value_exact,
+    value_places,
+    stride_query_channel,
+    stride_key_exact,
+    stride_value_exact,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PADDED_HEAD_DIM: tl.constexpr,
@@ -301,13 +433,28 @@ def _step(
 
     Scores are in units of ``log(2) * UNIT``. ``largest`` is of the scores times the value's scale, so that the weights
     of values, below 2**15, are as float16 what they are as float32. ``taken[ROWS, BLOCK]`` says which positions a row
-    may read; without ``CHECKED`` it may read all. ``bias``, the additive mask, is of that shape or ``None``.
+    may read; without ``CHECKED`` it may read all. ``bias``, the additive mask, is of that shape or ``None``. Without
+    ``key_places`` no key is kept, and without ``value_places`` no value.
     """
     keys = _keys(key, key_codes, start, stride_key, stride_key_codes, length, HEAD_DIM, PADDED_HEAD_DIM, BLOCK, CHECKED)
     key_scales = _numbers(key_scale, start, stride_key_scale, length, BLOCK, CHECKED).to(tl.float32)
     value_scales = _numbers(value_scale, start, stride_value_scale, length, BLOCK, CHECKED).to(tl.float32)
 
     scores = _products(query, low, keys) * key_scales[None, :] * scale[:, None]
+    if key_places is not None:  # noqa: SIM102 - to the compiler, a constant
+        if tl.max(key_places) >= 0:
+            exact = _exact_scores(
+                query_rows,
+                key_exact,
+                key_places,
+                stride_query_channel,
+                stride_key_exact,
+                HEAD_DIM,
+                PADDED_HEAD_DIM,
+            )
+            scores = tl.where((key_places >= 0)[None, :], exact * exact_scale, scores)
+    if value_places is not None:
+        value_scales = tl.where(value_places >= 0, 1.0, value_scales)
     if softcap is not None:
         scores = softcap * (LOG2_E / UNIT) * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
     if bias is not None:
@@ -323,6 +470,24 @@ def _step(
         weights = tl.where(weights == 0, 0.0, weights * value_scales[None, :])
     else:
         weights *= value_scales[None, :]
+    if value_places is not None:
+        even *= decay[:, None]
+        odd *= decay[:, None]
+        if tl.max(value_places) >= 0:
+            even, odd = _exact_values(
+                tl.where((value_places >= 0)[None, :], weights, 0.0),
+                even,
+                odd,
+                value_exact,
+                value_places,
+                stride_value_exact,
+                value_codes is not None,
+                VALUE_DIM,
+                PADDED_VALUE_DIM,
+                BLOCK,
+                _exact_dtype(query_rows.dtype.element_ty),
+            )
+            weights = tl.where((value_places >= 0)[None, :], 0.0, weights)
     DTYPE: tl.constexpr = tl.float32 if low is None else tl.float16
     weights = weights.to(DTYPE)
     # Not before: Triton takes them to the registers here, where those of the keys are free again.
@@ -339,8 +504,11 @@ def _step(
         CHECKED,
         DTYPE,
     )
-    even = tl.dot(weights, even_values, even * decay[:, None], input_precision=PRECISION)
-    odd = tl.dot(weights, odd_values, odd * decay[:, None], input_precision=PRECISION)
+    if value_places is None:
+        even *= decay[:, None]
+        odd *= decay[:, None]
+    even = tl.dot(weights, even_values, even, input_precision=PRECISION)
+    odd = tl.dot(weights, odd_values, odd, input_precision=PRECISION)
     return new_largest, total, even, odd
 
 
@@ -375,9 +543,12 @@ def attend(
     bias,  # None, or the additive mask [batch, query heads, tokens, length] by its strides
     spans,  # None, or of a boolean mask int64 [batch, query heads, tokens, 3 + words] by its strides: `mask_spans`
     sinks,  # None or [query heads]
+    key_exact,  # None, or of keys that are kept [batch, heads, kept keys, HEAD_DIM], as is `value_exact`
+    key_position,  # of them, int64 [kept keys]: the positions that they are, -1 for none
+    value_exact,
+    value_position,
     output,  # [batch, query heads, tokens, VALUE_DIM], with a state: float32 [..., tokens, splits, VALUE_DIM]
     state,  # None for one split, else float32 [batch, query heads, tokens, splits, 2]
-    lse,  # None, or float32 [batch, query heads, tokens] for one split
     stride_query_batch,
     stride_query_head,
     stride_query_token,
@@ -407,9 +578,17 @@ def attend(
     stride_spans_batch,
     stride_spans_head,
     stride_spans_token,
+    stride_key_exact_batch,
+    stride_key_exact_head,
+    stride_key_exact,
+    stride_value_exact_batch,
+    stride_value_exact_head,
+    stride_value_exact,
     heads,
     tokens,
     length,
+    kept_keys,
+    kept_values,
     scale,
     softcap,  # None or a number
     GROUP: tl.constexpr,  # query heads of one key/value head
@@ -457,8 +636,10 @@ def attend(
         row_scale *= unit
     # An additive mask may be of the largest numbers that there are, and is left in its unit.
     UNIT: tl.constexpr = 1.0 if bias is None else LOG2_E
+    exact_scale = tl.cast(scale, tl.float32)
     if softcap is None:
         row_scale *= LOG2_E / UNIT
+        exact_scale *= LOG2_E / UNIT
     largest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     even = tl.zeros([ROWS, PADDED_VALUE_DIM // 2], tl.float32)
@@ -481,6 +662,16 @@ def attend(
         begin, end = _uniform(tl.min(first)), tl.minimum(end, _uniform(tl.max(behind)))
         whole_begin = _uniform(tl.max(first))
         whole_end = tl.minimum(whole_end, _uniform(tl.where(has_holes, 0, tl.min(behind))))
+    if key_exact is not None:
+        key_exact += batch * stride_key_exact_batch + head * stride_key_exact_head
+        whole_begin, whole_end = _without_kept(
+            whole_begin, whole_end, key_position, kept_keys, length, (begin + end) // 2
+        )
+    if value_exact is not None:
+        value_exact += batch * stride_value_exact_batch + head * stride_value_exact_head
+        whole_begin, whole_end = _without_kept(
+            whole_begin, whole_end, value_position, kept_values, length, (begin + end) // 2
+        )
     first_block, last_block = begin // BLOCK, tl.cdiv(end, BLOCK)
     first_whole = tl.cdiv(whole_begin, BLOCK)
     whole = tl.maximum(whole_end // BLOCK - first_whole, 0)
@@ -510,6 +701,15 @@ def attend(
             stride_value,
             stride_value_scale,
             stride_value_codes,
+            query,
+            exact_scale,
+            None,
+            None,
+            None,
+            None,
+            stride_query_channel,
+            stride_key_exact,
+            stride_value_exact,
             HEAD_DIM,
             VALUE_DIM,
             PADDED_HEAD_DIM,
@@ -542,6 +742,11 @@ def attend(
             taken &= added != -float("inf")
             is_read = tl.max(taken.to(tl.int32)) != 0
         if is_read:
+            key_places, value_places = None, None
+            if key_exact is not None:
+                key_places = _places(key_position, kept_keys, length, block * BLOCK, BLOCK)
+            if value_exact is not None:
+                value_places = _places(value_position, kept_values, length, block * BLOCK, BLOCK)
             largest, total, even, odd = _step(
                 rows,
                 low,
@@ -567,6 +772,15 @@ def attend(
                 stride_value,
                 stride_value_scale,
                 stride_value_codes,
+                query,
+                exact_scale,
+                key_exact,
+                key_places,
+                value_exact,
+                value_places,
+                stride_query_channel,
+                stride_key_exact,
+                stride_value_exact,
                 HEAD_DIM,
                 VALUE_DIM,
                 PADDED_HEAD_DIM,
@@ -590,8 +804,6 @@ def attend(
     at = (batch * heads + head) * GROUP * tokens + (row % GROUP * tokens + row // GROUP)
     if state is None:
         accumulator = accumulator / tl.where(total == 0, 1.0, total)[:, None]
-        if lse is not None:
-            tl.store(lse + at, largest + tl.log(total), mask=valid)
     else:
         at = at * splits + split
         tl.store(state + at * 2, largest, mask=valid)
@@ -609,7 +821,6 @@ def merge(
     partial,  # float32 [rows, splits, VALUE_DIM], what `attend` gave as its output
     state,  # float32 [rows, splits, 2]
     output,  # [rows, VALUE_DIM]
-    lse,  # None, or float32 [rows]: the logarithm of the sum of exponentials
     splits,
     VALUE_DIM: tl.constexpr,
     PADDED_VALUE_DIM: tl.constexpr,
@@ -639,6 +850,4 @@ def merge(
         accumulator = accumulator * decay + tl.sum(each * weights[:, None], 0)
         largest = new_largest
     accumulator = accumulator / tl.where(total == 0, 1.0, total)
-    if lse is not None:
-        tl.store(lse + row + tl.arange(0, 1), largest + tl.log(total))
     tl.store(output + row * VALUE_DIM + channel, accumulator.to(output.dtype.element_ty), mask=channel < VALUE_DIM)

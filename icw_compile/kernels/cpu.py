@@ -58,7 +58,7 @@ _RETRY_SECONDS = 60.0
 
 def declines(call: AttentionCall) -> str | None:
     """Why the kernel does not take this call, or ``None`` if it does: `AttentionKernel.declines`."""
-    if reason := declines_rows(call, KERNEL.devices, ("int8", "int4")):
+    if reason := declines_rows(call, KERNEL.devices, ("int8", "int4"), keeps_rows=True):
         return reason
     tokens = call.query.shape[2]
     if not isinstance(tokens, int):

@@ -10,7 +10,7 @@ query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` h
 
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
 value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, splits=0, key_codes=None, value_codes=None,
-spans=None) -> [B, Hq, T, Dv]``
+spans=None, key_exact=None, key_position=None, value_exact=None, value_position=None) -> [B, Hq, T, Dv]``
     The function, the arguments and the semantics of ``icw_int8kv::attention``, with one licence: a position that a mask
     takes out (``False``, or minus infinity), or whose weight is zero, contributes nothing even if its scale is not
     finite, for its rows may never be read. ``query`` is bfloat16, float16 or float32; scales and sinks are of any
@@ -18,17 +18,17 @@ spans=None) -> [B, Hq, T, Dv]``
     Hq, T, S]`` by its strides. Any strides will do, except that the channels of stored tensors are contiguous. With
     ``key_codes``, uint8 ``[B, H, S, 2]``, the keys are packed as `icw_compile.formats.int4` has them, uint8 ``[B, H, S,
     D / 2]``; with ``value_codes`` the values are. ``D`` and ``Dv`` are at most 256, of packed rows multiples of 8, and
-    such rows begin where a word of 32 bits does. The result is contiguous, in the query's dtype. ``splits`` is for
-    tests: how many programs share the positions, 0 for as many as suit the device. Raises ValueError for shapes and
-    dtypes that do not fit, and `KernelUnavailableError` without Triton.
+    such rows begin where a word of 32 bits does. With ``key_exact``, of a float dtype ``[B, H, K, D]``, row
+    ``key_position[k]`` (int64; none if it is no position of ``S``) is ``key_exact[:, :, k]`` in the query's dtype, and
+    not what is stored of it, and the values likewise. Of two such rows of a position the first counts, and a row that
+    reads a value that is not finite is NaN in every channel. The result is contiguous, in the query's dtype. ``splits``
+    is for tests: how many programs share the positions, 0 for as many as suit the device. Raises ValueError for shapes
+    and dtypes that do not fit, and `KernelUnavailableError` without Triton.
 ``mask_spans(attn_mask[b, h, t, S or 1], S) -> int64[b, h, t, 3 + W]``
     A boolean mask as the kernel reads it. Of each row the first position that it reads, the one behind the last, and
     how many it reads, ``S, 0, 0`` if none; then the mask itself, 64 positions in each of ``W`` words, of which the
     kernel reads those of blocks that are not read whole. ``spans`` is this, for layers that share a mask; without it,
     it is worked out at each call.
-``attention_lse(...) -> (output[B, Hq, T, Dv], lse float32[B, Hq, T])``
-    The same, and the logarithm of the sum of exponentials of each query row's scores, its sink included: minus infinity
-    for a row that reads nothing.
 
 They are operators of torch's dispatcher and not `torch.library.triton_op`s, which Inductor would look into: there is
 nothing in it to fuse, the number of splits is worked out from the lengths of the call and not from symbols, and the
@@ -38,7 +38,7 @@ so that a CUDA graph can hold it; it allocates from torch's pools only.
 
 import functools
 import importlib.util
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,6 @@ __all__ = [
     "MAX_HEAD_DIM",
     "Tiles",
     "attention",
-    "attention_lse",
-    "attention_lse_triton",
     "attention_triton",
     "choose_splits",
     "choose_tiles",
@@ -96,7 +94,7 @@ class Tiles(NamedTuple):
 
 def declines(call: AttentionCall) -> str | None:
     """Why the kernels do not take this call, or ``None`` if they do: `AttentionKernel.declines`."""
-    if reason := declines_rows(call, KERNEL.devices, ("int8", "int4")):
+    if reason := declines_rows(call, KERNEL.devices, ("int8", "int4"), keeps_rows=True):
         return reason
     for name, stored in (("keys", call.key), ("values", call.value)):
         size = stored.channels
@@ -148,7 +146,9 @@ _FLOAT32_TILES = {
 }
 
 
-def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype, is_packed: bool = False) -> Tiles:
+def choose_tiles(
+    rows: int, head_dim: int, dtype: torch.dtype, is_packed: bool = False, keeps_rows: bool = False
+) -> Tiles:
     """The tiles for ``rows`` query rows of one key/value head.
 
     Args:
@@ -156,11 +156,12 @@ def choose_tiles(rows: int, head_dim: int, dtype: torch.dtype, is_packed: bool =
         head_dim: the larger head size of keys and values, at most `MAX_HEAD_DIM`.
         dtype: of the query.
         is_packed: whether keys and values are of 4 bits, which takes more registers.
+        keeps_rows: whether some are kept in the model's dtype, which takes as many more.
     """
     table = _FLOAT32_TILES if dtype == torch.float32 else _TILES
     choices = table[next(size for size in table if head_dim <= size)]
     tiles = next((tiles for tiles in choices if rows <= tiles.rows), choices[-1])
-    return tiles._replace(registers=min(tiles.registers + 40, 255)) if is_packed else tiles
+    return tiles._replace(registers=min(tiles.registers + 40, 255)) if is_packed or keeps_rows else tiles
 
 
 @functools.lru_cache(1024)
@@ -204,19 +205,7 @@ def mask_spans(attn_mask: Tensor, length: int) -> Tensor:
     return torch.cat([first, behind, count, torch.where(bits, bit, 0).sum(dim=-1)], dim=-1)
 
 
-def attention_triton(*arguments: Any, **named: Any) -> Tensor:
-    """``icw_int8kv_triton::attention`` on CUDA tensors, or on any where Triton interprets."""
-    return _compute(None, *arguments, **named)
-
-
-def attention_lse_triton(query: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
-    """``icw_int8kv_triton::attention_lse``: the logarithm of the sum of exponentials of each row besides."""
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    return _compute(lse, query, *arguments, **named), lse
-
-
-def _compute(
-    lse: Tensor | None,
+def attention_triton(
     query: Tensor,
     key_qdata: Tensor,
     key_scale: Tensor,
@@ -231,7 +220,12 @@ def _compute(
     key_codes: Tensor | None = None,
     value_codes: Tensor | None = None,
     spans: Tensor | None = None,
+    key_exact: Tensor | None = None,
+    key_position: Tensor | None = None,
+    value_exact: Tensor | None = None,
+    value_position: Tensor | None = None,
 ) -> Tensor:
+    """``icw_int8kv_triton::attention`` on CUDA tensors, or on any where Triton interprets."""
     load()
     from icw_compile.kernels.attention_triton import attend, merge
 
@@ -245,13 +239,16 @@ def _compute(
         value_qdata, value_codes = value_qdata.view(torch.int32), value_codes.view(torch.int16)
     else:
         value_qdata = _pairs(value_qdata)
+    key_exact, key_position = _kept("key", key_exact, key_position, (batch, heads, head_dim))
+    value_exact, value_position = _kept("value", value_exact, value_position, (batch, heads, value_dim))
     output = query.new_empty((batch, query_heads, tokens, value_dim))
     if output.numel() == 0:
         return output
     group = query_heads // heads
     padded_head_dim, padded_value_dim = padded(head_dim), padded(value_dim)
     is_packed = key_codes is not None and value_codes is not None
-    chosen = choose_tiles(tokens * group, max(head_dim, value_dim), query.dtype, is_packed)
+    keeps_rows = key_exact is not None or value_exact is not None
+    chosen = choose_tiles(tokens * group, max(head_dim, value_dim), query.dtype, is_packed, keeps_rows)
     tiles = batch * heads * -(-tokens * group // chosen.rows)
     programs = _processors(query.device) * chosen.programs()
     splits = splits or choose_splits(tiles, -(-length // chosen.block), programs)
@@ -284,9 +281,12 @@ def _compute(
             bias,
             spans,
             None if sinks is None else sinks.contiguous(),
+            key_exact,
+            key_position,
+            value_exact,
+            value_position,
             partial,
             state,
-            lse,
             *query.stride(),
             *key_qdata.stride()[:3],
             *key_scale.stride()[:3],
@@ -296,9 +296,13 @@ def _compute(
             *((0, 0, 0) if value_codes is None else value_codes.stride()[:3]),
             *bias_strides,
             *span_strides,
+            *((0, 0, 0) if key_exact is None else key_exact.stride()[:3]),
+            *((0, 0, 0) if value_exact is None else value_exact.stride()[:3]),
             heads,
             tokens,
             length,
+            0 if key_exact is None else key_exact.shape[2],
+            0 if value_exact is None else value_exact.shape[2],
             scale,
             softcap,
             GROUP=group,
@@ -317,10 +321,29 @@ def _compute(
         )
         if state is not None:
             merge[(batch * query_heads * tokens,)](
-                partial, state, output, lse, splits,
+                partial, state, output, splits,
                 VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_value_dim, num_warps=4,
             )  # fmt: skip
     return output
+
+
+def _kept(
+    name: str, exact: Tensor | None, position: Tensor | None, shape: tuple[int, int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Kept rows as the kernel reads them; none if there is no place for one."""
+    if exact is None or position is None:
+        if exact is not None or position is not None:
+            raise ValueError(f"{name}_exact and {name}_position go together")
+        return None, None
+    batch, heads, channels = shape
+    if position.dim() != 1 or position.dtype != torch.int64:
+        raise ValueError(f"{name}_position must be int64 [K], not {position.dtype} {list(position.shape)}")
+    expected = (batch, heads, len(position), channels)
+    if tuple(exact.shape) != expected or not exact.is_floating_point():
+        raise ValueError(f"{name}_exact must be of floats {list(expected)}, not {exact.dtype} {list(exact.shape)}")
+    if len(position) == 0:
+        return None, None
+    return exact if exact.stride(3) == 1 else exact.contiguous(), position.contiguous()
 
 
 def _pairs(qdata: Tensor) -> Tensor:
@@ -397,14 +420,13 @@ def _check_rows(name: str, qdata: Tensor, scale: Tensor, codes: Tensor | None, s
 def _register() -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     arguments = (
-        f"({ATTENTION_ARGUMENTS}, int splits=0, Tensor? key_codes=None, Tensor? value_codes=None, Tensor? spans=None)"
+        f"({ATTENTION_ARGUMENTS}, int splits=0, Tensor? key_codes=None, Tensor? value_codes=None, Tensor? spans=None, "
+        "Tensor? key_exact=None, Tensor? key_position=None, Tensor? value_exact=None, Tensor? value_position=None)"
     )
     torch.library.define("icw_int8kv_triton::attention", f"{arguments} -> Tensor", tags=tags)
-    torch.library.define("icw_int8kv_triton::attention_lse", f"{arguments} -> (Tensor output, Tensor lse)", tags=tags)
     torch.library.define("icw_int8kv_triton::mask_spans", "(Tensor attn_mask, SymInt length) -> Tensor")
     torch.library.impl("icw_int8kv_triton::mask_spans", "CompositeImplicitAutograd", mask_spans)
     torch.library.impl("icw_int8kv_triton::attention", "CUDA", attention_triton)
-    torch.library.impl("icw_int8kv_triton::attention_lse", "CUDA", attention_lse_triton)
 
     def fake(
         query: Tensor,
@@ -420,23 +442,19 @@ def _register() -> None:
         splits: int = 0,
         key_codes: Tensor | None = None,
         value_codes: Tensor | None = None,
-        spans: Tensor | None = None,
+        *others: Tensor | None,
+        **named: Tensor | None,
     ) -> Tensor:
         channels = value_qdata.shape[3] * (1 if value_codes is None else 2)
         return query.new_empty((*query.shape[:3], channels))
 
-    def fake_lse(query: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        return fake(query, *others, **named), query.new_empty(query.shape[:3], dtype=torch.float32)
-
     torch.library.register_fake("icw_int8kv_triton::attention", fake)
-    torch.library.register_fake("icw_int8kv_triton::attention_lse", fake_lse)
 
 
 _register()
 
-#: The operators, as a graph calls them.
+#: The operator, as a graph calls it.
 attention = torch.ops.icw_int8kv_triton.attention.default
-attention_lse = torch.ops.icw_int8kv_triton.attention_lse.default
 
 KERNEL = AttentionKernel(
     "triton kernel",
@@ -445,6 +463,5 @@ KERNEL = AttentionKernel(
     load,
     declines,
     attention,
-    attention_lse,
     torch.ops.icw_int8kv_triton.mask_spans.default,
 )

@@ -22,8 +22,8 @@ value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None) -> [B
 ``without_rows(attn_mask, position[E], S) -> [..., S]`` and
 ``merge_rows(output[B, Hq, T, Dv], lse[B, Hq, T], query, key[B, H, E, D], value[B, H, E, Dv], position[E], attn_mask,
 is_causal, scale, softcap, S) -> [B, Hq, T, Dv]``
-    Around a kernel that knows nothing of kept rows: the mask that takes them out, and its output together with their
-    attention.
+    Around ``attention_decode_lse``, which knows nothing of kept rows: the mask that takes them out, and its output
+    together with their attention.
 """
 
 import functools

@@ -8,7 +8,7 @@ query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` h
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,10 +33,13 @@ class StoredRows:
             dtype, ``[B, H, S, 1]``. Of int4: ``packed``, uint8 ``[B, H, S, D / 2]``, ``scale``, and ``codes``, uint8
             ``[B, H, S, 2]``. A part that the graph deals with itself, as the shift of the channels with which it
             multiplies the query, is none of these.
+        kept: the rows that are kept in the model's dtype and take the place of stored ones. None, or ``exact``, of a
+            float dtype ``[B, H, K, D]``, and ``position``, int64 ``[K]``: which positions they are, -1 for none.
     """
 
     format: str
     parts: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def channels(self) -> Any:
@@ -86,11 +89,9 @@ class AttentionKernel:
         begin: start to build what `load` would have to wait for, and return at once: whether that is under way.
         declines: why it does not take a call, a sentence that is never empty; ``None`` if it does. Does not load it.
         operator: ``icw_int8kv::attention``'s arguments to ``[B, Hq, T, Dv]`` in the query's dtype. The first two parts
-            of keys and values take the place of decoded ones; others follow by name, as ``key_codes``.
-        with_lse: the same, and the logarithm of the sum of exponentials of each row's scores, its sink included:
-            float32 ``[B, Hq, T]``. ``None`` if the operator takes rows that are kept besides itself, as ``key_exact``,
-            ``key_position`` and the same of values.
-        mask_spans: ``None``, or what both take as ``spans``, of a boolean mask and ``S``: it is worked out once for all
+            of keys and values take the place of decoded ones; others follow by name, as ``key_codes``, and so do the
+            rows that are kept, ``key_exact`` and ``key_position``, and the same of values.
+        mask_spans: ``None``, or what it takes as ``spans``, of a boolean mask and ``S``: it is worked out once for all
             layers that share the mask.
     """
 
@@ -100,7 +101,6 @@ class AttentionKernel:
     load: Callable[[], None]
     declines: Callable[[AttentionCall], str | None]
     operator: Any
-    with_lse: Any = None
     mask_spans: Any = None
     begin: Callable[[], bool] = lambda: False
 
@@ -124,10 +124,13 @@ _PARTS: dict[str, dict[str, tuple[tuple[torch.dtype, ...], Callable[[Any], Any]]
 _NAMES = {"scale": "scales", "codes": "codes"}
 
 
-def declines_rows(call: AttentionCall, devices: Iterable[str], formats: Iterable[str] = ("int8",)) -> str | None:
+def declines_rows(
+    call: AttentionCall, devices: Iterable[str], formats: Iterable[str] = ("int8",), *, keeps_rows: bool = False
+) -> str | None:
     """Why a call is not one of stored rows that fit together, on one of ``devices``; ``None`` if it is.
 
-    What all kernels ask for. Sizes that are symbolic are taken to fit, as what was traced with them did.
+    What all kernels ask for; ``keeps_rows`` is for those that take kept rows. Sizes that are symbolic are taken to fit,
+    as what was traced with them did.
     """
     query = call.query
     if query.device.type not in devices:
@@ -157,6 +160,8 @@ def declines_rows(call: AttentionCall, devices: Iterable[str], formats: Iterable
                 return reason
             if of != "scale" and not statically_known_true(tensor.stride(3) == 1):
                 return f"the channels of the {name} are not contiguous"
+        if stored.kept and (reason := _unfit_kept(name, stored, (batch, heads), query.device, keeps_rows)):
+            return reason
     if statically_known_true(heads == 0) or statically_known_true(query_heads % heads != 0):
         return f"{query_heads} query heads cannot be grouped on {heads} key/value heads"
     if call.sinks is not None and (
@@ -167,6 +172,18 @@ def declines_rows(call: AttentionCall, devices: Iterable[str], formats: Iterable
         return None
     full = (batch, query_heads, tokens, length)
     return unfit_tensor("attn_mask", call.attn_mask, full, (torch.bool, *_FLOAT_DTYPES), query.device, broadcast=True)
+
+
+def _unfit_kept(
+    name: str, stored: StoredRows, sequences: tuple[Any, Any], device: torch.device, keeps_rows: bool
+) -> str | None:
+    if not keeps_rows:
+        return f"some {name} are kept in the model's dtype, and the kernel reads stored ones only"
+    exact, position = stored.kept["exact"], stored.kept["position"]
+    if reason := unfit_tensor(f"the positions of kept {name}", position, position.shape[:1], (torch.int64,), device):
+        return reason
+    shape = (*sequences, position.shape[0], stored.channels)
+    return unfit_tensor(f"the kept {name}", exact, shape, _FLOAT_DTYPES, device)
 
 
 def unfit_tensor(
