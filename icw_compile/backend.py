@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from icw_compile import formats, kernels, watch
 from icw_compile.cache.binding import bind
 from icw_compile.compat.dynamo import example_value, guard_once, keep_fakes_as_dynamo
-from icw_compile.compat.inductor import CUDA_GRAPHS, cache_key_tag, inductor, uses_cuda_graphs
+from icw_compile.compat.fx import storage_of
+from icw_compile.compat.inductor import (
+    CUDA_GRAPHS,
+    cache_key_tag,
+    copied,
+    inductor,
+    leaves_cuda_graphs_open,
+    uses_cuda_graphs,
+)
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.frontend.capture import (
     NotCapturedError,
@@ -25,6 +34,7 @@ from icw_compile.frontend.capture import (
     source_name,
     works_on_a_cache,
 )
+from icw_compile.frontend.retrace import is_foreign
 from icw_compile.layers import check_listed_layers, listed_layers, model_name
 from icw_compile.options import LAYER_OPTIONS, Options, split_options
 from icw_compile.passes import KVGraph, Skipped
@@ -108,10 +118,9 @@ def _compile_graph(
         check_listed_layers(ours, graph.sites)
     started = time.perf_counter()
     if graph.sites:
-        if _asks_for_cuda_graphs(ours, inductor_options) and (reason := _why_no_cuda_graphs(graph)):
-            report.no_cuda_graphs = reason
-            inductor_options = {**inductor_options, CUDA_GRAPHS: False}
-        compiled = watch.counted(bind(graph, _compile(graph.module, example_inputs(graph), ours, inductor_options)))
+        inductor_options, report.no_cuda_graphs, apart = _with_cuda_graphs(graph, ours, inductor_options)
+        compiled = _compile(graph.module, example_inputs(graph), ours, inductor_options)
+        compiled = watch.counted(bind(graph, copied(compiled, apart) if apart else compiled))
     else:
         compiled = _compile(dynamo_graph, inputs, ours, inductor_options)
     done = time.perf_counter()
@@ -158,8 +167,36 @@ def _rare_collections() -> Iterator[None]:
 _LESS_OFTEN = 50
 
 
-def _asks_for_cuda_graphs(options: Options, inductor_options: dict[str, Any]) -> bool:
-    return options.compiler != "eager" and uses_cuda_graphs(options.mode, inductor_options)
+def _with_cuda_graphs(
+    graph: KVGraph, options: Options, inductor_options: dict[str, Any]
+) -> tuple[dict[str, Any], str, list[int]]:
+    """Inductor's options for a graph, why it does not run as a CUDA graph, and which outputs are to be copied out.
+
+    It does where the user asks for that, by Inductor's option or its mode, and otherwise, where the user says nothing
+    of CUDA graphs, if it is a decode step on a CUDA device. Who asks knows that what a call returns is overwritten by
+    the next one. Who does not keeps what was returned: it is copied.
+    """
+    if options.compiler == "eager":
+        return inductor_options, "", []
+    if uses_cuda_graphs(options.mode, inductor_options):
+        reason = _why_no_cuda_graphs(graph)
+        return {**inductor_options, CUDA_GRAPHS: False} if reason else inductor_options, reason, []
+    if not _has_cuda_graphs(_device_of_cache(graph)) or not leaves_cuda_graphs_open(options.mode, inductor_options):
+        return inductor_options, "", []
+    if reason := _why_no_cuda_graphs(graph) or _why_none_by_default(graph):
+        return inductor_options, reason, []
+    return {**inductor_options, CUDA_GRAPHS: True}, "", _made_outputs(graph)
+
+
+def _has_cuda_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _device_of_cache(graph: KVGraph) -> torch.device:
+    part = next((name for taken in graph.inputs.values() for name in taken.parts), None)
+    nodes = graph.graph.find_nodes(op="placeholder")
+    found = next((node for node in nodes if node.name == part), None)
+    return torch.device("cpu") if found is None else graph.tensor(found).device
 
 
 def _why_no_cuda_graphs(graph: KVGraph) -> str:
@@ -174,6 +211,67 @@ def _why_no_cuda_graphs(graph: KVGraph) -> str:
     if any(taken.adopted is not None for taken in graph.inputs.values()):
         return "it quantizes a float cache, once for each cache"
     return ""
+
+
+def _why_none_by_default(graph: KVGraph) -> str:
+    """Why a graph that could run as a CUDA graph does so only if that is asked for; empty if it does."""
+    if any(site.lowering in _NO_DECODE_STEP for site in graph.sites):
+        return "it is a prompt, or no decode step"
+    device = _device_of_cache(graph)
+    for node in graph.graph.find_nodes(op="placeholder"):
+        value, name = node.meta["val"], source_name(node) or node.name
+        if not isinstance(value, Tensor):
+            continue
+        if is_foreign(value):
+            return f"{name} is a {type(value).__name__}: ask for CUDA graphs if it can be in one"
+        if value.device != device:
+            return f"{name} is on {value.device}, and its cache on {device}"
+    if any(is_foreign(node.meta.get("val")) for node in _returned(graph)):
+        return "it returns tensors of a kind of their own: ask for CUDA graphs if they can be in one"
+    if any(map(_depends_on_a_symbol, graph.graph.nodes)):
+        return "sizes in it are symbols, or numbers that it computes with, and each would be a CUDA graph of its own"
+    return ""
+
+
+def _depends_on_a_symbol(node: Node) -> bool:
+    """Whether a node's tensor does; numbers may that the graph only counts up, and how far apart rows of one lie."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and any(
+        not isinstance(size, int) or (size != 1 and not isinstance(stride, int))
+        for size, stride in zip(value.shape, value.stride(), strict=True)
+    ):
+        return True
+    return (
+        node.op == "call_function"
+        and not isinstance(value, _SYMBOLIC)
+        and any(isinstance(operand.meta.get("val"), _SYMBOLIC) for operand in node.all_input_nodes)
+    )
+
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+#: How storage is read where a call has more tokens than a decode step, or where that is not known.
+_NO_DECODE_STEP = ("as it came", "dequantize", "")
+
+
+def _returned(graph: KVGraph) -> list[Node]:
+    (output,) = graph.graph.find_nodes(op="output")
+    return [node for node in output.args[0] if isinstance(node, Node)]
+
+
+def _made_outputs(graph: KVGraph) -> list[int]:
+    """The positions of the tensors that the graph returns, and that share no memory with what it is given or holds."""
+    there = [node for op in ("placeholder", "get_attr") for node in graph.graph.find_nodes(op=op)]
+    given = {storage_of(node.meta["val"]) for node in there if isinstance(node.meta.get("val"), Tensor)}
+    (output,) = graph.graph.find_nodes(op="output")
+    return [
+        position
+        for position, node in enumerate(output.args[0])
+        if isinstance(node, Node)
+        and isinstance(value := node.meta.get("val"), Tensor)
+        and storage_of(value) not in given
+    ]
 
 
 @functools.cache

@@ -30,7 +30,8 @@ class GraphReport:
         sites: each key or value storage that lives as int8, and how it is written and read.
         skipped: what looks like a cache and stays float, or is read through a dequantized copy, and why.
         asked_float: the storage that the options leave float.
-        no_cuda_graphs: why this graph does not run as a CUDA graph where the options ask for that; empty otherwise.
+        no_cuda_graphs: why this graph does not run as a CUDA graph, where the options ask for that or, on a CUDA
+            device, say nothing of it; empty otherwise.
         passes: matches of each pass.
         pass_seconds: the time that each took.
         nodes: nodes of the captured graph.

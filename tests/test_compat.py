@@ -878,6 +878,8 @@ def test_inductor_compiles():
 def test_cuda_graphs(mode, options, expected):
     before = dict(os.environ)
     assert inductor.uses_cuda_graphs(mode, options) == expected
+    is_open = mode in (None, "default") and not options
+    assert inductor.leaves_cuda_graphs_open(mode, options) == is_open
     assert dict(os.environ) == before
     config = inductor.inductor(mode, options).config  # what will be compiled with
     assert bool(config.get(inductor.CUDA_GRAPHS, False)) == expected

@@ -1,16 +1,24 @@
-"""``mode="reduce-overhead"``: what Inductor must know for CUDA graphs, and which graphs go without."""
+"""CUDA graphs, asked for or by default: what Inductor must know, which graphs go without, and what is copied out."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from graphs import kv, query, trace
 from support import graphs, relative_distance, run, tiny_model, tokens
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.output_code import CompiledFxGraph
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache, DynamicCache, StaticCache
 
 import icw_compile
+from icw_compile import backend
+from icw_compile.compat.inductor import CUDA_GRAPHS, copied, counted_cuda_graphs
 from icw_compile.lab.reference import reference_cache
+from icw_compile.passes import PASSES, run_passes
 
 
 @pytest.fixture
@@ -75,26 +83,166 @@ def test_growing_caches_go_without(compiled_graphs: Any) -> None:
     assert "no CUDA graph: its cache grows" in str(icw_compile.report())
 
 
-def test_nothing_is_said_without_the_mode() -> None:
-    model = tiny_model(num_hidden_layers=1)
-    step = torch.compile(model, backend="icw_int8kv")
-    run(step, DynamicCache(config=model.config), tokens(8), (5,))
-    assert [report.no_cuda_graphs for report in graphs()] == [""]
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend takes the CPU for a device that has CUDA graphs."""
+    monkeypatch.setattr("icw_compile.backend._has_cuda_graphs", lambda device: True)
+
+
+def asked(step: Any, options: dict[str, Any] | None = None) -> list[tuple[str | None, dict[str, Any]]]:
+    """The mode and the options that Inductor is given, for each graph of ``step(compiled model)``."""
+    given = []
+    inductor = backend.inductor
+
+    def spy(mode: str | None, options: dict[str, Any]) -> Any:
+        given.append((mode, dict(options)))
+        return inductor(mode, options)
+
+    with mock.patch.object(backend, "inductor", spy):
+        step(torch.compile(tiny_model(num_hidden_layers=1), backend="icw_int8kv", options=options))
+    return given
+
+
+def three_steps(make: Callable[[Any], Cache]) -> Callable[[Any], Any]:
+    return lambda step: run(step, make(step._orig_mod), tokens(19), (17, 1, 1))
+
+
+def test_nothing_changes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor is told what the user says, and its outputs are what the caller gets; nothing is said of CUDA graphs."""
+    monkeypatch.setattr(backend, "copied", lambda *_: pytest.fail("outputs are copied"))
+    for options in ({}, {"epilogue_fusion": False}):
+        torch._dynamo.reset()
+        assert asked(three_steps(made_beforehand), options) == [("default", options)] * 2
+    torch._dynamo.reset()
+    assert asked(three_steps(lambda model: DynamicCache(config=model.config))) == [("default", {})] * 2
+    assert {report.no_cuda_graphs for report in graphs()} == {""}
+
+
+@pytest.mark.parametrize(
+    ("make", "reasons"),
+    [
+        (made_beforehand, ["it is a prompt", ""]),
+        (made_by_the_first_call, ["it makes the cache", ""]),
+        (filled_with_floats, ["it quantizes a float cache", ""]),
+        (lambda model: DynamicCache(config=model.config), ["it makes the cache", "its cache grows"]),
+    ],
+    ids=["made beforehand", "made by the first call", "filled with floats", "growing"],
+)
+def test_decode_steps_are_cuda_graphs_by_default(make: Any, reasons: list[str], as_on_cuda: None) -> None:
+    given = asked(three_steps(make))
+    for (_, options), report, reason in zip(given, graphs(), reasons, strict=True):
+        assert options == ({} if reason else {CUDA_GRAPHS: True})
+        assert report.no_cuda_graphs.startswith(reason) and bool(report.no_cuda_graphs) == bool(reason)
+
+
+@pytest.mark.parametrize("options", [{CUDA_GRAPHS: False}, {"icw.mode": "max-autotune-no-cudagraphs"}], ids=str)
+def test_what_the_user_says_is_respected(options: dict[str, Any], as_on_cuda: None) -> None:
+    """And so nothing is said."""
+    with mock.patch.object(backend, "_compile", lambda module, *_: module.forward):  # autotuning takes long
+        step = torch.compile(tiny_model(num_hidden_layers=1), backend="icw_int8kv", options=options)
+        with mock.patch.object(backend, "copied", lambda *_: pytest.fail("outputs are copied")):
+            three_steps(made_beforehand)(step)
+    assert [report.no_cuda_graphs for report in graphs()] == ["", ""]
+
+
+@pytest.mark.parametrize(("name", "batches"), [("mistral", (2,)), ("llama", (2, 3))])
+def test_symbols_go_without_by_default(name: str, batches: tuple[int, ...], as_on_cuda: None) -> None:
+    """A number that a window counts up, and batches of several sizes."""
+    model = tiny_model(name, num_hidden_layers=1)
+    step = torch.compile(model, backend="icw_int8kv", options={"icw.attention": "inductor"})
+    with mock.patch.object(backend, "_compile", lambda module, *_: module.forward), torch.no_grad():
+        for batch in batches:
+            cache = icw_compile.static_cache(model, batch, 32)
+            for piece in tokens(24, batch=batch).split([20, 1, 1, 1, 1], dim=1):
+                step(piece, past_key_values=cache)
+    assert "symbols" in graphs()[-1].no_cuda_graphs and graphs()[-1].sites
+
+
+def test_what_is_elsewhere_goes_without_by_default() -> None:
+    """Inductor refuses, or splits, a graph with tensors on another device."""
+
+    def function(query: Tensor, key: Tensor, value: Tensor, scale: Tensor) -> list[Tensor]:
+        return [scaled_dot_product_attention(query, key, value, enable_gqa=True) * scale]
+
+    graph = trace(function, query(), kv(), kv(), torch.ones(()), quantized=[1, 2])
+    run_passes(graph, PASSES)
+    assert backend._why_none_by_default(graph) == ""
+    scale = graph.graph.find_nodes(op="placeholder")[3]
+    scale.meta["val"] = scale.meta["val"].to("meta")
+    assert "is on meta, and its cache on cpu" in backend._why_none_by_default(graph)
+
+
+def test_outputs_that_are_copied() -> None:
+    """What a call made stays what it was, as it lay and shared memory; what was given is given back."""
+    memory = torch.zeros(12)
+
+    def compiled(given: Tensor) -> tuple[Any, ...]:
+        memory.copy_(torch.arange(12) + given.sum())
+        return given, memory[2:].view(2, 5).t(), None, memory.narrow(0, 3, 4), given[1:], 7
+
+    call = copied(compiled, [1, 3])
+    inputs = [torch.tensor([1.0, 2.0]), torch.tensor([5.0, 5.0])]
+    first, second = (call(each) for each in inputs)
+    for given, (same, across, none, part, view, number) in zip(inputs, (first, second), strict=True):
+        made = torch.arange(12) + given.sum()
+        assert torch.equal(across, made[2:].view(2, 5).t()) and torch.equal(part, made[3:7])
+        assert across.stride() == (1, 5) and part.storage_offset() == 3
+        across[1, 0] = -1  # which is made[3]
+        assert part[0] == -1 and memory[3] != -1
+        assert same is given and view.data_ptr() == given[1:].data_ptr() and none is None and number == 7
+
+
+def overwriting(mode: str | None, options: dict[str, Any]) -> Any:
+    """Inductor with CUDA graphs, but for the GPU: what a graph makes lies where the call before left its own."""
+
+    def compile_graph(module: Any, inputs: Sequence[Any]) -> Any:
+        memory: dict[int, Tensor] = {}
+
+        def call(*args: Any) -> list[Any]:
+            returned = list(module.forward(*args))
+            given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+            for i, output in enumerate(returned):
+                if isinstance(output, Tensor) and output.untyped_storage().data_ptr() not in given:
+                    returned[i] = memory.setdefault(i, torch.empty_like(output)).copy_(output)
+            return returned
+
+        return call if options.get(CUDA_GRAPHS) or mode == "reduce-overhead" else module.forward
+
+    return compile_graph
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_logits_of_many_steps_are_kept(mode: str | None, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default. Who asks for CUDA graphs copies what is to be kept, as with any other model."""
+    monkeypatch.setattr(backend, "inductor", overwriting)
+    model = tiny_model()
+    step = torch.compile(model, backend="icw_int8kv", mode=mode)
+    cache = icw_compile.static_cache(model, 1, 32)
+    with torch.no_grad():
+        pieces = tokens(21).split([17, 1, 1, 1, 1], dim=1)
+        logits = [step(piece, past_key_values=cache).logits for piece in pieces]
+    expected = run(model, reference_cache(model, 32), tokens(21), (17, 1, 1, 1, 1)).split([17, 1, 1, 1, 1], dim=1)
+    distances = [relative_distance(found, each) for found, each in zip(logits, expected, strict=True)]
+    assert distances[0] < 2e-3 and distances[-1] < 2e-3
+    assert (max(distances) < 2e-3) == (mode is None)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("made", ["beforehand", "by the first call"])
-def test_cuda_graphs(made):
-    """``mode="reduce-overhead"`` with a static cache: nothing is skipped, and no output is overwritten."""
+def test_cuda_graphs(made, mode):
+    """With a static cache: nothing is skipped, steps are replayed, and no output that is kept is overwritten."""
     model = tiny_model(dtype=torch.bfloat16).to("cuda")
-    step = torch.compile(model, backend="icw_int8kv", mode="reduce-overhead")
+    step = torch.compile(model, backend="icw_int8kv", mode=mode)
     ids, chunks = tokens(40).to("cuda"), (8, *(1,) * 24)
     for _ in range(2):
         made_beforehand = made == "beforehand"
         cache = icw_compile.static_cache(model, 1, 64) if made_beforehand else StaticCache(model.config, 64)
         pieces = torch.split(ids[:, : sum(chunks)], list(chunks), dim=1)
-        with torch.no_grad():
-            logits = torch.cat([step(piece, past_key_values=cache).logits.clone() for piece in pieces], dim=1)
+        with torch.no_grad(), counted_cuda_graphs() as counts:
+            keep = torch.clone if mode else lambda x: x
+            logits = torch.cat([keep(step(piece, past_key_values=cache).logits) for piece in pieces], dim=1)
+        assert counts.replayed >= len(chunks) - 6
         expected = run(model, reference_cache(model, 64), ids, chunks)
         assert relative_distance(logits, expected) < 5e-2
     assert counters["inductor"]["cudagraph_skips"] == 0

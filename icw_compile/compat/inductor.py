@@ -3,7 +3,7 @@
 Read and run in torch 2.11, 2.13 and 2.14, unless a function says otherwise.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,12 @@ __all__ = [
     "CudaGraphs",
     "cache_dir",
     "cache_key_tag",
+    "copied",
     "counted_cuda_graphs",
     "cpp_compiler",
     "inductor",
     "is_freezing",
+    "leaves_cuda_graphs_open",
     "uses_cuda_graphs",
 ]
 
@@ -48,9 +50,46 @@ def uses_cuda_graphs(mode: str | None, options: Mapping[str, Any]) -> bool:
     Raises:
         RuntimeError: an unknown mode.
     """
+    return bool(_asked(mode, options).get(CUDA_GRAPHS, torch._inductor.config.triton.cudagraphs))
+
+
+def leaves_cuda_graphs_open(mode: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether they say nothing of CUDA graphs, neither for nor against: a mode of which they are the point does.
+
+    Raises:
+        RuntimeError: an unknown mode.
+    """
+    says_no = mode is not None and mode.endswith("-no-cudagraphs")
+    return not says_no and CUDA_GRAPHS not in _asked(mode, options) and not uses_cuda_graphs(mode, options)
+
+
+def _asked(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     asked = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
-    asked.update({name.replace("-", "_"): value for name, value in options.items()})
-    return bool(asked.get(CUDA_GRAPHS, torch._inductor.config.triton.cudagraphs))
+    return asked | {name.replace("-", "_"): value for name, value in options.items()}
+
+
+def copied(compiled: Callable[..., Sequence[Any]], positions: Sequence[int]) -> Callable[..., list[Any]]:
+    """``compiled``, of whose outputs those at ``positions`` are tensors that the next call does not overwrite.
+
+    What a CUDA graph returns lies in its memory, and each replay writes there anew. The copies are made behind the
+    replay on the same stream, and what was copied is let go: the next call may replay whatever the caller keeps. They
+    have the layout of what they copy, and share memory with each other where that did.
+    """
+
+    def call(*args: Any) -> list[Any]:
+        returned = list(compiled(*args))
+        copies: dict[int, Any] = {}
+        for position in positions:
+            output = returned[position]
+            storage = output.untyped_storage()
+            at = storage.data_ptr()
+            if at not in copies:
+                copies[at] = storage.clone()
+            made = torch.empty(0, dtype=output.dtype, device=output.device)
+            returned[position] = made.set_(copies[at], output.storage_offset(), output.size(), output.stride())
+        return returned
+
+    return call
 
 
 @dataclass
