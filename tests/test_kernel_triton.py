@@ -607,6 +607,34 @@ def test_arguments_that_do_not_fit():
         kernel(make(1, 1, 1, 1, 8, 320, 64, torch.bfloat16))
 
 
+def test_calls_are_planned_once_for_a_layout():
+    """And what a plan of before gives is what a new one gives, also where a tensor begins elsewhere."""
+    query, key, key_scale, value, value_scale = make(2, 4, 2, 1, 140, 64, 64, torch.bfloat16)
+    odd = torch.zeros(value.numel() + 1, dtype=torch.int8)[1:].view(value.shape).copy_(value)
+    mask = torch.ones(2, 1, 1, 140, dtype=torch.bool)
+    mask[1, ..., :30] = False
+    calls = [
+        ((query, key, key_scale, value, value_scale), None),
+        ((query, key, key_scale, odd, value_scale), None),  # of the same layout
+        ((query, key, key_scale, value, value_scale), mask),
+        ((query, key, key_scale, value, value_scale), mask[1:]),  # the other strides of a mask
+        ((query, key, key_scale, value, value_scale), mask.float().log()),
+        (tuple(x[:, :, :100] for x in (query, key, key_scale, value, value_scale)), None),
+        ((torch.cat([query, query], -1)[..., :64], key, key_scale, value, value_scale), None),
+        ((query.float(), key, key_scale, value, value_scale), None),
+    ]
+    gpu._plan.cache_clear()
+    for _ in range(2):
+        for tensors, one in calls:
+            found = kernel(list(tensors), one, splits=2)
+            assert relative_distance(found, reference(tensors, one)) < TOLERANCE[query.dtype]
+    info = gpu._plan.cache_info()
+    assert (info.misses, info.hits, info.maxsize) == (len(calls) - 1, len(calls) + 1, gpu.PLANS)
+    for _ in range(2):  # what does not fit is refused each time
+        with pytest.raises(ValueError, match="cannot be grouped"):
+            kernel([query[:, :3], key, key_scale, value, value_scale])
+
+
 def test_operator_registration():
     tensors = make(1, 4, 2, 2, 100, 64, 32, torch.float32)
     mask = torch.rand(1, 1, 2, 100, device=DEVICE) > 0.5

@@ -33,12 +33,15 @@ spans=None, key_exact=None, key_position=None, value_exact=None, value_position=
 They are operators of torch's dispatcher and not `torch.library.triton_op`s, which Inductor would look into: there is
 nothing in it to fuse, the number of splits is worked out from the lengths of the call and not from symbols, and the
 launch that runs in a compiled graph is the one that the tests run. Nothing it does depends on the content of a tensor,
-so that a CUDA graph can hold it; it allocates from torch's pools only.
+so that a CUDA graph can hold it; it allocates from torch's pools only. What follows from the layout of its tensors
+alone, checks and tiles and splits, is worked out once for all calls of that layout.
 """
 
 import functools
 import importlib.util
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +72,9 @@ MIN_CAPABILITY = (8, 0)
 #: More splits than this cost more to merge than they bring.
 MAX_SPLITS = 128
 
+#: Kept at a time: how calls are launched, by the layout of their tensors. Layers of a step have the same, and a cache
+#: that grows has another at each step.
+PLANS = 256
 #: Of a multiprocessor, from sm_80 on.
 REGISTERS = 65536
 
@@ -229,48 +235,45 @@ def attention_triton(
     load()
     from icw_compile.kernels.attention_triton import attend, merge
 
-    _check(query, key_qdata, key_scale, key_codes, value_qdata, value_scale, value_codes, attn_mask, sinks, spans)
-    batch, query_heads, tokens, head_dim = query.shape
-    heads, length = key_qdata.shape[1:3]
-    value_dim = value_qdata.shape[3] * (1 if value_codes is None else 2)
+    tensors = (
+        query, key_qdata, key_scale, key_codes, value_qdata, value_scale, value_codes, attn_mask, sinks, spans,
+        key_exact, key_position, value_exact, value_position,
+    )  # fmt: skip
+    layouts = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
+    plan = _plan(layouts, query.device, is_causal, splits)
+    output = query.new_empty(plan.output)
+    if plan.tiles == 0:
+        return output
     if key_codes is not None:
         key_qdata, key_codes = key_qdata.view(torch.int32), key_codes.view(torch.int16)
     if value_codes is not None:
         value_qdata, value_codes = value_qdata.view(torch.int32), value_codes.view(torch.int16)
+        value_strides = plan.value_strides
     else:
         value_qdata = _pairs(value_qdata)
-    key_exact, key_position = _kept("key", key_exact, key_position, (batch, heads, head_dim))
-    value_exact, value_position = _kept("value", value_exact, value_position, (batch, heads, value_dim))
-    output = query.new_empty((batch, query_heads, tokens, value_dim))
-    if output.numel() == 0:
-        return output
-    group = query_heads // heads
-    padded_head_dim, padded_value_dim = padded(head_dim), padded(value_dim)
-    is_packed = key_codes is not None and value_codes is not None
-    keeps_rows = key_exact is not None or value_exact is not None
-    chosen = choose_tiles(tokens * group, max(head_dim, value_dim), query.dtype, is_packed, keeps_rows)
-    tiles = batch * heads * -(-tokens * group // chosen.rows)
-    programs = _processors(query.device) * chosen.programs()
-    splits = splits or choose_splits(tiles, -(-length // chosen.block), programs)
-    if splits == 1:
+        value_strides = value_qdata.stride()[:3]
+    if not plan.keeps_keys:
+        key_exact = key_position = None
+    elif key_exact is not None and key_position is not None:
+        key_exact, key_position = _with_rows(key_exact), key_position.contiguous()
+    if not plan.keeps_values:
+        value_exact = value_position = None
+    elif value_exact is not None and value_position is not None:
+        value_exact, value_position = _with_rows(value_exact), value_position.contiguous()
+    if not plan.is_masked:
+        spans = None
+    elif spans is not None:
+        spans = spans.contiguous()
+    elif attn_mask is not None:
+        spans = mask_spans(attn_mask, plan.length)
+    if plan.splits == 1:
         partial, state = output, None
     else:
-        rows = (batch, query_heads, tokens, splits)
-        partial = query.new_empty((*rows, value_dim), dtype=torch.float32)
+        rows = (*plan.output[:3], plan.splits)
+        partial = query.new_empty((*rows, plan.output[3]), dtype=torch.float32)
         state = query.new_empty((*rows, 2), dtype=torch.float32)
-    if length == 0:
-        attn_mask = spans = None
-    numbers = [x for x in (key_scale, key_codes, value_scale, value_codes) if x is not None]
-    bias: Tensor | None = None
-    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
-    span_strides: tuple[int, ...] = (0, 0, 0)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        spans = mask_spans(attn_mask, length) if spans is None else spans.contiguous()
-        span_strides = spans.expand(batch, query_heads, tokens, -1).stride()[:3]
-    elif attn_mask is not None:
-        bias, bias_strides = attn_mask, attn_mask.expand(batch, query_heads, tokens, length).stride()
     with torch.cuda.device_of(query):
-        attend[(tiles, splits)](
+        attend[(plan.tiles, plan.splits)](
             query,
             key_qdata,
             key_scale,
@@ -278,7 +281,7 @@ def attention_triton(
             value_qdata,
             value_scale,
             value_codes,
-            bias,
+            attn_mask if plan.is_biased else None,
             spans,
             None if sinks is None else sinks.contiguous(),
             key_exact,
@@ -287,63 +290,193 @@ def attention_triton(
             value_position,
             partial,
             state,
-            *query.stride(),
-            *key_qdata.stride()[:3],
-            *key_scale.stride()[:3],
-            *((0, 0, 0) if key_codes is None else key_codes.stride()[:3]),
-            *value_qdata.stride()[:3],
-            *value_scale.stride()[:3],
-            *((0, 0, 0) if value_codes is None else value_codes.stride()[:3]),
-            *bias_strides,
-            *span_strides,
+            *plan.strides,
+            *value_strides,
+            *plan.more_strides,
             *((0, 0, 0) if key_exact is None else key_exact.stride()[:3]),
             *((0, 0, 0) if value_exact is None else value_exact.stride()[:3]),
-            heads,
-            tokens,
-            length,
-            0 if key_exact is None else key_exact.shape[2],
-            0 if value_exact is None else value_exact.shape[2],
+            *plan.sizes,
             scale,
             softcap,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            VALUE_DIM=value_dim,
-            PADDED_HEAD_DIM=padded_head_dim,
-            PADDED_VALUE_DIM=padded_value_dim,
-            IN_PAIRS=all(stride % 2 == 0 for x in numbers for stride in x.stride()[:2]),
-            IS_CAUSAL=is_causal,
-            ROWS=chosen.rows,
-            BLOCK=chosen.block,
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
-            # An option of Triton's backend for NVIDIA.
-            **({} if torch.version.hip is not None else {"maxnreg": chosen.registers}),
+            **plan.constants,
         )
         if state is not None:
-            merge[(batch * query_heads * tokens,)](
-                partial, state, output, splits,
-                VALUE_DIM=value_dim, PADDED_VALUE_DIM=padded_value_dim, num_warps=4,
-            )  # fmt: skip
+            merge[plan.merge_grid](partial, state, output, plan.splits, **plan.merge_constants)
     return output
 
 
-def _kept(
-    name: str, exact: Tensor | None, position: Tensor | None, shape: tuple[int, int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Kept rows as the kernel reads them; none if there is no place for one."""
+class _Layout(NamedTuple):
+    """What is known of a tensor without looking at what is in it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Layouts(NamedTuple):
+    """Those of the tensors of a call."""
+
+    query: _Layout
+    key_qdata: _Layout
+    key_scale: _Layout
+    key_codes: _Layout | None
+    value_qdata: _Layout
+    value_scale: _Layout
+    value_codes: _Layout | None
+    attn_mask: _Layout | None
+    sinks: _Layout | None
+    spans: _Layout | None
+    key_exact: _Layout | None
+    key_position: _Layout | None
+    value_exact: _Layout | None
+    value_position: _Layout | None
+
+
+class _Plan(NamedTuple):
+    """How calls of some layouts are launched.
+
+    ``tiles``: none if there is nothing to compute. ``strides`` are those in front of the values', ``more_strides``
+    those behind. ``is_masked``: by a boolean mask; ``is_biased``: by an additive one.
+    """
+
+    output: tuple[int, ...]
+    length: int
+    tiles: int
+    splits: int
+    keeps_keys: bool
+    keeps_values: bool
+    is_masked: bool
+    is_biased: bool
+    strides: tuple[int, ...]
+    value_strides: tuple[int, ...]
+    more_strides: tuple[int, ...]
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+    merge_grid: tuple[int]
+    merge_constants: dict[str, Any]
+
+
+@functools.lru_cache(PLANS)
+def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, splits: int) -> _Plan:
+    """The plan for `_Layouts` of `_Layout`, as plain tuples, which are made in half of the time.
+
+    Raises:
+        ValueError: for what the kernels would read wrongly.
+    """
+    of = _Layouts(*(None if each is None else _Layout(*each) for each in layouts))  # type: ignore[arg-type]
+    _check(of)
+    batch, query_heads, tokens, head_dim = of.query.shape
+    heads, length = of.key_qdata.shape[1:3]
+    value_dim = of.value_qdata.shape[3] * (1 if of.value_codes is None else 2)
+    keeps_keys = _keeps("key", of.key_exact, of.key_position, (batch, heads, head_dim))
+    keeps_values = _keeps("value", of.value_exact, of.value_position, (batch, heads, value_dim))
+    output = (batch, query_heads, tokens, value_dim)
+    group = query_heads // heads
+    is_packed = of.key_codes is not None and of.value_codes is not None
+    chosen = choose_tiles(
+        tokens * group, max(head_dim, value_dim), of.query.dtype, is_packed, keeps_keys or keeps_values
+    )
+    tiles = batch * heads * -(-tokens * group // chosen.rows) if math.prod(output) else 0
+    programs = _processors(device) * chosen.programs()
+    splits = splits or choose_splits(tiles, -(-length // chosen.block), programs)
+    is_masked = is_biased = False
+    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
+    span_strides: tuple[int, ...] = (0, 0, 0)
+    if of.attn_mask is not None and length > 0:
+        is_masked = of.attn_mask.dtype == torch.bool
+        is_biased = not is_masked
+        if is_biased:
+            bias_strides = _expanded(of.attn_mask.shape, of.attn_mask.stride, (batch, query_heads, tokens, length))
+        else:
+            shape = (*of.attn_mask.shape[:3], 3 + -(-length // 64)) if of.spans is None else of.spans.shape
+            stride = [math.prod(shape[i + 1 :]) for i in range(4)]
+            span_strides = _expanded(shape, stride, (batch, query_heads, tokens))
+    return _Plan(
+        output,
+        length,
+        tiles,
+        splits,
+        keeps_keys,
+        keeps_values,
+        is_masked,
+        is_biased,
+        (
+            *of.query.stride,
+            *_in_words(of.key_qdata, 1 if of.key_codes is None else 4),
+            *of.key_scale.stride[:3],
+            *((0, 0, 0) if of.key_codes is None else _in_words(of.key_codes, 2)),
+        ),
+        _in_words(of.value_qdata, 1 if of.value_codes is None else 4),
+        (
+            *of.value_scale.stride[:3],
+            *((0, 0, 0) if of.value_codes is None else _in_words(of.value_codes, 2)),
+            *bias_strides,
+            *span_strides,
+        ),
+        (
+            heads,
+            tokens,
+            length,
+            of.key_position.shape[0] if keeps_keys and of.key_position is not None else 0,
+            of.value_position.shape[0] if keeps_values and of.value_position is not None else 0,
+        ),
+        {
+            "GROUP": group,
+            "HEAD_DIM": head_dim,
+            "VALUE_DIM": value_dim,
+            "PADDED_HEAD_DIM": padded(head_dim),
+            "PADDED_VALUE_DIM": padded(value_dim),
+            "IN_PAIRS": all(
+                stride % 2 == 0
+                for numbers, width in ((of.key_scale, 1), (of.key_codes, 2), (of.value_scale, 1), (of.value_codes, 2))
+                if numbers is not None
+                for stride in _in_words(numbers, width)[:2]
+            ),
+            "IS_CAUSAL": is_causal,
+            "ROWS": chosen.rows,
+            "BLOCK": chosen.block,
+            "num_warps": chosen.warps,
+            "num_stages": chosen.stages,
+            # An option of Triton's backend for NVIDIA.
+            **({} if torch.version.hip is not None else {"maxnreg": chosen.registers}),
+        },
+        (batch * query_heads * tokens,),
+        {"VALUE_DIM": value_dim, "PADDED_VALUE_DIM": padded(value_dim), "num_warps": 4},
+    )
+
+
+def _in_words(of: _Layout, width: int) -> tuple[int, ...]:
+    """The strides but for the channels', where ``width`` of these are one number."""
+    return tuple(stride // width for stride in of.stride[:3])
+
+
+def _expanded(shape: Sequence[int], stride: Sequence[int], full: Sequence[int]) -> tuple[int, ...]:
+    """The strides after ``expand``."""
+    return tuple(0 if size != of else step for size, step, of in zip(shape, stride, full))
+
+
+def _keeps(name: str, exact: _Layout | None, position: _Layout | None, shape: tuple[int, int, int]) -> bool:
+    """Whether there is place for kept rows.
+
+    Raises:
+        ValueError: they do not fit.
+    """
     if exact is None or position is None:
         if exact is not None or position is not None:
             raise ValueError(f"{name}_exact and {name}_position go together")
-        return None, None
+        return False
     batch, heads, channels = shape
-    if position.dim() != 1 or position.dtype != torch.int64:
+    if len(position.shape) != 1 or position.dtype != torch.int64:
         raise ValueError(f"{name}_position must be int64 [K], not {position.dtype} {list(position.shape)}")
-    expected = (batch, heads, len(position), channels)
-    if tuple(exact.shape) != expected or not exact.is_floating_point():
+    expected = (batch, heads, position.shape[0], channels)
+    if tuple(exact.shape) != expected or not exact.dtype.is_floating_point:
         raise ValueError(f"{name}_exact must be of floats {list(expected)}, not {exact.dtype} {list(exact.shape)}")
-    if len(position) == 0:
-        return None, None
-    return exact if exact.stride(3) == 1 else exact.contiguous(), position.contiguous()
+    return position.shape[0] > 0
+
+
+def _with_rows(exact: Tensor) -> Tensor:
+    """Kept rows whose channels are contiguous."""
+    return exact if exact.stride(3) == 1 else exact.contiguous()
 
 
 def _pairs(qdata: Tensor) -> Tensor:
@@ -351,7 +484,7 @@ def _pairs(qdata: Tensor) -> Tensor:
     if qdata.shape[3] % 2:
         qdata = torch.nn.functional.pad(qdata, (0, 1))
     elif any(at % 2 for at in (qdata.storage_offset(), *qdata.stride()[:3])):
-        qdata = qdata.contiguous()
+        qdata = qdata.clone(memory_format=torch.contiguous_format)  # which may be contiguous, and begin at an odd byte
     return qdata.view(torch.int16)
 
 
@@ -360,45 +493,36 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _check(
-    query: Tensor,
-    key_qdata: Tensor,
-    key_scale: Tensor,
-    key_codes: Tensor | None,
-    value_qdata: Tensor,
-    value_scale: Tensor,
-    value_codes: Tensor | None,
-    attn_mask: Tensor | None,
-    sinks: Tensor | None,
-    spans: Tensor | None,
-) -> None:
+def _check(of: _Layouts) -> None:
     """Refuse what the kernels would read wrongly."""
-    if query.dim() != 4:
-        raise ValueError(f"query must have 4 dimensions, not {query.dim()}")
+    query, key_qdata, value_qdata = of.query, of.key_qdata, of.value_qdata
+    if len(query.shape) != 4:
+        raise ValueError(f"query must have 4 dimensions, not {len(query.shape)}")
     if query.dtype not in DTYPES:
         raise ValueError(f"query must be one of {', '.join(map(str, DTYPES))}, not {query.dtype}")
     batch, query_heads, tokens, head_dim = query.shape
-    if key_qdata.dim() != 4 or value_qdata.dim() != 4:
+    if len(key_qdata.shape) != 4 or len(value_qdata.shape) != 4:
         raise ValueError("key_qdata and value_qdata must have 4 dimensions")
     heads, length = key_qdata.shape[1:3]
-    value_dim = value_qdata.shape[3] * (1 if value_codes is None else 2)
-    _check_rows("key", key_qdata, key_scale, key_codes, (batch, heads, length, head_dim))
-    _check_rows("value", value_qdata, value_scale, value_codes, (batch, heads, length, value_dim))
+    value_dim = value_qdata.shape[3] * (1 if of.value_codes is None else 2)
+    _check_rows("key", key_qdata, of.key_scale, of.key_codes, (batch, heads, length, head_dim))
+    _check_rows("value", value_qdata, of.value_scale, of.value_codes, (batch, heads, length, value_dim))
     if heads == 0 or query_heads % heads:
         raise ValueError(f"{query_heads} query heads cannot be grouped on {heads} key/value heads")
-    if sinks is not None and tuple(sinks.shape) != (query_heads,):
-        raise ValueError(f"sinks must be of shape [{query_heads}], not {list(sinks.shape)}")
-    if attn_mask is not None:
+    if of.sinks is not None and tuple(of.sinks.shape) != (query_heads,):
+        raise ValueError(f"sinks must be of shape [{query_heads}], not {list(of.sinks.shape)}")
+    mask = of.attn_mask
+    if mask is not None:
         full = (batch, query_heads, tokens, length)
-        if attn_mask.dim() != 4 or any(size not in (1, of) for size, of in zip(attn_mask.shape, full)):
-            raise ValueError(f"attn_mask of shape {list(attn_mask.shape)} does not broadcast to {list(full)}")
-        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-            raise ValueError(f"unsupported dtype of attn_mask: {attn_mask.dtype}")
-    if spans is not None and (attn_mask is None or attn_mask.dtype != torch.bool):
+        if len(mask.shape) != 4 or any(size not in (1, of) for size, of in zip(mask.shape, full)):
+            raise ValueError(f"attn_mask of shape {list(mask.shape)} does not broadcast to {list(full)}")
+        if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+            raise ValueError(f"unsupported dtype of attn_mask: {mask.dtype}")
+    if of.spans is not None and (mask is None or mask.dtype != torch.bool):
         raise ValueError("spans are those of a boolean mask")
 
 
-def _check_rows(name: str, qdata: Tensor, scale: Tensor, codes: Tensor | None, shape: tuple[int, ...]) -> None:
+def _check_rows(name: str, qdata: _Layout, scale: _Layout, codes: _Layout | None, shape: tuple[int, ...]) -> None:
     *rows, channels = shape
     if channels > MAX_HEAD_DIM:
         raise ValueError(f"{name}_qdata has {channels} channels: the kernel is for at most {MAX_HEAD_DIM}")
@@ -408,12 +532,12 @@ def _check_rows(name: str, qdata: Tensor, scale: Tensor, codes: Tensor | None, s
     if codes is not None:
         parts[f"{name}_qdata"] = (qdata, torch.uint8, channels // 2)
         parts[f"{name}_codes"] = (codes, torch.uint8, 2)
-    for part, (tensor, dtype, size) in parts.items():
-        if tuple(tensor.shape) != (*rows, size):
-            raise ValueError(f"{part} must be of shape {[*rows, size]}, not {list(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{part} must be {str(dtype).removeprefix('torch.')}, not {tensor.dtype}")
-        if size > 1 and tensor.stride(3) != 1:
+    for part, (layout, dtype, size) in parts.items():
+        if tuple(layout.shape) != (*rows, size):
+            raise ValueError(f"{part} must be of shape {[*rows, size]}, not {list(layout.shape)}")
+        if layout.dtype != dtype:
+            raise ValueError(f"{part} must be {str(dtype).removeprefix('torch.')}, not {layout.dtype}")
+        if size > 1 and layout.stride[3] != 1:
             raise ValueError(f"the channels of {part} must be contiguous")
 
 
