@@ -160,3 +160,45 @@ def test_what_is_given_back(both: Both) -> None:
         return [each.to(torch.float32).add_(1) + each.float() * each for each in (x * 2, y * 2, x * 2)]
 
     assert "to_1" in calls(function, both, torch.ones(3), torch.ones(3))
+
+
+def test_writes_into_operands(both: Both) -> None:
+    """What a repeated write leaves is read as that write, by what is repeated and by what is traced."""
+
+    def function(x: Tensor, y: Tensor, z: Tensor, index: Tensor) -> Any:
+        for each in (x, y, z):
+            part = each[1:]
+            each.index_copy_(0, index, each[:1] + 1)
+            part.add_(1)
+            torch.mul(each, 2, out=each)
+        return x + 1, y + 1, z[0] * 3, y[1:].contiguous(), x, z
+
+    inputs = (torch.ones(4, 4), torch.ones(4, 4), torch.ones(4, 4), torch.tensor([1]))
+    repeated = calls(function, both, *inputs)
+    assert {"index_copy__1", "index_copy__2", "add__1", "mul_1", "mul_2"} <= set(repeated)
+
+
+def test_an_operand_of_another_layout_afterwards(both: Both) -> None:
+    def function(x: Tensor, y: Tensor) -> Any:
+        return [(each * 2).t_() + 1 for each in (x, y)]
+
+    assert calls(function, both, torch.ones(3, 3), torch.ones(3, 3)) == ["mul_1", "add_1"]
+
+
+def test_a_number_is_read_anew_after_a_repeated_write() -> None:
+    def function(x: Tensor, y: Tensor) -> Any:
+        found = []
+        for each in (x, y):
+            before = each.item()
+            found += [before, each.add_(1).item()]
+        return found
+
+    def backend(dynamo_graph: GraphModule, inputs: Any) -> Any:
+        graph = capture(dynamo_graph).graph
+        numbers.extend(str(node.meta["val"]) for node in graph.nodes if isinstance(node.meta.get("val"), torch.SymInt))
+        return dynamo_graph
+
+    numbers: list[str] = []
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch.compile(function, backend=backend)(torch.tensor(1), torch.tensor(5))
+    assert len(set(numbers)) == len(numbers) == 4

@@ -152,7 +152,8 @@ def track(value: Any, proxy: Proxy, tracer: Any) -> None:
 
     ``proxy_tensor.track_tensor_tree``.
     """
-    proxy_tensor.track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+    with without_torch_function():  # it asks a tensor for much, and each time would be seen
+        proxy_tensor.track_tensor_tree(value, proxy, constant=None, tracer=tracer)
 
 
 def is_fake(value: Any) -> TypeGuard[FakeTensor]:
@@ -182,7 +183,7 @@ class FakeLayout:
 
     def another(self, memory: Tensor | None = None) -> FakeTensor:
         """A fake of this layout, with memory of its own or in that of another."""
-        with _unseen():
+        with _Unseen():
             if memory is not None:
                 made = _meta((0,), self._dtype).set_(memory.untyped_storage(), 0, (0,), (1,))
                 made = made.as_strided(self._size, self._stride, self._offset)
@@ -209,26 +210,33 @@ def empty_fake(
 ) -> FakeTensor:
     """A fake of another size on the device of ``like``, contiguous without ``stride``, made as `FakeLayout` does."""
     dtype = dtype or like.dtype
-    with _unseen():
+    with _Unseen():
         made = _meta(size, dtype) if stride is None else torch.empty_strided(size, stride, dtype=dtype, device="meta")
         return FakeTensor(like.fake_mode, made, like.fake_device)
 
 
-@contextmanager
-def _unseen() -> Iterator[None]:
+class _Unseen:
     """While this is entered, a tensor is made and nothing else: no trace, mode or Python kernel is asked.
 
     ``torch._C.DisableTorchFunction``, ``_DisableTorchDispatch``, ``_DisablePythonDispatcher``,
     ``_ExcludeDispatchKeyGuard``.
     """
-    pre_dispatch = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
-    with (
-        torch._C.DisableTorchFunction(),
-        torch._C._DisableTorchDispatch(),
-        torch._C._DisablePythonDispatcher(),
-        torch._C._ExcludeDispatchKeyGuard(pre_dispatch),
-    ):
-        yield
+
+    # A class, and no generator: it is entered for each node of a graph.
+    def __enter__(self) -> None:
+        pre_dispatch = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
+        self._guards = (
+            torch._C.DisableTorchFunction(),
+            torch._C._DisableTorchDispatch(),
+            torch._C._DisablePythonDispatcher(),
+            torch._C._ExcludeDispatchKeyGuard(pre_dispatch),
+        )
+        for each in self._guards:
+            each.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        for each in reversed(self._guards):
+            each.__exit__(*raised)
 
 
 def is_wrapper_subclass(value: Any) -> bool:

@@ -18,7 +18,6 @@ from icw_compile.compat.fx import (
     is_fake,
     rename,
     storage_of,
-    trace_pre_dispatch,
     with_inner_tensors,
 )
 from icw_compile.frontend.endpoints import input_endpoints, output_endpoints
@@ -80,7 +79,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         # Dynamo's own example values belong to a fake mode that it has done with.
         inputs = _fresh([*examples, *constants.values()])
         # `Interpreter` carries each node's layer and stack trace over to what it is traced into.
-        module = trace_pre_dispatch(Retrace(dynamo_graph, list(constants)).run_with_constants, inputs)
+        module = Retrace(dynamo_graph, list(constants), inputs).trace()
     _install(module, constants)
     for node in module.graph.find_nodes(op="get_attr"):
         if is_fake(getattr(module, node.target, None)):

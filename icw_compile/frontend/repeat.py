@@ -8,8 +8,8 @@
 
 Two calls are alike if they call the same with the same numbers, on tensors of the same layout, an operand that comes
 several times, or shares memory with another, doing so in both, and nothing in between changed what calls do, as
-autocast does. Only what depends on nothing else is repeated: operators that write nothing, and whose results have sizes
-that follow from their operands.
+autocast does. Only what depends on nothing else is repeated: operators whose results have sizes that follow from their
+operands, and that write into nothing but these.
 """
 
 import operator
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Node, Proxy
 
 from icw_compile.compat.fx import (
     FakeLayout,
@@ -31,13 +31,12 @@ from icw_compile.compat.fx import (
     is_operator,
     node_of,
     outside_of_trace,
-    schema_of,
     storage_of,
     track,
     tree_leaves,
     without_torch_function,
 )
-from icw_compile.passes.graph import layout_of
+from icw_compile.passes.graph import layout_of, written_by
 
 __all__ = ["Repeats"]
 
@@ -55,8 +54,8 @@ _CONSTANTS = (
 )
 #: What a node knows that is its own, and no business of the call that it repeats.
 _OF_ITS_OWN = ("val", "from_node")
-#: Operators with one of these return what is not known from the layout of their operands.
-_TAGS = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+#: Operators with one of these return what is not known from the layout of their operands, or give these another one.
+_TAGS = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 
 
 class _NotAlike(Exception):
@@ -97,7 +96,7 @@ class _Value:
 class _Step:
     """A node: its arguments in terms of `_Operand` and `_Made`, its result of `_Value`, and what else it knows.
 
-    ``carried`` are the names of what the node has from that of Dynamo.
+    ``carried`` are the names of what the node has from that of Dynamo; ``written`` the operands that it writes into.
     """
 
     target: Callable[..., Any]
@@ -107,6 +106,7 @@ class _Step:
     value: Any
     meta: dict[str, Any]
     carried: tuple[str, ...]
+    written: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,24 @@ class Repeats:
 
     def __init__(self) -> None:
         self._expansions: dict[Any, _Expansion | None] = {}
-        #: What repeated calls returned, and the trace does not know: the tensor and its node.
+        #: What the trace does not know, inputs and what repeated calls returned: the tensor and its node.
         self._unknown: dict[int, tuple[Tensor, Node]] = {}
         self._era = 0
+
+    def take(self, value: Any, proxy: Proxy) -> None:
+        """Let ``proxy`` be what the graph takes as ``value``.
+
+        Most inputs are only met by calls that are repeated. The trace is told at once of all that has more to it than
+        numbers: symbols, another class, a number that is known.
+        """
+        with without_torch_function():
+            is_plain = is_fake(value) and FakeLayout(value).is_static and getattr(value, "item_memo", None) is None
+        if is_plain:
+            proxy.node.meta["val"] = value
+            self._unknown[id(value)] = value, proxy.node
+        else:
+            with outside_of_trace():
+                track(value, proxy, proxy.tracer)
 
     def call_of(self, node: Node, args: Any, kwargs: Any) -> Call | None:
         """What makes this call alike to others; ``None`` if nothing does."""
@@ -167,6 +182,8 @@ class Repeats:
                 new.meta = {**step.meta, **{name: node.meta[name] for name in step.carried if name in node.meta}}
                 new.meta["val"] = _each(step.value, (_Value,), partial(_another, call.tensors, made))
                 made.append(new)
+                for operand in step.written:  # what is known of its numbers holds no more
+                    torch.autograd.graph.increment_version(call.tensors[operand])
 
         def result_of(found: Any) -> Any:
             if isinstance(found, _Operand):
@@ -213,6 +230,11 @@ class Repeats:
                 return each  # whatever comes from there is that number
             raise _NotAlike
 
+        def operand_of(each: Node) -> int:
+            if not isinstance(place := places.get(each), _Operand):
+                raise _NotAlike
+            return place.index
+
         memories: dict[int, Any] = {}
 
         def placed_value(value: Any, at: _Made) -> _Value:
@@ -227,12 +249,14 @@ class Repeats:
         while new.op != "root":
             if not _is_repeatable(new):
                 raise _NotAlike
+            written = tuple(map(operand_of, written_by(new)))
             args, kwargs = _each((new.args, new.kwargs), (Node,), placed)
             carried = tuple(name for name in new.meta if name in node.meta and name not in _OF_ITS_OWN)
             meta = {name: value for name, value in new.meta.items() if name not in _OF_ITS_OWN}
             at = places[new] = _Made(len(steps))
             value = _each(new.meta["val"], (Tensor,), partial(placed_value, at=at))
-            steps.append(_Step(new.target, args, kwargs, new.name, value, meta, carried))  # type: ignore[arg-type]
+            step = _Step(new.target, args, kwargs, new.name, value, meta, carried, written)  # type: ignore[arg-type]
+            steps.append(step)
             new = new.next
         if any(_layout_of(tensor) != layout for tensor, layout in zip(call.tensors, _layouts(call.key), strict=True)):
             raise _NotAlike  # it gave an operand another layout
@@ -316,7 +340,7 @@ def _is_repeatable(node: Node) -> bool:
     if node.op != "call_function" or "eager_input_vals" in node.meta or "kept" in node.meta:
         return False
     if is_operator(node.target):
-        return not schema_of(node.target).is_mutable and not set(_TAGS) & set(node.target.tags)
+        return not set(_TAGS) & set(node.target.tags)
     return node.target is operator.getitem or isinstance(node.meta.get("val"), torch.SymInt)
 
 

@@ -35,6 +35,7 @@ from icw_compile.compat.fx import (
     proxy_of,
     proxy_of_graph,
     storage_of,
+    trace_pre_dispatch,
     track,
     tree_leaves,
     tree_map,
@@ -53,19 +54,28 @@ def is_foreign(value: Any) -> bool:
 
 
 class Retrace(Interpreter):
-    """Runs Dynamo's graph, with the tensors that are its attributes as further inputs: ``constants`` by name."""
+    """Runs Dynamo's graph, with the tensors that are its attributes as further inputs: ``constants`` by name.
 
-    def __init__(self, module: GraphModule, constants: Sequence[str]) -> None:
+    ``inputs`` are those of the graph, and the constants.
+    """
+
+    def __init__(self, module: GraphModule, constants: Sequence[str], inputs: Sequence[Any]) -> None:
         super().__init__(module)
-        self.constants = constants
-        self.values: dict[str, Any] = {}
+        self.inputs = inputs[: len(inputs) - len(constants)]
+        self.values: dict[str, Any] = dict(zip(constants, inputs[len(self.inputs) :], strict=True))
         self.graphs: dict[str, Proxy] = {}
         self.repeats = Repeats()
 
-    def run_with_constants(self, *args: Any) -> Any:
-        count = len(args) - len(self.constants)
-        self.values = dict(zip(self.constants, args[count:], strict=True))
-        return self.run(*args[:count])
+    def trace(self) -> GraphModule:
+        """What `trace_pre_dispatch` gives, with a placeholder for each of the inputs and then of the constants."""
+
+        def run() -> Any:
+            tracer = current_tracer()
+            for i, value in enumerate((*self.inputs, *self.values.values())):
+                self.repeats.take(value, tracer.create_proxy("placeholder", f"arg{i}", (), {}))
+            return self.run(*self.inputs)
+
+        return trace_pre_dispatch(run, ())
 
     def fetch_attr(self, target: str) -> Any:
         return self.values[target] if target in self.values else super().fetch_attr(target)
@@ -86,6 +96,7 @@ class Retrace(Interpreter):
                 return self._keep(node)
         if node.target is DATA:
             # Of a fake tensor, `x.data` is made where a pre-dispatch trace does not look. Without gradients it is this.
+            self.repeats.make_known(args)
             return args[0].detach()
         call = self.repeats.call_of(node, args, kwargs)
         if call is not None and (result := self.repeats.again(node, call)) is not NotImplemented:
