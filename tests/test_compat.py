@@ -1,9 +1,11 @@
 """Each private name behind `icw_compile.compat`: what it does, so that a release that changes it fails here."""
 
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -494,6 +496,20 @@ def test_empty_fake():
         graph = fx.trace_pre_dispatch(function, [mode.from_tensor(torch.ones(3, 4))]).graph
     assert len([node for node in graph.nodes if node.target is aten.add.Tensor]) == 1
     assert not any("empty" in str(node.target) for node in graph.nodes)
+
+
+def test_noted_for():
+    """What is noted for a fake is there for those of its mode, and goes with the mode."""
+    with FakeTensorMode() as mode:
+        x, y = torch.ones(2), torch.ones(3)
+    with FakeTensorMode():
+        other = torch.ones(2)
+    fx.noted_for(x)["shape"] = y
+    assert fx.noted_for(y)["shape"] is y and "shape" not in fx.noted_for(other)
+    reference = weakref.ref(mode)
+    del x, y, mode
+    gc.collect()
+    assert reference() is None
 
 
 def test_node_of():

@@ -16,9 +16,10 @@ from transformers import StaticCache
 
 from icw_compile import QuantizedKV, UnquantizedCacheWarning, cache_bytes, static_cache
 from icw_compile.cache.tensor import as_float
-from icw_compile.compat.fx import schema_of
+from icw_compile.compat.fx import schema_of, storage_of
 from icw_compile.formats.rules import RULES
 from icw_compile.lab.reference import quantize_dequantize, reference_cache
+from icw_compile.passes.graph import layout_of
 
 SHAPE = (2, 3, 7, 8)
 
@@ -197,6 +198,72 @@ def test_a_write_of_fakes_encodes_nothing(name: str, monkeypatch: pytest.MonkeyP
         for written in (quantized, values):
             with pytest.raises((RuntimeError, IndexError)):
                 written.index_copy_(2, torch.tensor([0]), states((2, 3, 2, 8)))
+
+
+def shape_of(made: Any, operand: QuantizedKV) -> Any:
+    """All that is to be known of fakes, and in the memory of which part of the operand each part lies."""
+    if isinstance(made, (list, tuple)):
+        return [shape_of(each, operand) for each in made]
+    inside = made.buffers if isinstance(made, QuantizedKV) else (made,)
+    memories = [storage_of(part) for part in operand.buffers]
+    parts = [(layout_of(part), memories.count(storage_of(part)), part.storage_offset()) for part in inside]
+    is_view = storage_of(made) == storage_of(operand)
+    return type(made), getattr(made, "_layout", None), layout_of(made), is_view, made.is_inference(), parts
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_fakes_that_are_alike(how: dict[str, Any]) -> None:
+    """What is taken from the fakes of another tensor is what the operation itself returns."""
+    with_data = ("index", "boolean index", "index_select")
+    moves = {name: move for name, move in MOVES.items() if name not in with_data} | {
+        "split": lambda x: x.split(4, 2),
+        "index of fakes": lambda x: x[torch.tensor([1, 0, 1])],
+        "view and copy": lambda x: x[1:, :, 2:].expand(2, -1, -1, -1).clone(),
+        "cut": lambda x: x[..., 2:4],
+        "heads": lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(2, 6, -1, 8),
+        "write": lambda x: x.index_copy_(2, torch.tensor([1]), torch.ones(2, 3, 1, 8)),
+        "write of a part": lambda x: x[:, :, 2:].copy_(torch.ones(2, 3, 5, 8)),
+    }
+    for name, move in moves.items():
+        first_time = []
+        for _ in range(2):
+            with FakeTensorMode():
+                x = QuantizedKV.zeros(SHAPE, torch.float32, **how)
+                first_time.append(shape_of(move(x), x))
+        with FakeTensorMode():
+            tensors = [QuantizedKV.zeros(SHAPE, torch.float32, **how) for _ in range(2)]
+            tensors[1:1] = [  # alike are neither these
+                QuantizedKV.zeros(SHAPE, torch.bfloat16, **how),
+                QuantizedKV.zeros(SHAPE, torch.float32, **how).permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+            ]
+            first, lower, strided, again = [shape_of(move(x), x) for x in tensors]
+        assert first_time == [first, again], name
+        assert lower != first, name
+        with FakeTensorMode():
+            x = QuantizedKV.zeros(SHAPE, torch.float32, **how).permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
+            assert strided == shape_of(move(x), x), name
+
+
+def test_layers_of_fakes_are_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def move(x: Tensor) -> Tensor:
+        x.index_copy_(2, torch.tensor([1]), torch.ones(2, 3, 1, 8))
+        return x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(2, 6, -1, 8)
+
+    def asked(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a move of fakes was carried out")
+
+    with FakeTensorMode():
+        first, second, longer = (QuantizedKV.zeros((2, 3, n, 8), torch.float32) for n in (7, 7, 9))
+        moved = move(first)
+        for target in RULES:
+            monkeypatch.setitem(RULES, target, asked)
+        again = move(second)
+        assert (again.shape, again.dtype) == (moved.shape, moved.dtype) and isinstance(again, QuantizedKV)
+        assert storage_of(again.buffers[0]) not in {storage_of(each.buffers[0]) for each in (moved, second)}
+        with pytest.raises(AssertionError, match="a move of fakes"):
+            move(longer)
+    with FakeTensorMode(), pytest.raises(AssertionError, match="a move of fakes"):
+        move(QuantizedKV.zeros((2, 3, 7, 8), torch.float32))
 
 
 def test_other_in_place_operations_quantize_their_result() -> None:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from icw_compile.cache.decoded import read_only
 from icw_compile.cache.growth import Room
 from icw_compile.cache.parts import Layout, TensorOfParts
+from icw_compile.cache.shapes import call_of_shapes
 from icw_compile.cache.uncompiled import note_read
 from icw_compile.compat.fx import empty_fake, is_fake, is_traced, schema_of, tree_leaves, tree_map, written_values
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
@@ -214,9 +215,14 @@ class QuantizedKV(TensorOfParts):
             return _on_values(func, args, kwargs)  # Dynamo would ask a part of the result for its length
         if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:]):
             return x._batchwise(rule, args, kwargs)
+        shapes = call_of_shapes(func, args, kwargs) if run is SHAPES and not is_traced() else None
+        if shapes is not None and (known := shapes.again()) is not None:
+            return return_and_correct_aliasing(func, args, kwargs, known)
         schema = schema_of(func)
         if schema.is_mutable and isinstance(x, QuantizedKV) and _is_write_of_shapes(func, args, kwargs):
             func(*tree_map(_float_shape, args), **tree_map(_float_shape, kwargs))  # it may not fit
+            if shapes is not None:
+                shapes.learn(x)
             return return_and_correct_aliasing(func, args, kwargs, x)
         touches = schema.is_mutable or schema.gives_views  # it writes into x, or gives a view of it
         if schema.is_mutable and isinstance(x, QuantizedKV):
@@ -242,6 +248,8 @@ class QuantizedKV(TensorOfParts):
             made = cls.of(results)
             if touches and results.kept and run is EAGER:
                 x.note_view(made)
+        if shapes is not None:
+            shapes.learn(made)
         return return_and_correct_aliasing(func, args, kwargs, made)
 
     def _views(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> Any:

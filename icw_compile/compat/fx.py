@@ -39,6 +39,7 @@ __all__ = [
     "is_wrapper_subclass",
     "last_node",
     "node_of",
+    "noted_for",
     "outside_of_trace",
     "proxy_of",
     "proxy_of_graph",
@@ -213,6 +214,15 @@ def empty_fake(
     with _Unseen():
         made = _meta(size, dtype) if stride is None else torch.empty_strided(size, stride, dtype=dtype, device="meta")
         return FakeTensor(like.fake_mode, made, like.fake_device)
+
+
+def noted_for(fake: Any) -> dict[Any, Any]:
+    """What is noted down for as long as the mode of this fake lives, and the symbols of its fakes with it.
+
+    An attribute of ``FakeTensor.fake_mode``.
+    """
+    notes: dict[Any, Any] = fake.fake_mode.__dict__.setdefault("_icw_compile_notes", {})
+    return notes
 
 
 class _Unseen:
