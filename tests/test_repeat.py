@@ -178,6 +178,15 @@ def test_writes_into_operands(both: Both) -> None:
     assert {"index_copy__1", "index_copy__2", "add__1", "mul_1", "mul_2"} <= set(repeated)
 
 
+def test_a_write_that_returns_nothing(both: Both) -> None:
+    def function(x: Tensor, y: Tensor) -> Any:
+        for each in (x, y):
+            torch._foreach_mul_([each], 2.0)
+        return x + 1, y + 1
+
+    assert calls(function, both, torch.ones(3), torch.ones(3)) == ["add_1"]
+
+
 def test_an_operand_of_another_layout_afterwards(both: Both) -> None:
     def function(x: Tensor, y: Tensor) -> Any:
         return [(each * 2).t_() + 1 for each in (x, y)]

@@ -340,7 +340,7 @@ def _is_repeatable(node: Node) -> bool:
     if node.op != "call_function" or "eager_input_vals" in node.meta or "kept" in node.meta:
         return False
     if is_operator(node.target):
-        return not set(_TAGS) & set(node.target.tags)
+        return "val" in node.meta and not set(_TAGS) & set(node.target.tags)  # it returns something
     return node.target is operator.getitem or isinstance(node.meta.get("val"), torch.SymInt)
 
 
