@@ -26,6 +26,7 @@ from torch.fx import Node
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats import Stored
 from icw_compile.formats.base import decode
+from icw_compile.formats.equalized import Equalized
 from icw_compile.formats.rules import RULES
 from icw_compile.kernels.interface import AttentionCall, AttentionKernel, StoredRows
 from icw_compile.passes.graph import (
@@ -82,7 +83,7 @@ def _lower(graph: KVGraph, attention: FusedAttention, spans: _Spans) -> tuple[st
         }
         rows = [part for value in stored for part in value.parts[:2]]
         with graph.before(attention.node):
-            named |= _kept_rows(graph, attention)
+            named |= _kept_rows(graph, attention, kernel)
             named |= _spans_of(graph, kernel, args_of(attention.node)[3], rows[0], attention.node, spans)
         _call(graph, attention, kernel.operator, rows, named)
         return kernel.name, ""
@@ -129,13 +130,17 @@ def _base(stored: Stored) -> Stored:
     return stored
 
 
-def _kept_rows(graph: KVGraph, attention: FusedAttention) -> dict[str, Node]:
+def _kept_rows(graph: KVGraph, attention: FusedAttention, kernel: AttentionKernel) -> dict[str, Node]:
     """The rows that are kept besides, for a kernel that takes them beside the rows of the base format."""
     named = {}
     for role, value in (("key", attention.key.stored), ("value", attention.value.stored)):
-        if value.kept:
+        if not value.kept:
+            continue
+        named[f"{role}_position"] = value["position"]
+        if kernel.divides_kept and isinstance(value.inner.format, Equalized):
+            named[f"{role}_exact"], named[f"{role}_shift"] = value["exact"], value["shift"]
+        else:
             named[f"{role}_exact"] = value.inner.format.as_stored(graph, value["exact"], value.inner)
-            named[f"{role}_position"] = value["position"]
     return named
 
 

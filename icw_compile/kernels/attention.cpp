@@ -76,6 +76,8 @@ enum class Engine { kPortable, kVnni, kAmx };
 // In what order the channels of accumulated values are.
 enum class Order { kNatural, kOfBytes, kOfPairs };
 
+size_t size_of(Type type) { return type == Type::kBool ? 1 : type == Type::kFloat32 ? 4 : type == Type::kFloat64 ? 8 : 2; }
+
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // ---------------------------------------------------------------------------------------------- element conversions
@@ -280,6 +282,7 @@ struct Problem {
   Strided query, key, key_scale, value, value_scale, mask;
   Strided key_codes, value_codes;  // Of rows of 4 bits: no data if they are of 8.
   Strided kept_keys, kept_values;  // Rows are places. No data if none are kept.
+  Strided key_shift, value_shift;  // Exponents of two that their channels are divided by; no data if there are none.
   std::vector<KeptRow> kept;       // In ascending order of the rows.
   bool is_prompt = false;          // All rows are kept as they are, none is stored: row i at place i.
   bool mask_by_head = false, mask_by_token = false, is_causal = false;
@@ -1387,15 +1390,28 @@ bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t star
 }
 
 // One row of keys or values as float32: where they are kept, or else as they are stored.
-void load_row(const Strided& kept, const Strided& rows, const Strided& codes, const Strided& scale, int64_t size,
-              int64_t b, int64_t h, int64_t place, int64_t row, int8_t* buffer, float* out) {
+void load_row(const Strided& kept, const Strided& shift, const Strided& rows, const Strided& codes,
+              const Strided& scale, int64_t size, int64_t b, int64_t h, int64_t place, int64_t row, int8_t* buffer,
+              float* out) {
   if (place >= 0) {
     load_run(kept.data, b * kept.batch + h * kept.head + place * kept.row, kept.last, size, kept.type, out);
+    if (shift.data == nullptr) return;
+    const uint8_t* exponents = static_cast<const uint8_t*>(shift.data) + b * shift.batch + h * shift.head;
+    for (int64_t d = 0; d < size; ++d) out[d] *= bits_as<float>(uint32_t(127 - exponents[d]) << 23);
     return;
   }
   const int8_t* stored = rows_of(rows, codes, size, b, h, row, 1, buffer);
   const float step = load(scale.data, b * scale.batch + h * scale.head + row * scale.row, scale.type);
   for (int64_t d = 0; d < size; ++d) out[d] = float(stored[d]) * step;
+}
+
+// Asks for what `load_row` reads: rows that are kept lie where no other is read.
+__attribute__((always_inline)) inline void prefetch_row(const Strided& kept, const Strided& rows, int64_t size, int64_t b,
+                                                        int64_t h, int64_t place, int64_t row) {
+  const Strided& from = place >= 0 ? kept : rows;
+  const int64_t bytes = place >= 0 ? int64_t(size_of(kept.type)) : 1, at = place >= 0 ? place : row;
+  const char* data = static_cast<const char*>(from.data) + (b * from.batch + h * from.head + at * from.row) * bytes;
+  for (int64_t d = 0; d < size * bytes; d += 64) __builtin_prefetch(data + d);
 }
 
 // Rows that are kept, [first, last) of them, in float32, with the accumulated values in natural order.
@@ -1406,6 +1422,10 @@ void run_kept(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t firs
   load_query(p, w, b, h);
   std::fill(w.key_scale, w.key_scale + kBlock, p.scale);
   std::fill(w.value_scale, w.value_scale + kBlock, 1.0f);
+  for (int64_t i = first; i < std::min(last, first + kBlock) && !p.is_prompt; ++i) {
+    prefetch_row(p.kept_keys, p.key, p.head_dim, b, h, p.kept[i].key, p.kept[i].row);
+    prefetch_row(p.kept_values, p.value, p.value_dim, b, h, p.kept[i].value, p.kept[i].row);
+  }
   for (int64_t next = first; next < last;) {
     int64_t count = 0;
     for (; count < kBlock && next < last; ++next) {
@@ -1422,8 +1442,9 @@ void run_kept(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t firs
       if (!is_read) continue;
       float* key = w.kept_keys + count * p.key_width;
       float* value = w.kept_values + count * p.value_width;
-      load_row(p.kept_keys, p.key, p.key_codes, p.key_scale, p.head_dim, b, h, key_place, row, w.keys, key);
-      load_row(p.kept_values, p.value, p.value_codes, p.value_scale, p.value_dim, b, h, value_place, row, w.values, value);
+      load_row(p.kept_keys, p.key_shift, p.key, p.key_codes, p.key_scale, p.head_dim, b, h, key_place, row, w.keys, key);
+      load_row(p.kept_values, p.value_shift, p.value, p.value_codes, p.value_scale, p.value_dim, b, h, value_place, row,
+               w.values, value);
       float broken = 0;
 #pragma omp simd reduction(+ : broken)
       for (int64_t d = 0; d < p.head_dim; ++d) broken += key[d] * 0.0f;
@@ -1632,8 +1653,6 @@ void run(Problem& p, int threads, int engine) {
   in_parallel(threads, work);
   if (done.load() != units) throw std::bad_alloc();
 }
-
-size_t size_of(Type type) { return type == Type::kBool ? 1 : type == Type::kFloat32 ? 4 : type == Type::kFloat64 ? 8 : 2; }
 
 // A prompt in tiles of tokens, for which the keys are laid out once.
 void run_tiles(const Problem& p, int threads, int engine) {
@@ -1902,6 +1921,11 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   return Tensor(handle);
 }
 
+Strided shifts(const Problem& p, const Tensor& exponents, const char* name, int64_t size) {
+  check_shape(exponents, name, p.batch, p.heads, 1, size);
+  return strided(exponents, name, true, true);
+}
+
 // The rows that are kept of keys and values, some of which may be kept of one of them alone.
 void find_kept(Problem& p, const std::optional<Tensor>& keys, const std::optional<Tensor>& key_position,
                const std::optional<Tensor>& values, const std::optional<Tensor>& value_position) {
@@ -1989,7 +2013,8 @@ Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key
                  std::optional<double> softcap, const std::optional<Tensor>& sinks, int64_t engine,
                  const std::optional<Tensor>& key_codes, const std::optional<Tensor>& value_codes,
                  const std::optional<Tensor>& key_exact, const std::optional<Tensor>& key_position,
-                 const std::optional<Tensor>& value_exact, const std::optional<Tensor>& value_position) {
+                 const std::optional<Tensor>& value_exact, const std::optional<Tensor>& value_position,
+                 const std::optional<Tensor>& key_shift, const std::optional<Tensor>& value_shift) {
   const int64_t in_key = key_codes ? 2 : 1, in_value = value_codes ? 2 : 1;  // Channels in a byte.
   Problem p;
   set_query(p, query);
@@ -2015,6 +2040,8 @@ Tensor attention(const Tensor& query, const Tensor& key_qdata, const Tensor& key
   }
   check_heads(p);
   find_kept(p, key_exact, key_position, value_exact, value_position);
+  if (key_shift) p.key_shift = shifts(p, *key_shift, "key_shift", p.head_dim);
+  if (value_shift) p.value_shift = shifts(p, *value_shift, "value_shift", p.value_dim);
   if (attn_mask.has_value()) set_mask(p, *attn_mask);
   p.is_causal = is_causal;
   p.scale = float(scale);

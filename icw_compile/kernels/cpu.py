@@ -10,7 +10,8 @@ query tokens, ``S`` cached tokens, ``D`` head size of queries and keys, ``Dv`` h
 
 ``attention(query[B, Hq, T, D], key_qdata[B, H, S, D], key_scale[B, H, S, 1], value_qdata[B, H, S, Dv],
 value_scale[B, H, S, 1], attn_mask, is_causal, scale, softcap, sinks=None, engine=-1, key_codes=None, value_codes=None,
-key_exact=None, key_position=None, value_exact=None, value_position=None) -> [B, Hq, T, Dv]``
+key_exact=None, key_position=None, value_exact=None, value_position=None, key_shift=None, value_shift=None) ->
+[B, Hq, T, Dv]``
     The function, the arguments and the semantics of ``icw_int8kv::attention``, with three licences. A position that a
     mask takes out (``False``, or minus infinity) contributes nothing even if its scale is not finite: its rows may
     never be read. A row of an additive mask that has values above -1e29 treats those below -1e30 (``finfo.min``) as
@@ -20,8 +21,9 @@ key_exact=None, key_position=None, value_exact=None, value_position=None) -> [B,
     that the channels of stored tensors are contiguous. With ``key_codes``, uint8 ``[B, H, S, 2]``, the keys are packed
     as `icw_compile.formats.int4` has them, uint8 ``[B, H, S, D / 2]``; with ``value_codes`` the values are. With
     ``key_exact``, of a float dtype ``[B, H, K, D]``, row ``key_position[k]`` (int64; none if it is no position of
-    ``S``) is ``key_exact[:, :, k]`` and not what is stored of it, and the values likewise. The result is contiguous, in
-    the query's dtype. Raises RuntimeError for shapes and dtypes that do not fit, MemoryError for want of memory.
+    ``S``) is ``key_exact[:, :, k]`` and not what is stored of it, and the values likewise; with ``key_shift``, uint8
+    ``[B, H, 1, D]`` of less than 127, divided by two to its power. The result is contiguous, in the query's dtype.
+    Raises RuntimeError for shapes and dtypes that do not fit, MemoryError for want of memory.
     ``engine`` caps the instructions that are used, for tests: 0 plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
 ``prompt(query[B, Hq, T, D], key[B, H, S, D], value[B, H, S, Dv], attn_mask, is_causal, scale, engine=-1) ->
 [B, T, Hq, Dv]``
@@ -176,7 +178,8 @@ def _register() -> None:
     torch.library.define(
         "icw_int8kv_cpu::attention",
         f"({ATTENTION_ARGUMENTS}, int engine=-1, Tensor? key_codes=None, Tensor? value_codes=None, "
-        "Tensor? key_exact=None, Tensor? key_position=None, Tensor? value_exact=None, Tensor? value_position=None) "
+        "Tensor? key_exact=None, Tensor? key_position=None, Tensor? value_exact=None, Tensor? value_position=None, "
+        "Tensor? key_shift=None, Tensor? value_shift=None) "
         "-> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
@@ -209,4 +212,4 @@ _register()
 #: The operator, as a graph calls it.
 attention = torch.ops.icw_int8kv_cpu.attention.default
 
-KERNEL = AttentionKernel("cpu kernel", "cpu", ("cpu",), load, declines, attention, begin=begin)
+KERNEL = AttentionKernel("cpu kernel", "cpu", ("cpu",), load, declines, attention, begin=begin, divides_kept=True)

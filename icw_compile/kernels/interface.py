@@ -93,6 +93,8 @@ class AttentionKernel:
             rows that are kept, ``key_exact`` and ``key_position``, and the same of values.
         mask_spans: ``None``, or what it takes as ``spans``, of a boolean mask and ``S``: it is worked out once for all
             layers that share the mask.
+        divides_kept: whether it takes ``key_shift`` beside ``key_exact``, uint8 ``[B, H, 1, D]``: rows that are kept as
+            they came, whose channels it divides by two to these powers, and the same of values.
     """
 
     name: str
@@ -102,6 +104,7 @@ class AttentionKernel:
     declines: Callable[[AttentionCall], str | None]
     operator: Any
     mask_spans: Any = None
+    divides_kept: bool = False
     begin: Callable[[], bool] = lambda: False
 
 
