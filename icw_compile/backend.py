@@ -154,6 +154,8 @@ def _rare_collections() -> Iterator[None]:
 
     A graph that is rewritten and compiled is many objects that stay, made in a short time. Each time there are a
     quarter more, all that Dynamo and the libraries hold is looked through, for a third of a second and for nothing.
+    Afterwards what was made is among the old objects, as if it had been looked through: they are left alone until there
+    are a quarter more again. Not where the process has put objects aside for good, which would come back.
     """
     thresholds = gc.get_threshold()
     gc.set_threshold(thresholds[0] * _LESS_OFTEN, *thresholds[1:])
@@ -161,6 +163,9 @@ def _rare_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*thresholds)
+        if gc.get_freeze_count() == 0:
+            gc.freeze()
+            gc.unfreeze()
 
 
 #: Of 22 layers, a graph that is in torch's cache is then taken from there without any collection of all objects.

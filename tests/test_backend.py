@@ -18,6 +18,7 @@ from transformers import CompileConfig, StaticCache
 
 import icw_compile
 from icw_compile import QuantizedKV, UnquantizedCacheWarning
+from icw_compile.backend import _rare_collections
 from icw_compile.kernels import cpu
 from icw_compile.kernels.cpu import KernelUnavailableError
 from icw_compile.lab.reference import reference_cache
@@ -242,6 +243,23 @@ def test_collections_are_as_often_as_before(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(BackendCompilerFailed, match="not today"):
         first_call(tiny_model(), options=EAGER)
     assert during[0][0] > before[0] and gc.get_threshold() == before
+
+
+@pytest.mark.parametrize("set_aside", [False, True])
+def test_what_a_compilation_makes_is_old(set_aside: bool) -> None:
+    """No collection looks through it, and none is due for it; but what a process has set aside stays there."""
+    gc.collect()
+    gc.disable()
+    try:
+        if set_aside:
+            gc.freeze()
+        with _rare_collections():
+            made = [object()]
+        assert any(each is made for each in gc.get_objects(0)) == set_aside
+        assert (gc.get_freeze_count() > 0) == set_aside
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def test_unsupported_dtype() -> None:
