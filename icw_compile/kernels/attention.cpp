@@ -1329,7 +1329,9 @@ bool run_unit(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t star
   find_live_masks(p, w, masks, b, h);
   start_rows(p, w);
   bool prepared = false;
+#ifdef ICW_VNNI
   int query_digits = 3;
+#endif
   auto kept = std::lower_bound(p.kept.begin(), p.kept.end(), start,
                                [](const KeptRow& row, int64_t position) { return row.row < position; });
   for (int64_t position = start, next; position < end; position = next) {
