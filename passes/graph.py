@@ -387,8 +387,17 @@ class KVGraph:
         return made and first_write({operand}, operand.next, self._origin) is None
 
     def same(self, a: Node, b: Node) -> bool:
-        """Whether two nodes are one part of one storage, written into in between or not."""
-        return _written(a) is _written(b)
+        """Whether two nodes are one part of one storage, written into in between or not, or copies of it as it is."""
+        return _written(self._uncopied(a)) is _written(self._uncopied(b))
+
+    def _uncopied(self, node: Node) -> Node:
+        """What ``node`` is a copy of, if nothing was written into either since."""
+        while node.target is torch.ops.aten.clone.default:
+            source = args_of(node)[0]
+            if first_write({root_of(source), node}, node.next, self._origin) is not None:
+                break
+            node = source
+        return node
 
     def decode(self, value: Storage, dtype: torch.dtype | None = None) -> Node:
         """Add the nodes that compute what is stored; the last of them is found in ``decoded``."""

@@ -16,7 +16,7 @@ import torch
 from support import EAGER, MODELS, graphs, tiny_model, tokens
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from icw_compile import QuantizedKV
 from icw_compile.frontend.families import FAMILIES
@@ -174,3 +174,23 @@ def test_tokens_of_the_reference(name: str, kind: str, mode: str, bits: int, rec
             assert isinstance(layer.keys, QuantizedKV) and isinstance(layer.values, QuantizedKV)
     assert graphs() and not counters["graph_break"]
     assert all(len(graph.sites) == graph.expected_sites and not graph.skipped for graph in graphs())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_full_window_is_moved_as_it_is_stored(bits: int) -> None:
+    """Each step rolls all of its rows by one: they are not decoded for that, and not encoded anew."""
+    model = model_for("mistral")
+    step = torch.compile(model, backend="icw_int8kv", options={**EAGER, "icw.bits": bits, "icw.recent_tokens": 0})
+    cache, before = StaticCache(model.config, max_cache_len=64), []
+    window = model.config.sliding_window
+    with torch.no_grad():
+        step(tokens(window - 2, batch=4), past_key_values=cache)
+        for i, token in enumerate(tokens(8)[0]):
+            step(token.expand(4, 1), past_key_values=cache)
+            rows = [part.clone() for part in cache.layers[0].keys.buffers if part.shape[-2] == window]
+            assert len(rows) == {8: 2, 4: 3}[bits]
+            if i >= 2:
+                assert all(
+                    torch.equal(old[..., 1:, :], new[..., :-1, :]) for old, new in zip(before, rows, strict=True)
+                )
+            before = rows
