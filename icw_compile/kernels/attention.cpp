@@ -270,6 +270,9 @@ struct Strided {
   const void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0, last = 0;  // Strides, in elements; 0 where a mask broadcasts.
   Type type = Type::kFloat32;
+
+  // Where row `r` begins.
+  int64_t at(int64_t b, int64_t h, int64_t r) const { return b * batch + h * head + r * row; }
 };
 
 // A row of which the keys, the values or both are kept as they are: the places where, -1 of what is not.
@@ -684,8 +687,8 @@ struct ByteRows {
   __m512i load(int64_t i, int64_t d, __mmask64 lanes) const {
     return _mm512_maskz_loadu_epi8(lanes, data + i * stride + d);
   }
-  // Asks for these channels of `count` rows. GCC takes a function that does nothing else for one without effect, and
-  // leaves out calls that it does not inline.
+  // Asks for these channels of `count` rows. Always inlined: GCC takes a function that does nothing else for one
+  // without effect, and leaves out its calls.
   __attribute__((always_inline)) void prefetch(int64_t i, int64_t count, int64_t d) const {
     for (int64_t j = i; j < i + count; ++j) _mm_prefetch(data + j * stride + d, _MM_HINT_T0);
   }
@@ -1099,7 +1102,8 @@ inline void finish_scores(const int32_t* products, const float* query_scale, int
 }
 
 // Asks for `count` rows of `width` bytes. Hardware follows neither the alternation of keys and values nor page borders.
-inline void prefetch_rows(const int8_t* row, int64_t stride, int64_t count, int64_t width) {
+__attribute__((always_inline)) inline void prefetch_rows(const int8_t* row, int64_t stride, int64_t count,
+                                                         int64_t width) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t d = 0; d < width; d += 64) _mm_prefetch(row + i * stride + d, _MM_HINT_T1);
 }
@@ -1260,10 +1264,9 @@ void softmax_block(const Problem& p, Workspace& w, const MaskRows& masks, int64_
 // sign.
 bool load_scales(const Problem& p, Workspace& w, const MaskRows& masks, int64_t b, int64_t h, int64_t start,
                  int64_t count) {
-  load_run(p.key_scale.data, b * p.key_scale.batch + h * p.key_scale.head + start * p.key_scale.row, p.key_scale.row,
-           count, p.key_scale.type, w.key_scale);
-  load_run(p.value_scale.data, b * p.value_scale.batch + h * p.value_scale.head + start * p.value_scale.row,
-           p.value_scale.row, count, p.value_scale.type, w.value_scale);
+  load_run(p.key_scale.data, p.key_scale.at(b, h, start), p.key_scale.row, count, p.key_scale.type, w.key_scale);
+  load_run(p.value_scale.data, p.value_scale.at(b, h, start), p.value_scale.row, count, p.value_scale.type,
+           w.value_scale);
   float broken = 0, smallest = 0;
 #pragma omp simd reduction(+ : broken) reduction(min : smallest)
   for (int64_t i = 0; i < count; ++i) {
@@ -1285,10 +1288,10 @@ bool load_scales(const Problem& p, Workspace& w, const MaskRows& masks, int64_t 
 // Rows of 8 bits [position, position + count): where they are, or of 4 bits unpacked to `buffer`.
 const int8_t* rows_of(const Strided& rows, const Strided& codes, int64_t size, int64_t b, int64_t h, int64_t position,
                       int64_t count, int8_t* buffer) {
-  const int64_t first = b * rows.batch + h * rows.head + position * rows.row;
+  const int64_t first = rows.at(b, h, position);
   if (codes.data == nullptr) return static_cast<const int8_t*>(rows.data) + first;
   const uint8_t* packed = static_cast<const uint8_t*>(rows.data) + first;
-  const uint8_t* code = static_cast<const uint8_t*>(codes.data) + b * codes.batch + h * codes.head + position * codes.row;
+  const uint8_t* code = static_cast<const uint8_t*>(codes.data) + codes.at(b, h, position);
   const auto& levels = tables().levels;
   const int64_t width = round_up(size, 64);
   for (int64_t i = 0; i < count; ++i, packed += rows.row, code += codes.row) {
@@ -1305,10 +1308,9 @@ template <typename Use>
 void with_rows(const Strided& rows, const Strided& codes, int64_t size, int64_t b, int64_t h, int64_t position,
                int64_t count, int8_t* buffer, const Use& use) {
   if (codes.data != nullptr && NibbleRows::fit(size)) {
-    const int64_t row = b * rows.batch + h * rows.head + position * rows.row;
-    const int64_t code = b * codes.batch + h * codes.head + position * codes.row;
-    use(NibbleRows{static_cast<const uint8_t*>(rows.data) + row, static_cast<const uint8_t*>(codes.data) + code,
-                   rows.row, codes.row, size / 2, tables().levels});
+    use(NibbleRows{static_cast<const uint8_t*>(rows.data) + rows.at(b, h, position),
+                   static_cast<const uint8_t*>(codes.data) + codes.at(b, h, position), rows.row, codes.row, size / 2,
+                   tables().levels});
   } else {
     use(ByteRows{rows_of(rows, codes, size, b, h, position, count, buffer),
                  codes.data != nullptr ? round_up(size, 64) : rows.row});
@@ -1396,14 +1398,14 @@ void load_row(const Strided& kept, const Strided& shift, const Strided& rows, co
               const Strided& scale, int64_t size, int64_t b, int64_t h, int64_t place, int64_t row, int8_t* buffer,
               float* out) {
   if (place >= 0) {
-    load_run(kept.data, b * kept.batch + h * kept.head + place * kept.row, kept.last, size, kept.type, out);
+    load_run(kept.data, kept.at(b, h, place), kept.last, size, kept.type, out);
     if (shift.data == nullptr) return;
     const uint8_t* exponents = static_cast<const uint8_t*>(shift.data) + b * shift.batch + h * shift.head;
     for (int64_t d = 0; d < size; ++d) out[d] *= bits_as<float>(uint32_t(127 - exponents[d]) << 23);
     return;
   }
   const int8_t* stored = rows_of(rows, codes, size, b, h, row, 1, buffer);
-  const float step = load(scale.data, b * scale.batch + h * scale.head + row * scale.row, scale.type);
+  const float step = load(scale.data, scale.at(b, h, row), scale.type);
   for (int64_t d = 0; d < size; ++d) out[d] = float(stored[d]) * step;
 }
 
@@ -1412,7 +1414,7 @@ __attribute__((always_inline)) inline void prefetch_row(const Strided& kept, con
                                                         int64_t h, int64_t place, int64_t row) {
   const Strided& from = place >= 0 ? kept : rows;
   const int64_t bytes = place >= 0 ? int64_t(size_of(kept.type)) : 1, at = place >= 0 ? place : row;
-  const char* data = static_cast<const char*>(from.data) + (b * from.batch + h * from.head + at * from.row) * bytes;
+  const char* data = static_cast<const char*>(from.data) + from.at(b, h, at) * bytes;
   for (int64_t d = 0; d < size * bytes; d += 64) __builtin_prefetch(data + d);
 }
 
@@ -1474,8 +1476,7 @@ void run_kept(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t firs
 Order run_own(const Problem& p, Workspace& w, int64_t b, int64_t h, int64_t first, int64_t last) {
 #ifdef ICW_BF16
   auto rows_from = [&](const Strided& rows, int64_t row) {
-    const int64_t at = b * rows.batch + h * rows.head + row * rows.row;
-    return ByteRows{static_cast<const int8_t*>(rows.data) + at * 2, rows.row * 2};
+    return ByteRows{static_cast<const int8_t*>(rows.data) + rows.at(b, h, row) * 2, rows.row * 2};
   };
   bool is_prepared = false, are_finite = has_pairs(p);
   const MaskRows masks = mask_rows(p);
