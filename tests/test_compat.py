@@ -578,6 +578,36 @@ def test_sizes_that_become_equal():
     assert fx.become_equal(3, 3) and not fx.become_equal(3, 4)
 
 
+def test_numbers_by_their_names():
+    """A size that became equal to another keeps its own name until it is asked for by the other's."""
+    seen = []
+
+    def backend(graph_module, inputs):
+        nodes = graph_module.graph.find_nodes(op="placeholder")
+        values = [dynamo.example_value(node) for node in nodes]
+        a, b = (value.shape[0] for value in values if isinstance(value, torch.Tensor))
+        assert fx.bound_symbols([a, b + 1, values[-1]]) == {fx.expression_of(each) for each in (a, b)}
+        assert fx.free_symbols([a, b + 1]) == fx.bound_symbols([a, b]) and fx.bound_symbols([b + 1, 3]) == set()
+        assert fx.by_its_name(a) is a and fx.by_its_name(b + 1) is not None
+        fx.become_equal(a, b)
+        for each in (a, b):
+            named = fx.by_its_name(each)
+            seen.append((each.node._expr == each.node.expr, named.node._expr == named.node.expr, named.node.hint))
+        return graph_module.forward
+
+    compiled = torch.compile(lambda x, y: (x + 1, y + 1), backend=backend)
+    tensors = [torch.ones(5) for _ in range(2)]
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    compiled(*tensors)
+    assert sorted(seen) == [(False, True, 5), (True, True, 5)]
+
+
+def test_a_graph_that_is_called():
+    inner = torch.fx.symbolic_trace(lambda x, y: (x + y,))
+    assert torch.equal(fx.invoke_subgraph()(inner, "a", torch.ones(2), torch.ones(2))[0], torch.full((2,), 2.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_with_what_its_rows_were_divided_by(is_causal, dtype):
@@ -856,6 +886,14 @@ def test_inductor_reads_mode_and_options():
         inductor.inductor(None, {"max_autotune": 3})
     with pytest.raises(RuntimeError, match="no-such-mode"):
         inductor.inductor("no-such-mode", {})
+
+
+def test_where_regions_are_compiled_once():
+    assert inductor.takes_regions({}) == (torch.__version__ >= "2.13")
+    assert not inductor.takes_regions({"cpp_wrapper": True}) and not inductor.takes_regions({"cpp-wrapper": True})
+    assert not inductor.takes_regions({"freezing": True})
+    with torch._inductor.config.patch(freezing=True):
+        assert not inductor.takes_regions({})
 
 
 def test_inductor_counts_cuda_graphs():

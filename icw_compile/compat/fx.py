@@ -4,7 +4,7 @@ Read and run in torch 2.11, 2.13 and 2.14, unless a function says otherwise.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -24,13 +24,17 @@ __all__ = [
     "FakeLayout",
     "Schema",
     "become_equal",
+    "bound_symbols",
+    "by_its_name",
     "carry_item",
     "current_node",
     "current_tracer",
     "eliminate_dead_code",
     "empty_fake",
     "expression_of",
+    "free_symbols",
     "inner_tensors",
+    "invoke_subgraph",
     "is_fake",
     "is_higher_order",
     "is_larger_here",
@@ -332,6 +336,15 @@ def is_higher_order(target: Any) -> bool:
     return isinstance(target, HigherOrderOperator)
 
 
+def invoke_subgraph() -> Any:
+    """The operator that calls a graph which is compiled once, whoever else calls it.
+
+    ``(module, name, *operands)``, with a name for each such graph. ``torch.ops.higher_order.invoke_subgraph``, to which
+    ``torch.compiler.nested_compile_region`` leads.
+    """
+    return torch.ops.higher_order.invoke_subgraph
+
+
 # Sizes
 
 
@@ -372,6 +385,37 @@ def is_larger_here(size: int | torch.SymInt, bound: int) -> bool:
 def expression_of(size: torch.SymInt | torch.SymFloat) -> Any:
     """What a symbolic number is, as a value that can be compared and hashed. ``SymInt.node.expr``."""
     return size.node.expr
+
+
+def by_its_name(size: torch.SymInt) -> torch.SymInt:
+    """A number that was found to be equal to another, under the symbol that both are known by now.
+
+    Compilers name what is passed in by the symbol that it came with, and all else by the other. If that one came with
+    nothing that is passed in, its name has no value. ``SymNode._expr``, ``ShapeEnv.create_symintnode``.
+    """
+    known, shape_env = size.node.expr, size.node.shape_env
+    if known == size.node._expr or not known.is_Symbol or shape_env is None:
+        return size
+    named = shape_env.create_symintnode(known, hint=size.node.hint)
+    assert isinstance(named, torch.SymInt)
+    return named
+
+
+def bound_symbols(values: Iterable[Any]) -> set[Any]:
+    """The symbols that are known where these are passed in: numbers, and sizes and strides of tensors."""
+    found = set()
+    for value in values:
+        if isinstance(value, torch.SymInt):
+            found.add(expression_of(value))
+        elif isinstance(value, Tensor):
+            sizes = (*value.shape, *value.stride())
+            found.update(expression_of(size) for size in sizes if isinstance(size, torch.SymInt))
+    return {each for each in found if each.is_Symbol}
+
+
+def free_symbols(value: Any) -> set[Any]:
+    """The symbols in what tensors, numbers and lists of them are. ``torch.fx.experimental.symbolic_shapes``."""
+    return set(symbolic_shapes.free_symbols(value))
 
 
 # Nested values

@@ -24,6 +24,7 @@ __all__ = [
     "inductor",
     "is_freezing",
     "leaves_cuda_graphs_open",
+    "takes_regions",
     "uses_cuda_graphs",
 ]
 
@@ -129,6 +130,18 @@ def is_freezing() -> bool:
     Dynamo then makes them attributes of the graph and not inputs. ``torch._inductor.config.freezing``.
     """
     return bool(torch._inductor.config.freezing) and not torch.is_grad_enabled()
+
+
+def takes_regions(options: Mapping[str, Any]) -> bool:
+    """Whether Inductor, with these options, compiles a region once that is called several times and writes.
+
+    Not before torch 2.13, not with its C++ wrapper, and not where parameters become constants, of which each call has
+    its own. ``torch._inductor.config.cpp_wrapper``, ``torch._inductor.config.freezing``.
+    """
+    asked = {name.replace("-", "_"): value for name, value in options.items()}
+    config = torch._inductor.config
+    refuses = any(asked.get(name, getattr(config, name)) for name in ("cpp_wrapper", "freezing"))
+    return torch.__version__ >= "2.13" and not refuses
 
 
 def cache_key_tag(tag: str) -> AbstractContextManager[Any]:

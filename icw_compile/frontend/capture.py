@@ -13,6 +13,7 @@ from icw_compile.compat import dynamo
 from icw_compile.compat.fx import (
     FakeLayout,
     become_equal,
+    by_its_name,
     carry_item,
     inner_tensors,
     is_fake,
@@ -74,7 +75,7 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     constants = _tensor_attributes(dynamo_graph)
     examples = [dynamo.example_value(node) for node in placeholders]
     inputs_at, outputs_at = input_endpoints(placeholders), output_endpoints()
-    _grow_alike(zip(placeholders, examples, strict=True), inputs_at)
+    _count_alike(zip(placeholders, examples, strict=True), inputs_at)
     with fake_mode, torch.fx.traceback.preserve_node_meta(), torch.no_grad():
         # Dynamo's own example values belong to a fake mode that it has done with.
         inputs = _fresh([*examples, *constants.values()])
@@ -111,20 +112,29 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
     return graph
 
 
-def _grow_alike(inputs: Iterable[tuple[Node, Any]], endpoints: Mapping[Node, Endpoint]) -> None:
-    """Let growing tensors that are as long now be known to be as long, those of the same kind of layer.
+def _count_alike(inputs: Iterable[tuple[Node, Any]], endpoints: Mapping[Node, Endpoint]) -> None:
+    """Let what layers count alike be known to be the same number: growing tensors' lengths, and tokens that were seen.
 
-    To Dynamo, each has a length and each part a capacity of its own, and all that is then worked out for a layer would
-    be another thing for the next. They are alike because a cache grows all of its layers.
+    To Dynamo, each has a length and each part a capacity of its own, each layer of a sliding window a number of tokens
+    besides, and all that is then worked out for a layer would be another thing for the next. Those of the same kind of
+    layer are alike because a cache takes each token in all of its layers.
     """
-    known: dict[tuple[bool, str], Any] = {}
+    known: dict[tuple[Any, ...], Any] = {}
     for node, example in inputs:
+        if isinstance(example, torch.SymInt):
+            if (counted := _OF_A_LAYER.fullmatch(source_name(node))) is not None:
+                become_equal(example, known.setdefault(counted.groups(), example))
+            continue
         if not isinstance(example, QuantizedKV) or not example.grows:
             continue
         is_sliding = node in endpoints and endpoints[node].is_sliding
         become_equal(example.shape[2], known.setdefault((is_sliding, "length"), example.shape[2]))
         for part in example.whole.rows.values():
             become_equal(part.shape[2], known.setdefault((is_sliding, "capacity"), part.shape[2]))
+
+
+#: What a cache layer holds: ``past_key_values.layers[3].cumulative_length``.
+_OF_A_LAYER = re.compile(r"(.*\.layers\[)\d+(\]\.\w+)")
 
 
 def _tensor_attributes(dynamo_graph: GraphModule) -> dict[str, torch.Tensor]:
@@ -168,7 +178,8 @@ def forward_dynamo_metadata(dynamo_graph: GraphModule, graph: KVGraph) -> None:
 
     That is the compile id, each placeholder's source (to deduplicate inputs) and which inputs have a fixed address
     (for CUDA graphs): those that Dynamo was told of, and a cache that does not grow. A CUDA graph does not copy these
-    and may write into them; should one move after all, it is recorded anew.
+    and may write into them; should one move after all, it is recorded anew. A number that is known to be another one
+    brings that one's name: where the cache was taken apart, nothing else may.
     """
     fixed = _fixed_inputs(graph)
     dynamo.hand_over_module(dynamo_graph, graph.module)
@@ -181,6 +192,8 @@ def forward_dynamo_metadata(dynamo_graph: GraphModule, graph: KVGraph) -> None:
         dynamo.hand_over_placeholder(old, node, has_source=node.name not in parts)
         if node in fixed:
             dynamo.fix_address(node)
+        if isinstance(node.meta["val"], torch.SymInt):
+            node.meta["val"] = by_its_name(node.meta["val"])
 
 
 def _fixed_inputs(graph: KVGraph) -> set[Node]:
