@@ -24,6 +24,7 @@ from icw_compile.compat.inductor import (
     copied,
     inductor,
     leaves_cuda_graphs_open,
+    takes_regions,
     uses_cuda_graphs,
 )
 from icw_compile.errors import KernelUnavailableError
@@ -40,6 +41,7 @@ from icw_compile.options import LAYER_OPTIONS, Options, split_options
 from icw_compile.passes import KVGraph, Skipped
 from icw_compile.passes.graph import layer_of
 from icw_compile.pipeline import rewrite
+from icw_compile.regions import share_layers
 from icw_compile.report import GraphReport, next_name, record
 
 __all__ = ["icw_int8kv"]
@@ -119,6 +121,8 @@ def _compile_graph(
     started = time.perf_counter()
     if graph.sites:
         inductor_options, report.no_cuda_graphs, apart = _with_cuda_graphs(graph, ours, inductor_options)
+        if _takes_regions(graph, ours, inductor_options):
+            report.shared_layers = share_layers(graph.module)
         compiled = _compile(graph.module, example_inputs(graph), ours, inductor_options)
         compiled = watch.counted(bind(graph, copied(compiled, apart) if apart else compiled))
     else:
@@ -170,6 +174,17 @@ def _rare_collections() -> Iterator[None]:
 
 #: Of 22 layers, a graph that is in torch's cache is then taken from there without any collection of all objects.
 _LESS_OFTEN = 50
+
+
+def _takes_regions(graph: KVGraph, options: Options, inductor_options: dict[str, Any]) -> bool:
+    """Whether layers that are alike are to be compiled once.
+
+    On the CPU: CUDA graphs have to know what is written into, which Inductor does not say of what a region writes.
+    """
+    if options.compiler == "eager" or options.regions == "none" or not takes_regions(inductor_options):
+        return False
+    values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    return all(value.device.type == "cpu" for value in values if isinstance(value, Tensor))
 
 
 def _with_cuda_graphs(

@@ -43,6 +43,8 @@ class Options:
             what is stored in 4 bits, and 0 for 8 bits. In a sliding window the first ones stay as long as they are in
             it. A cache that was made beforehand keeps what its maker asked for (`icw_compile.static_cache`). For every
             sequence of a batch alike: left padding counts.
+        regions: ``"auto"`` lets Inductor compile decoder layers that are alike once, as one graph that is called for
+            each, where it can (on the CPU, from torch 2.13 on); ``"none"`` has it see every layer.
         strict: raise `icw_compile.UnquantizedCacheError` where a cache-like float buffer stays float, instead of
             warning about it.
         idioms: rules for attention that is spelled in a way of its own. Each is a function ``(graph, node)`` that is
@@ -64,6 +66,7 @@ class Options:
     skip_layers: int | str | Sequence[int | str] = ()
     sink_tokens: int = 0
     recent_tokens: int | Literal["auto"] = "auto"
+    regions: Literal["auto", "none"] = "auto"
     strict: bool = False
     idioms: Sequence[Callable[[KVGraph, Node], Node | None]] = ()
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from icw_compile.frontend.capture import capture, forward_dynamo_metadata
@@ -13,7 +12,7 @@ from icw_compile.frontend.families import family_of
 from icw_compile.kernels import AttentionKernel, find_kernel
 from icw_compile.options import LAYER_OPTIONS, LayerOption, Options
 from icw_compile.passes import PASSES, KVGraph, PassResult, run_passes
-from icw_compile.passes.graph import arguments
+from icw_compile.passes.graph import drops_out
 
 __all__ = ["Rewritten", "rewrite"]
 
@@ -76,7 +75,7 @@ def rewrite(
     started = time.perf_counter()
     graph = capture(dynamo_graph)
     family, expected_sites = _family(graph)
-    dropout = next(filter(_drops_out, graph.graph.nodes), None)
+    dropout = next(filter(drops_out, graph.graph.nodes), None)
     nodes, captured = len(graph.graph.nodes), graph.readable() if keep_text else ""
     asking, kernel = 0.0, None
 
@@ -113,14 +112,6 @@ def rewrite(
         passes_seconds=done - ready - asking,
         kernel_seconds=asking,
     )
-
-
-def _drops_out(node: Node) -> bool:
-    if node.target is torch.ops.aten.dropout.default:
-        return bool(arguments(node)["train"]) and arguments(node)["p"] != 0
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        return bool(arguments(node)["dropout_p"] != 0)
-    return False
 
 
 def _family(graph: KVGraph) -> tuple[str, int | None]:

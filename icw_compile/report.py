@@ -32,6 +32,7 @@ class GraphReport:
         asked_float: the storage that the options leave float.
         no_cuda_graphs: why this graph does not run as a CUDA graph, where the options ask for that or, on a CUDA
             device, say nothing of it; empty otherwise.
+        shared_layers: the layers that are one graph with others, compiled once and called for each.
         passes: matches of each pass.
         pass_seconds: the time that each took.
         nodes: nodes of the captured graph.
@@ -46,6 +47,7 @@ class GraphReport:
     skipped: list[Skipped] = field(default_factory=list)
     asked_float: list[Skipped] = field(default_factory=list)
     no_cuda_graphs: str = ""
+    shared_layers: int = 0
     model: str = ""
     passes: dict[str, int] = field(default_factory=dict)
     pass_seconds: dict[str, float] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class GraphReport:
             "skipped": [skipped.to_dict() for skipped in self.skipped],
             "asked_float": [skipped.to_dict() for skipped in self.asked_float],
             "no_cuda_graphs": self.no_cuda_graphs,
+            "shared_layers": self.shared_layers,
             "passes": dict(self.passes),
             "pass_seconds": dict(self.pass_seconds),
             "nodes": self.nodes,
@@ -140,6 +143,7 @@ class GraphReport:
         yield (
             f"  {self.nodes:,} nodes; capture {self.capture_seconds:.2f} s, passes {self.passes_seconds:.2f} s, "
             f"Inductor {self.compile_seconds:.2f} s{share}{kernel}"
+            + (f"; {self.shared_layers} layers alike compiled once" if self.shared_layers else "")
         )
 
 

@@ -39,6 +39,7 @@ __all__ = [
     "args_of",
     "arguments",
     "called",
+    "drops_out",
     "first_write",
     "held",
     "is_mutation",
@@ -554,6 +555,15 @@ def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an ATen call by name, defaults filled in."""
     assert is_operator(node.target)
     return values_of(node.target, node.args, node.kwargs)
+
+
+def drops_out(node: Node) -> bool:
+    """Whether a node drops out, as in training."""
+    if node.target is torch.ops.aten.dropout.default:
+        return bool(arguments(node)["train"]) and arguments(node)["p"] != 0
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(arguments(node)["dropout_p"] != 0)
+    return False
 
 
 def called(node: Node) -> str:
