@@ -143,13 +143,17 @@ def test_table_of_a_command() -> None:
 def test_startup_file() -> None:
     parts = dict.fromkeys(("capture_seconds", "passes_seconds", "kernel_seconds", "compile_seconds"), 1.0)
     starts = {"stock-static": [Start([2.0, 1.0, 0.0], {})] * 2, "int8-static": [Start([3.0, 2.0, 1.0], parts)] * 2}
+    growing = {"stock-dynamic": [Start([4.0], {})], "int8-dynamic": [Start([3.0], parts)]}
     about = {"command": "icw-compile bench", "device": "a CPU", "torch": "2.13.0+cpu", "transformers": "5.23.0"}
-    data = {**about, "depths": [asdict(DepthResult(4, starts, starts))]}
+    data: dict[str, Any] = {**about, "depths": [asdict(DepthResult(4, starts, starts))]}
     made = speed.startup(json.loads(json.dumps(data)))
     assert made.startswith(
         "- 4 layers: `int8-static` 2.00x cold and 2.00x warm, over stock with the same kind of cache."
     )
     assert "torch 2.13.0, transformers 5.23.0" in made and "| int8-static |" in made
+    data["depths"].append(asdict(DepthResult(8, {**starts, **growing}, {**starts, **growing})))
+    made = speed.startup_short(json.loads(json.dumps(data)))
+    assert "8 small layers is 2.00x cold and 2.00x warm with a static cache, 0.75x cold and 0.75x warm with a" in made
 
 
 def test_demo_file() -> None:

@@ -229,13 +229,16 @@ def through_regions(layers: nn.ModuleList, step: Step, *, compiles: bool) -> tup
     return torch.compile(function, backend=sharing, fullgraph=True, dynamic=False), counts
 
 
-def check(layers: nn.ModuleList, step: Step, *, compiles: bool, caches: int | None = None) -> list[int]:
-    """Compare with the function as it is, results and caches, twice: the second call reads what the first one wrote."""
+def check(layers: nn.ModuleList, step: Step, *, compiles: bool, width: int = 4) -> list[int]:
+    """Compare with the function as it is, results and caches, twice: the second call reads what the first one wrote.
+
+    ``width``: caches are the first four columns of so many.
+    """
     torch._dynamo.reset()
     ours, counts = through_regions(layers, step, compiles=compiles)
     torch.manual_seed(0)
-    theirs = [torch.randn(16, 4) for _ in range(caches or len(layers))]
-    mine = [cache.clone() for cache in theirs]
+    theirs = [torch.randn(16, width)[:, :4] for _ in layers]
+    mine = [torch.randn(16, width)[:, :4].copy_(cache) for cache in theirs]
     with torch.no_grad():
         for at in (torch.tensor([3, 4]), torch.tensor([5, 6])):
             x = torch.randn(2, 4)
@@ -249,6 +252,11 @@ def check(layers: nn.ModuleList, step: Step, *, compiles: bool, caches: int | No
 def test_what_is_known_outside_is_not_written_in_a_region(step: Step, shared: int) -> None:
     layers = nn.ModuleList(Layer() for _ in range(3))
     assert check(layers, step, compiles=True) == [shared]
+
+
+def test_rows_that_lie_apart_are_written_where_they_are() -> None:
+    layers = nn.ModuleList(Layer() for _ in range(3))
+    assert check(layers, in_turn, compiles=True, width=7) == [3]
 
 
 @given(

@@ -11,7 +11,7 @@ from icw_compile.lab.bench.model import ContextResult, Measured
 from icw_compile.lab.bench.operator import Case, OperatorResult
 from icw_compile.lab.bench.output import context_notes, context_table, depth_table, operator_table, plot_contexts, times
 from icw_compile.lab.bench.shapes import SHAPES
-from icw_compile.lab.bench.startup import DepthResult, Start
+from icw_compile.lab.bench.startup import STARTED, DepthResult, Start
 from icw_compile.lab.demo import Comparison, Parting
 from icw_compile.lab.documents.page import Region, details, grid, markdown_table, restore, sentence
 
@@ -268,24 +268,43 @@ def saving(file: Data) -> str:
     )
 
 
-def startup(file: Data) -> str:
-    """The ratios in a sentence for each depth, and the tables."""
-    lines, tables = [], []
+def _depths(file: Data) -> list[DepthResult]:
+    depths = []
     for each in file["depths"]:
         starts = {
             what: {name: [restore(Start, one) for one in runs] for name, runs in each[what].items()}
             for what in ("cold", "warm")
         }
-        result = restore(DepthResult, each, **starts)
-        said = []
-        for name in ("int8-static", "int8-dynamic"):
-            cold, warm = (result.over_stock(starts[what], name) for what in ("cold", "warm"))
-            if cold is not None and warm is not None:
-                said.append(f"`{name}` {cold.median:.2f}x cold and {warm.median:.2f}x warm")
-        lines.append(f"- {result.layers} layers: {'; '.join(said)}, over stock with the same kind of cache.")
+        depths.append(restore(DepthResult, each, **starts))
+    return depths
+
+
+def _over_stock(depth: DepthResult, name: str) -> str:
+    """``0.50x cold and 1.10x warm``; empty if it was not measured."""
+    cold, warm = depth.over_stock(depth.cold, name), depth.over_stock(depth.warm, name)
+    return "" if cold is None or warm is None else f"{cold.median:.2f}x cold and {warm.median:.2f}x warm"
+
+
+def startup(file: Data) -> str:
+    """The ratios in a sentence for each depth, and the tables."""
+    lines, tables = [], []
+    for result in _depths(file):
+        found = ((name, _over_stock(result, name)) for name in STARTED)
+        said = "; ".join(f"`{name}` {ratios}" for name, ratios in found if ratios)
+        lines.append(f"- {result.layers} layers: {said}, over stock with the same kind of cache.")
         tables.append(markdown_table(depth_table(result)))
     lines.append(f"\n`{file['command']}`, on {file['device']}, {versions(file)}.")
     return "\n".join(lines) + "\n\n" + details("seconds, with quartiles", *tables)
+
+
+def startup_short(file: Data) -> str:
+    """The deepest model in a sentence."""
+    deepest = max(_depths(file), key=lambda depth: depth.layers)
+    static, dynamic = (_over_stock(deepest, name) for name in STARTED)
+    return (
+        f"Over stock `torch.compile`, the time to the third token of a model of {deepest.layers} small layers is "
+        f"{static} with a static cache, {dynamic} with a dynamic one: layers that are alike are compiled once."
+    )
 
 
 def demo(file: Data) -> str:
@@ -308,6 +327,7 @@ REGIONS = {
     "speed-weights-short": Region((WEIGHTS,), weights_short),
     "speed-attention": Region((ATTENTION,), attention),
     "speed-startup": Region((STARTUP,), startup),
+    "speed-startup-short": Region((STARTUP,), startup_short),
     "memory-bytes": Region((ATTENTION,), bytes_per_token),
     "memory-rise": Region((MEMORY,), memory),
     "memory-saving": Region((LONG_PROMPT,), saving),
