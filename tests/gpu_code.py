@@ -180,7 +180,8 @@ def main(kind: str, attention: str, bits: str) -> None:
         return keep
 
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=64)
-    options = {"icw.attention": "inductor", "icw.bits": int(bits)}
+    # No regions, as on a CUDA device: it is the CPU that the graph is rewritten for.
+    options = {"icw.attention": "inductor", "icw.bits": int(bits), "icw.regions": "none"}
     step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options=options)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "inductor", inductor))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     Cache,
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 import icw_compile
-from icw_compile import QuantizedKV
+from icw_compile import QuantizedKV, backend
 from icw_compile.frontend.families import FAMILIES
 from icw_compile.lab.reference import dynamic_reference_cache
 from icw_compile.lab.tiny import VOCABULARY, tiny_causal_lm
@@ -155,3 +156,17 @@ def worker(outcome: str, say: Callable[[str], None]) -> None:
     if outcome == "raise":
         raise ValueError("no such thing")
     os._exit(9)
+
+
+def start(directory: str, options: dict[str, Any], version: str, say: Callable[[str], None]) -> tuple[list[float], int]:
+    """A process of its own that compiles with its caches in ``directory``, as a release called ``version``.
+
+    Returns the logits of a prompt and a step, and how many graphs were found there.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
+    if version:
+        backend._cache_tag = lambda: version  # type: ignore[attr-defined]
+    model = tiny_model(num_hidden_layers=3)
+    compiled = torch.compile(model, backend="icw_int8kv", options=options)
+    logits = run(compiled, StaticCache(model.config, max_cache_len=16), tokens(6), (5, 1))
+    return logits.flatten().tolist(), counters["aot_autograd"]["autograd_cache_hit"]

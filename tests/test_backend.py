@@ -165,8 +165,8 @@ def first_call(model: Any, *, length: int = 5, **settings: Any) -> None:
         (
             {"options": {"icw.fast": True}},
             r"Unknown option 'icw.fast'.*icw.compiler, icw.attention, icw.keys, icw.values, icw.bits, icw.key_bits, "
-            r"icw.value_bits, icw.eight_bit_layers, icw.skip_layers, icw.sink_tokens, icw.recent_tokens, icw.strict, "
-            r"icw.idioms, icw.mode",
+            r"icw.value_bits, icw.eight_bit_layers, icw.skip_layers, icw.sink_tokens, icw.recent_tokens, icw.regions, "
+            r"icw.strict, icw.idioms, icw.mode",
         ),
         ({"options": {"icw.strict": 1}}, r"Option 'icw.strict' is 1; it takes one of: True, False"),
         ({"options": {"icw.compiler": "gcc"}}, r"Option 'icw.compiler' is 'gcc'.*'inductor', 'eager'"),
