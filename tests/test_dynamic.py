@@ -104,3 +104,19 @@ def test_two_turns() -> None:
     expected = model.generate(turn, past_key_values=reference, max_new_tokens=5, do_sample=False)
     assert torch.equal(second.sequences, expected)
     assert second.past_key_values.get_seq_length() == 19
+
+
+def test_any_sizes_from_the_first_call_on_under_inductor() -> None:
+    """With ``dynamic=True`` Dynamo passes floats as tensors, whose numbers are known before the call."""
+    model = tiny_model()
+    ids, chunks = tokens(8, batch=2), (5, 1, 1)
+    logits = [
+        run(
+            torch.compile(model, backend="icw_int8kv", fullgraph=True, dynamic=True, options=options),
+            DynamicCache(config=model.config),
+            ids,
+            chunks,
+        )
+        for options in ({}, EAGER)
+    ]
+    assert relative_distance(*logits) < CLOSE_LOGITS

@@ -81,6 +81,9 @@ def capture(dynamo_graph: GraphModule) -> KVGraph:
         inputs = _fresh([*examples, *constants.values()])
         # `Interpreter` carries each node's layer and stack trace over to what it is traced into.
         module = Retrace(dynamo_graph, list(constants), inputs).trace()
+    for node, value in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if isinstance(value, torch.Tensor):
+            carry_item(value, node.meta["val"])  # the trace notes a copy
     _install(module, constants)
     for node in module.graph.find_nodes(op="get_attr"):
         if is_fake(getattr(module, node.target, None)):
