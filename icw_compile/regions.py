@@ -132,20 +132,20 @@ class _Layer:
     @cached_property
     def taken(self) -> list[Node]:
         """What it takes from outside: tensors and numbers, and every symbol that is not the size of one of these."""
-        operands = (self._outside(each) for node in self.nodes for each in node.all_input_nodes)
-        found = list(dict.fromkeys(each for each in operands if each is not None))
+        operands = (self._operand(each) for node in self.nodes for each in node.all_input_nodes)
+        found = list(dict.fromkeys(each for each in operands if each not in self._index))
         values = [node.meta.get("val") for node in (*found, *self.nodes)]
         bound = bound_symbols([node.meta.get("val") for node in found])
         numbers = self._inputs.numbers
         missing = sorted((each for each in free_symbols(values) if each not in bound), key=str)
         return [*found, *(numbers[each] for each in missing if each in numbers)]
 
-    def _outside(self, node: Node) -> Node | None:
-        """What is passed in for an operand: the same for the same number. ``None`` for one of the layer."""
-        if node in self._index:
-            return None
+    def _operand(self, node: Node) -> Node:
+        """What a node of the layer has as an operand: from outside the same for the same number."""
         value = node.meta.get("val")
-        return self._inputs.numbers.get(expression_of(value), node) if isinstance(value, torch.SymInt) else node
+        if node in self._index or not isinstance(value, torch.SymInt):
+            return node
+        return self._inputs.numbers.get(expression_of(value), node)
 
     @cached_property
     def returned(self) -> set[int]:
@@ -203,15 +203,11 @@ class _Layer:
     @property
     def key(self) -> Any:
         """What layers are alike by; ``None`` if it cannot be compared."""
-        places = {node: _Operand(i, False) for i, node in enumerate(self.taken)}
+        places: dict[Node, Any] = {node: _Operand(i, False) for i, node in enumerate(self.taken)}
         places.update({node: _Operand(i, True) for node, i in self._index.items()})
 
-        def place(node: Node) -> Any:
-            outside = self._outside(node)
-            return places[node if outside is None else outside]
-
         def called(node: Node) -> Any:
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), place)
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda each: places[self._operand(each)])
             return node.target, layout_of(args), layout_of(tuple(kwargs.items())), _layouts(node)
 
         key = (
@@ -238,12 +234,8 @@ class _Layer:
             copies[node] = graph.placeholder(f"taken_{i}")
             copies[node].meta = {"val": node.meta["val"]}
 
-        def copy_of(node: Node) -> Node:
-            outside = self._outside(node)
-            return copies[node if outside is None else outside]
-
         for node in self.nodes:
-            copies[node] = graph.node_copy(node, copy_of)
+            copies[node] = graph.node_copy(node, lambda each: copies[self._operand(each)])
         graph.output(tuple(copies[self.nodes[i]] for i in returned))
         return GraphModule({}, graph)
 
