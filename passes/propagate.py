@@ -65,6 +65,7 @@ def propagate(graph: KVGraph) -> int:
         if not operands or node in values:
             continue
         source = values[operands[0]]
+        _forget_kept_rows(graph, node, values)
         if node.op == "output":
             _return_parts(graph, node, values)
         elif (result := _apply_rule(graph, node, values)) is not None and not _parts_ways(graph, node, result, values):
@@ -93,6 +94,23 @@ def propagate(graph: KVGraph) -> int:
         elif values[node].as_it_came:
             graph.came[node] = values[node]
     return len(values)
+
+
+def _forget_kept_rows(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> None:
+    """What is written into, and what shows it or is shown by it, may keep other rows besides than the write leaves.
+
+    A view counts them otherwise, and does not hear of what another one writes: those keep none from there on, and what
+    is stored stands for them. `icw_compile.cache.parts.TensorOfParts.before_write` is the same for tensors.
+    """
+    for target in [each for each in written_by(node) if each in values]:
+        own, root = values[target].stored, root_of(target)
+        others = [each.stored for other, each in values.items() if root_of(other) is root and each.stored.kept]
+        kept = {storage_of(graph.tensor(other["position"])): other["position"] for other in others}
+        if own.kept and not own.is_view:
+            kept.pop(storage_of(graph.tensor(own["position"])))
+        with graph.before(node):
+            for position in kept.values():
+                graph.call(aten.fill_.Scalar, position, -1)
 
 
 def _part_of(source: Storage, stored: Stored) -> Storage:

@@ -106,9 +106,12 @@ def _wrap(output: Output, returned: Sequence[Any], args: Sequence[Any]) -> Quant
     """A tensor made of parts that the graph returns: it grows if they are a cache that does, and are no view."""
     assert output.stored is not None
     value = output.stored.of_parts(returned[part] for part in output.stored.parts)
-    if not output.grows or value.axes != AXES:
-        return QuantizedKV.of(value)
     owner = next((x for x in args if isinstance(x, QuantizedKV) and _shares_storage(x, value)), None)
+    if not output.grows or value.axes != AXES:
+        made = QuantizedKV.of(value)
+        if owner is not None and value.kept and owner._claim is None:
+            owner.note_view(made)
+        return made
     if owner is not None:  # a view of what was passed in: what is written to either is seen in both
         claim = owner._claim
         return QuantizedKV.of(value, claim if claim is None else claim.of_view(None))

@@ -16,6 +16,7 @@ from icw_compile.compat.flex import let_flex_attention_take
 from icw_compile.formats import AXES, Format, Stored
 from icw_compile.formats.base import decode
 from icw_compile.formats.evaluate import EAGER
+from icw_compile.formats.kept import forget_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -224,8 +225,8 @@ class TensorOfParts(Tensor):
             setattr(self, name, part)
 
     def note_view(self, view: TensorOfParts) -> None:
-        """That ``view`` is one of this tensor, which keeps rows and does not grow."""
-        kept = zip(view.whole.kept.values(), self.whole.kept.values(), strict=True)
+        """That ``view`` is one of this tensor, which keeps rows, or is a view of such a one, and does not grow."""
+        kept = zip(view.whole.kept.values(), self.whole.kept.values())
         view._root = root = self if self._root is None else self._root
         view._lags = self._lags or any(
             new.untyped_storage().data_ptr() != old.untyped_storage().data_ptr() for new, old in kept
@@ -248,17 +249,31 @@ class TensorOfParts(Tensor):
     def before_write(self) -> None:
         """Make sure that a write into this tensor reaches it and its views, and them alone.
 
+        What it is a view of, and its views, would not follow in which rows they keep besides: they forget those, and
+        what is stored stands for them.
+
         Raises:
-            NotImplementedError: rows are kept, and a view in use would not show what becomes of them.
+            NotImplementedError: rows are kept, and what this is a view of is not known.
         """
-        claim = self._claim
-        shown = claim is not None and any(other.owner is claim.owner for other in claim.others())
-        if (shown or any(view() is not None for view in self._lagging)) and self.whole.kept:
-            raise NotImplementedError(
-                "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this one and a "
-                "view of it are both in use, and the rows that they keep would not follow."
-            )
+        if type(self.buffers[0]) is Tensor:  # no fake, whose views a graph knows
+            if self.whole.kept and self._layout.is_view and self._root is None and self._claim is None:
+                raise NotImplementedError(
+                    "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this writes "
+                    "into a view of one that is not known, and the rows that it keeps would not follow."
+                )
+            for tensor in self._relatives():
+                if tensor.whole.kept:
+                    forget_rows(tensor.whole)
         self.separate()
+
+    def _relatives(self) -> list[TensorOfParts]:
+        """What it is a view of and its views, which it does not share all kept rows with; itself, if it is a view."""
+        claim, root = self._claim, self if self._root is None else self._root
+        shown = [] if claim is None else [each.tensor() for each in claim.others() if each.owner is claim.owner]
+        found = [*shown, *(view() for view in root._lagging)]
+        if self._layout.is_view:
+            found += [self, root]
+        return [tensor for tensor in found if tensor is not None and (tensor is not self or self._layout.is_view)]
 
     def separate(self) -> None:
         """Make sure that a write into this tensor reaches it and its views alone, not what grew out of it."""

@@ -246,8 +246,9 @@ class QuantizedKV(TensorOfParts):
             made = [cls.of(each) for each in results]
         else:
             made = cls.of(results)
-            if touches and results.kept and run is EAGER:
-                x.note_view(made)
+        if touches and run is EAGER and claim is None and (x.whole.kept or x._root is not None):
+            for view in made if isinstance(made, list) else [made]:
+                x.note_view(view)
         if shapes is not None:
             shapes.learn(made)
         return return_and_correct_aliasing(func, args, kwargs, made)

@@ -23,7 +23,7 @@ from torch import Tensor
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats.base import Evaluator, Part, Stored, Wrapper
 
-__all__ = ["KeepsRows", "keep_rows", "place_rows"]
+__all__ = ["KeepsRows", "forget_rows", "keep_rows", "place_rows"]
 
 aten = torch.ops.aten
 _ops = torch.ops.icw_int8kv
@@ -82,6 +82,11 @@ def slice_position(position: Tensor, tokens: int, start: int | None, end: int | 
 
 def roll_position(position: Tensor, tokens: int, by: int) -> Tensor:
     return torch.where(position >= 0, (position + by) % tokens, -1)
+
+
+def forget_rows(x: Stored) -> None:
+    """Keep none of the rows that are kept besides: what is stored stands for them."""
+    x["position"].fill_(-1)
 
 
 @dataclass(frozen=True)

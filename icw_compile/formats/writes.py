@@ -121,7 +121,6 @@ def append(run: Evaluator, x: Stored, source: Any, start: Any, rows: int | Any, 
 def index_copy_(run: Evaluator, x: Any, dim: int, index: Any, source: Any) -> Stored | None:
     if not isinstance(x, Stored) or not _fits(run, x, source):
         return None
-    _refuse_views_that_keep(run, x)
     axis = axis_of(x, dim)
     if axis == "D" or (axis != "T" and not all_have(x, "T")):
         return None
@@ -136,7 +135,6 @@ def index_copy_(run: Evaluator, x: Any, dim: int, index: Any, source: Any) -> St
 def index_put_(run: Evaluator, x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False) -> Stored | None:
     if not isinstance(x, Stored) or accumulate or not _fits(run, x, values):
         return None
-    _refuse_views_that_keep(run, x)
     used = dims_used(run, indices)
     if used >= len(x.axes):
         return None
@@ -155,9 +153,8 @@ def copy_(run: Evaluator, x: Any, source: Any, non_blocking: bool = False) -> St
         return None
     if not isinstance(source, Stored) and len(run.tensor(source).shape) > len(x.axes):
         return None
-    _refuse_views_that_keep(run, x)
     written = _write(run, aten.copy_.default, x.format.settle(run, x, source), (), source)
-    if not x.kept:
+    if not x.kept or x.is_view:
         return written
     if isinstance(source, Stored) and source.format == x.format:
         return _set(run, written, source.kept)
@@ -165,8 +162,8 @@ def copy_(run: Evaluator, x: Any, source: Any, non_blocking: bool = False) -> St
 
 
 def _keep_at(run: Evaluator, x: Stored, source: Any, index: Any) -> Stored:
-    """``x`` after ``source`` was written to its rows ``index``; ``None`` where these are not known."""
-    if not x.kept:
+    """``x`` after ``source`` was written to its rows ``index``; ``None`` where these are not known. As `_keep_all`."""
+    if not x.kept or x.is_view:
         return x
     values = decode(run, source) if isinstance(source, Stored) else source
     rows = run.tensor(values).shape
@@ -202,31 +199,23 @@ def _write(run: Evaluator, target: Any, x: Stored, where: Sequence[Any], source:
 
 def overwrite(run: Evaluator, x: Stored, values: Any) -> Stored:
     """Encode all of ``values`` again into the storage of ``x``: after an operation that no rule carries out."""
-    _refuse_views_that_keep(run, x)
     return _keep_all(run, _write(run, aten.copy_.default, x, (), values), values)
 
 
 def _keep_all(run: Evaluator, x: Stored, source: Any) -> Stored:
-    """``x`` after ``source`` was written to all of its rows."""
-    if not x.kept:
+    """``x`` after ``source`` was written to all of its rows.
+
+    A view keeps none: rows that are kept besides are those of the whole, and were forgotten before.
+    """
+    if not x.kept or x.is_view:
         return x
     whole = run.call(aten.arange.default, _tokens(run, x), device=run.tensor(x.parts[0]).device)
     return _keep_at(run, x, source, whole)
 
 
-def _refuse_views_that_keep(run: Evaluator, x: Stored) -> None:
-    """Rows that are kept besides are those of the whole: a write into a view would leave them as they were."""
-    if x.is_view and x.kept and run.takes_effect:
-        raise NotImplementedError(
-            "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this writes into "
-            "a view of it, and the rows that it keeps would not follow."
-        )
-
-
 def zero_(run: Evaluator, x: Any) -> Stored | None:
     if not isinstance(x, Stored):
         return None
-    _refuse_views_that_keep(run, x)
     # Zeros are zeros with any shift, and the next first write settles another.
     return x.format.forget(
         run, x.with_parts(**{name: run.call(aten.zero_.default, part) for name, part in x.rows.items()})
