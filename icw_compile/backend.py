@@ -24,6 +24,7 @@ from icw_compile.compat.inductor import (
     copied,
     inductor,
     leaves_cuda_graphs_open,
+    rounded_as_eager,
     takes_regions,
     uses_cuda_graphs,
 )
@@ -123,6 +124,8 @@ def _compile_graph(
         inductor_options, report.no_cuda_graphs, apart = _with_cuda_graphs(graph, ours, inductor_options)
         if _takes_regions(graph, ours, inductor_options):
             report.shared_layers = share_layers(graph.module)
+        if _is_on_cpu(graph):
+            inductor_options = rounded_as_eager(inductor_options)
         compiled = _compile(graph.module, example_inputs(graph), ours, inductor_options)
         compiled = watch.counted(bind(graph, copied(compiled, apart) if apart else compiled))
     else:
@@ -181,8 +184,12 @@ def _takes_regions(graph: KVGraph, options: Options, inductor_options: dict[str,
 
     On the CPU: CUDA graphs have to know what is written into, which Inductor does not say of what a region writes.
     """
-    if options.compiler == "eager" or options.regions == "none" or not takes_regions(inductor_options):
-        return False
+    wanted = options.compiler != "eager" and options.regions != "none"
+    return wanted and takes_regions(inductor_options) and _is_on_cpu(graph)
+
+
+def _is_on_cpu(graph: KVGraph) -> bool:
+    """Whether all that the graph is given is there."""
     values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     return all(value.device.type == "cpu" for value in values if isinstance(value, Tensor))
 

@@ -40,9 +40,9 @@ class Options:
             ``"sliding"``, or a list of these. Storage that is int8 already stays int8.
         sink_tokens, recent_tokens: how many tokens at the start of the cache, and of those written last, attention
             reads in the model's dtype; each takes its bytes besides its stored row. ``recent_tokens="auto"`` is 128 for
-            what is stored in 4 bits, and 0 for 8 bits. In a sliding window the first ones stay as long as they are in
-            it. A cache that was made beforehand keeps what its maker asked for (`icw_compile.static_cache`). For every
-            sequence of a batch alike: left padding counts.
+            what is stored in 4 bits; for 8 bits it is 32 on the CPU, and 0 elsewhere. In a sliding window the first
+            ones stay as long as they are in it. A cache that was made beforehand keeps what its maker asked for
+            (`icw_compile.static_cache`). For every sequence of a batch alike: left padding counts.
         regions: ``"auto"`` lets Inductor compile decoder layers that are alike once, as one graph that is called for
             each, where it can (on the CPU, from torch 2.13 on); ``"none"`` has it see every layer.
         strict: raise `icw_compile.UnquantizedCacheError` where a cache-like float buffer stays float, instead of
@@ -72,9 +72,14 @@ class Options:
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
 
     def format_for(
-        self, dtype: torch.dtype, role: Literal["key", "value"] | None, *, in_eight_bits: bool = False
+        self,
+        dtype: torch.dtype,
+        role: Literal["key", "value"] | None,
+        device: torch.device,
+        *,
+        in_eight_bits: bool = False,
     ) -> Format:
-        """How keys or values of ``dtype`` are to be stored; ``None`` where it is not known which of them they are.
+        """How keys or values are to be stored; a ``role`` of ``None``: it is not known which of them they are.
 
         ``in_eight_bits``: they are of one of the `eight_bit_layers`.
 
@@ -86,7 +91,7 @@ class Options:
         asked = {"key": self.key_bits, "value": self.value_bits}
         bits = max(self.bits if of == "auto" else of for name, of in asked.items() if role is None or role == name)
         bits = 8 if in_eight_bits else bits
-        recent = recent_tokens_for(bits) if self.recent_tokens == "auto" else self.recent_tokens
+        recent = recent_tokens_for(bits, device) if self.recent_tokens == "auto" else self.recent_tokens
         return make_format(dtype, bits=bits, equalize=equalize, sink_tokens=self.sink_tokens, recent_tokens=recent)
 
     def layers(self, option: LayerOption) -> frozenset[int | str]:

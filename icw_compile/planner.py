@@ -161,6 +161,7 @@ def plan(
     cache: Literal["dynamic", "static"] = "dynamic",
     dtype: torch.dtype | None = None,
     prompt: int | None = None,
+    device: torch.device | str | None = None,
 ) -> Plan:
     """The bytes of the cache of a decoder, with the backend's ``options``, as `Plan`.
 
@@ -174,6 +175,8 @@ def plan(
         prompt: how many tokens the first call gets, where the others come one by one, which decides when a growing
             cache takes more room. Left out, all come in one call: no other way takes more, as long as the cache is not
             cropped, which leaves its room as it was.
+        device: where it will be, which decides what ``icw.recent_tokens="auto"`` is. Taken from the model if left out,
+            else the CPU.
 
     Layers that share another one's cache keep nothing, and what a model keeps elsewhere is not counted. Latent caches
     (MLA) and recurrent states stay float, and are named in the notes. Where tensor parallelism splits the keys by
@@ -197,11 +200,14 @@ def plan(
     if dtype is None:
         own = model_or_config.dtype if is_model else whole.get_text_config(decoder=True).dtype
         dtype = own or torch.get_default_dtype()
+    device = torch.device(device or (model_or_config.device if is_model else "cpu"))
     model = meta_model(model_or_config)
     config = model.config.get_text_config(decoder=True)
     layers = example_cache(model).layers
     _check_layers(config.model_type, layers)
-    counted = _Counted(chosen, cache, dtype, prompt, splits_heads(model), tuple(latent_ranks(config)), _windows(layers))
+    counted = _Counted(
+        chosen, cache, dtype, device, prompt, splits_heads(model), tuple(latent_ranks(config)), _windows(layers)
+    )
     steps = "" if prompt is None else f" after a prompt of {prompt} tokens"
     return counted.plan(config, layers, f"{config.model_type}, {_short(dtype)}, {cache} cache{steps}, one rank")
 
@@ -230,6 +236,7 @@ class _Counted:
     options: Options
     cache: Literal["dynamic", "static"]
     dtype: torch.dtype
+    device: torch.device
     prompt: int | None
     splits: bool
     latent: tuple[int | None, ...]
@@ -295,7 +302,7 @@ class _Counted:
         text = f"{role}s {heads} x {channels}" + (f" of {self.windows[window]}" if window is not None else "")
         if reason:
             return _Kept(as_float, as_float, f"{text}, {_short(dtype)}", reason, heads * splits)
-        layout = self.options.format_for(dtype, role, in_eight_bits=in_eight_bits)
+        layout = self.options.format_for(dtype, role, self.device, in_eight_bits=in_eight_bits)
         stored = _allocated(layout, mine, self._room(rows, window), channels)
         return _Kept(as_float, stored, f"{text}, {layout}", "", heads * splits)
 

@@ -66,22 +66,21 @@ print(tokenizer.decode(ours.sequences[0], skip_special_tokens=True))
 # ## Memory
 #
 # The cache is the same object of transformers; its layers hold a `QuantizedKV`, a tensor that presents the float shape
-# and dtype and stores int8, with one scale for each head and token and one byte for each channel of a head.
+# and dtype and stores int8, with one scale for each head and token and one byte for each channel of a head. The last 32
+# tokens, which attention looks at most, are kept in the model's dtype besides (`icw.recent_tokens`).
 
 # %%
 keys = ours.past_key_values.layers[0].keys
 print(type(keys).__name__, list(keys.shape), keys.dtype)
-for name in ("qdata", "scale", "shift"):
+for name in ("qdata", "scale", "shift", "exact"):
     part = getattr(keys, name)
     print(f"    {name}: {part.dtype} {list(part.shape)}")
-for name, output in {"stock": stock, "ours": ours}.items():
-    print(f"{name:6}{icw_compile.cache_bytes(output.past_key_values):>10,} bytes for {keys.shape[2]} tokens")
 
 # %% [markdown]
-# What it will take is known beforehand, to the byte: `icw_compile.plan` gives an expression
-# ([more of it](04_memory_and_speed.ipynb)). Of a 16-bit model the cache takes about half, not a quarter. One that grows
-# has room for more tokens than it holds, so that it does not copy itself at each step as the stock one does: left out,
-# `cache_implementation` is that.
+# Of so few tokens that is no saving. What a cache will take is known beforehand, to the byte: `icw_compile.plan` gives
+# an expression ([more of it](04_memory_and_speed.ipynb)). Of a 16-bit model the cache takes about half, not a quarter.
+# One that grows has room for more tokens than it holds, so that it does not copy itself at each step as the stock one
+# does: left out, `cache_implementation` is that.
 
 # %%
 for kind in ("static", "dynamic"):

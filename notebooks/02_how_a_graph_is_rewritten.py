@@ -44,10 +44,11 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 # %% [markdown]
-# The cache is made beforehand here, so that the graph is that of a decode step: one token in, the cache passed in.
+# The cache is made beforehand here, so that the graph is that of a decode step: one token in, the cache passed in. None
+# of its tokens are kept in the model's dtype besides, as the last 32 would be on a CPU: the graph is shorter so.
 
 # %%
-cache = icw_compile.static_cache(model, batch_size=1, max_cache_len=512)
+cache = icw_compile.static_cache(model, batch_size=1, max_cache_len=512, recent_tokens=0)
 token = torch.tensor([[7]])
 (graph,) = icw_compile.explain(model, input_ids=token, past_key_values=cache).graphs
 for step in graph.passes:

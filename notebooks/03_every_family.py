@@ -54,16 +54,17 @@ def words(drawing: Drawing, *roles: str) -> str:
 # %% [markdown]
 # ## One layer of each
 #
-# A static cache, empty yet. Keys and values are written by the same operation. All of them are read through `repeat_kv`
-# (`unsqueeze`, `expand`, `reshape`, with or without a `slice` of everything). Gemma 2 and GPT-OSS have no fused
-# attention, since their softcap and their sinks have no counterpart in torch's: it is spelled out.
+# A static cache, empty yet, which keeps no tokens in the model's dtype besides, to have less to look at. Keys and
+# values are written by the same operation. All of them are read through `repeat_kv` (`unsqueeze`, `expand`, `reshape`,
+# with or without a `slice` of everything). Gemma 2 and GPT-OSS have no fused attention, since their softcap and their
+# sinks have no counterpart in torch's: it is spelled out.
 
 # %%
 NAMES = ("llama", "mistral", "gemma", "phi3", "qwen2", "gemma2", "gemma3_text", "gpt_oss")
 steps = {}
 for name in NAMES:
     model = tiny_causal_lm(name, attention=FAMILIES[name].attentions[0], num_hidden_layers=1)
-    steps[name] = decode_step(model, icw_compile.static_cache(model, batch_size=1, max_cache_len=32))
+    steps[name] = decode_step(model, icw_compile.static_cache(model, batch_size=1, max_cache_len=32, recent_tokens=0))
     (captured,), _ = steps[name]
     print(f"{name:12} write      {words(captured, 'write')}")
     print(f"{'':12} read       {words(captured, 'read')}")
@@ -98,7 +99,7 @@ steps["gpt_oss"][1][0]
 
 # %%
 model = tiny_causal_lm("mistral", num_hidden_layers=1)
-cache = icw_compile.static_cache(model, batch_size=1, max_cache_len=64)
+cache = icw_compile.static_cache(model, batch_size=1, max_cache_len=64, recent_tokens=0)
 with torch.no_grad():
     model(torch.arange(3, 18).view(1, 15), past_key_values=cache)
 (captured,), (rewritten,) = decode_step(model, cache)
@@ -124,7 +125,7 @@ display(captured)
 # %%
 model = tiny_causal_lm("llama", num_hidden_layers=1)
 cache = DynamicCache(config=model.config)
-compiled = torch.compile(model, backend="icw_int8kv", options={"icw.compiler": "eager"})
+compiled = torch.compile(model, backend="icw_int8kv", options={"icw.compiler": "eager", "icw.recent_tokens": 0})
 with torch.no_grad():
     compiled(torch.arange(3, 8).view(1, 5), past_key_values=cache)
 (before,), (after,) = decode_step(model, cache)

@@ -52,8 +52,8 @@ llama.float_bytes
 llama.bytes
 
 # %% [markdown]
-# Per token 128 int8 channels and a scale of two bytes, for each of 8 heads, of keys and of values, in 32 layers; and
-# one byte for each channel, whatever the length. Evaluated:
+# Per token 128 int8 channels and a scale of two bytes, for each of 8 heads, of keys and of values, in 32 layers; and,
+# whatever the length, one byte for each channel, and the last 32 tokens in bfloat16. Evaluated:
 
 # %%
 for tokens in (8_192, 131_072):

@@ -54,7 +54,7 @@ def with_logarithm(module, query, key, value, attention_mask, scaling, **kwargs)
 AttentionInterface.register("with_logarithm", with_logarithm)
 AttentionMaskInterface.register("with_logarithm", eager_mask)
 model = tiny_causal_lm("llama", attention="with_logarithm", num_hidden_layers=1)
-cache = icw_compile.static_cache(model, batch_size=1, max_cache_len=32)
+cache = icw_compile.static_cache(model, batch_size=1, max_cache_len=32, recent_tokens=0)
 token = torch.tensor([[7]])
 
 # %% [markdown]

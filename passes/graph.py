@@ -226,8 +226,8 @@ class KVGraph:
         adoptable: the placeholders of float tensors that their owner would let us replace by stored ones.
 
     Attributes:
-        format_for: ``(dtype, role, in_eight_bits=...)`` -> the format of storage that this graph makes. Storage that
-            there is already stays as its maker wanted it.
+        format_for: ``(dtype, role, device, in_eight_bits=...)`` -> the format of storage that this graph makes. Storage
+            that there is already stays as its maker wanted it.
         skip_layers: the layers whose cache stays float: indices, ``"first"``, ``"last"``, ``"sliding"``.
         eight_bit_layers: those that are stored in 8 bits in any case, named alike.
         idioms: rules of the caller's for ``canonicalize``: ``(graph, node)`` -> what stands for the node, or ``None``.
@@ -269,7 +269,7 @@ class KVGraph:
         self.endpoints = endpoints or {}
         self.returned_to = returned_to or {}
         self.adoptable = adoptable
-        self.format_for: Callable[..., Format] = lambda dtype, role, *, in_eight_bits=False: make_format(dtype)
+        self.format_for: Callable[..., Format] = lambda dtype, role, device, *, in_eight_bits=False: make_format(dtype)
         self.skip_layers: frozenset[int | str] = frozenset()
         self.eight_bit_layers: frozenset[int | str] = frozenset()
         self.idioms: tuple[Callable[[KVGraph, Node], Node | None], ...] = ()

@@ -323,7 +323,8 @@ def _adopt_input(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:
 def _format_for(graph: KVGraph, node: Node, uses: _AttentionUses) -> Format:
     use = uses.of(node)
     in_eight_bits = _is_of(graph, node, uses, graph.eight_bit_layers)
-    return graph.format_for(node.meta["val"].dtype, use[1] if use else None, in_eight_bits=in_eight_bits)
+    value = node.meta["val"]
+    return graph.format_for(value.dtype, use[1] if use else None, value.device, in_eight_bits=in_eight_bits)
 
 
 def _take_input(

@@ -9,9 +9,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import icw_compile
+from icw_compile import formats
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "keeps_recent: it is about the tokens that are kept where nobody says")
     # Not in pyproject.toml, whose filters are resolved, and import the package, before this file is.
     config.addinivalue_line("filterwarnings", "error::icw_compile.UnquantizedCacheWarning")
 
@@ -23,3 +25,13 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     icw_compile.reset_report()
     yield
+
+
+@pytest.fixture(autouse=True)
+def _stored_rows_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored in 8 bits is what is read: of the few tokens of a test, all would be kept in the model's dtype.
+
+    Of tests that ask for kept rows, and of those that are marked ``keeps_recent``, it is not so.
+    """
+    if request.node.get_closest_marker("keeps_recent") is None:
+        monkeypatch.setitem(formats.RECENT_TOKENS, 8, 0)

@@ -896,6 +896,19 @@ def test_where_regions_are_compiled_once():
         assert not inductor.takes_regions({})
 
 
+def test_inductor_rounds_as_eager():
+    """Between operations that it fuses; not where the user says otherwise, in either spelling."""
+
+    def call(x, y):
+        return ((x * y + x) * y - x) * x
+
+    x, y = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for options, rounds in (({}, True), ({"emulate_precision_casts": False}, False)):
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(call, options=inductor.rounded_as_eager(options))(x, y), call(x, y)) == rounds
+    assert inductor.rounded_as_eager({"emulate-precision-casts": False}) == {"emulate-precision-casts": False}
+
+
 def test_inductor_counts_cuda_graphs():
     from torch._inductor.cudagraph_trees import CUDAGraphNode
 

@@ -20,6 +20,9 @@ from icw_compile.compat.inductor import CUDA_GRAPHS, copied, counted_cuda_graphs
 from icw_compile.lab.reference import reference_cache
 from icw_compile.passes import PASSES, run_passes
 
+#: What Inductor is told besides, for a graph on a CPU.
+ROUNDED = {"emulate_precision_casts": True}
+
 
 @pytest.fixture
 def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[CompiledFxGraph, bool]]:
@@ -108,13 +111,13 @@ def three_steps(make: Callable[[Any], Cache]) -> Callable[[Any], Any]:
 
 
 def test_nothing_changes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor is told what the user says, and its outputs are what the caller gets; nothing is said of CUDA graphs."""
+    """Inductor is told what the user says and how to round; outputs are the caller's, and no word is said of graphs."""
     monkeypatch.setattr(backend, "copied", lambda *_: pytest.fail("outputs are copied"))
-    for options in ({}, {"epilogue_fusion": False}):
+    for options in ({}, {"epilogue_fusion": False}, {"emulate_precision_casts": False}):
         torch._dynamo.reset()
-        assert asked(three_steps(made_beforehand), options) == [("default", options)] * 2
+        assert asked(three_steps(made_beforehand), options) == [("default", ROUNDED | options)] * 2
     torch._dynamo.reset()
-    assert asked(three_steps(lambda model: DynamicCache(config=model.config))) == [("default", {})] * 2
+    assert asked(three_steps(lambda model: DynamicCache(config=model.config))) == [("default", ROUNDED)] * 2
     assert {report.no_cuda_graphs for report in graphs()} == {""}
 
 
@@ -131,7 +134,7 @@ def test_nothing_changes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decode_steps_are_cuda_graphs_by_default(make: Any, reasons: list[str], as_on_cuda: None) -> None:
     given = asked(three_steps(make))
     for (_, options), report, reason in zip(given, graphs(), reasons, strict=True):
-        assert options == ({} if reason else {CUDA_GRAPHS: True})
+        assert options == ROUNDED | ({} if reason else {CUDA_GRAPHS: True})  # its inputs are on a CPU
         assert report.no_cuda_graphs.startswith(reason) and bool(report.no_cuda_graphs) == bool(reason)
 
 

@@ -80,7 +80,8 @@ def test_files_before_and_after_each_pass(made: Path) -> None:
     graphs = [graph for call in data["calls"] for graph in call["graphs"]]
     assert [[step["name"] for step in graph["passes"]] for graph in graphs] == [NAMES] * 2
     formats = {site["role"]: site["format"] for site in graphs[1]["sites"]}
-    assert formats == {"key": "int8 float32", "value": "int8 float32, equalized"}, "the option is the backend's"
+    expected = {"key": "int8 float32, keeps 0+32", "value": "int8 float32, equalized, keeps 0+32"}
+    assert formats == expected, "the option is the backend's"
 
 
 def test_the_page_asks_for_nothing(made: Path) -> None:

@@ -19,6 +19,7 @@ from icw_compile.formats import make_format
 from icw_compile.formats.int4 import halves_to_levels, quantize_halves
 from icw_compile.kernels import cpu
 from icw_compile.lab.reference import dynamic_reference_cache, four_bits, reference_cache
+from icw_compile.options import split_options
 
 _ops = torch.ops.icw_int8kv
 needs_library = pytest.mark.skipif(not cpu.is_available(), reason="no C++ compiler")
@@ -291,20 +292,22 @@ def test_layers_have_bits_of_their_own(options: dict[str, Any], expected: list[s
     assert f"key/value sites in {' and '.join(f'int{n}' for n in bits)}" in title
 
 
+@pytest.mark.keeps_recent
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, (0, 0)),
+        ({}, (32, 32)),
         ({"bits": 4}, (128, 128)),
-        ({"value_bits": 4}, (0, 128)),
+        ({"value_bits": 4}, (32, 128)),
         ({"bits": 4, "recent_tokens": 0}, (0, 0)),
-        ({"key_bits": 4, "sink_tokens": 3}, (131, 3)),
+        ({"recent_tokens": 0}, (0, 0)),
+        ({"key_bits": 4, "sink_tokens": 3}, (131, 35)),
         ({"value_bits": 4, "recent_tokens": 7}, (7, 7)),
     ],
     ids=str,
 )
 def test_recent_rows_where_nobody_says(options: dict[str, int], expected: tuple[int, int]) -> None:
-    """The last 128 of what is stored in 4 bits, and of it alone."""
+    """The last 128 of what is stored in 4 bits, and the last 32 of 8."""
     model = tiny_model()
     made, cache = icw_compile.static_cache(model, 1, 8, **options), DynamicCache(config=model.config)
     of_backend = {f"icw.{name}": value for name, value in options.items()}
@@ -312,6 +315,17 @@ def test_recent_rows_where_nobody_says(options: dict[str, int], expected: tuple[
     for layer in (*made.layers, *cache.layers):
         kept = [len(x.position) if "keeps" in str(x.format) else 0 for x in (layer.keys, layer.values)]
         assert tuple(kept) == expected
+
+
+@pytest.mark.keeps_recent
+def test_recent_rows_on_an_accelerator() -> None:
+    """None of 8 bits."""
+    dtype = torch.bfloat16
+    for device, of_eight in (("cpu", 32), ("meta", 32), ("cuda", 0), ("mps", 0)):
+        for options, bits in (({}, 8), ({"icw.bits": 4}, 4)):
+            made = str(split_options(options, None)[0].format_for(dtype, "key", torch.device(device)))
+            kept = of_eight if bits == 8 else 128
+            assert made.endswith(f"keeps 0+{kept}") if kept else "keeps" not in made
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support import CLOSE_LOGITS, EAGER, relative_distance, run, start, tiny_model, tokens
 from torch import Tensor
@@ -14,6 +15,7 @@ from icw_compile.lab.bench.measure import in_own_process
 OTHER_OPTIONS = {"icw.keys": "plain", "icw.values": "plain"}
 
 
+@pytest.mark.keeps_recent
 def test_only_what_is_the_same_is_found(tmp_path: Path) -> None:
     """Started twice at once, once more, with other options, as another version, and with every file cut in half."""
     expected, differently = (expected_logits(options) for options in ({}, OTHER_OPTIONS))

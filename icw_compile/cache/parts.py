@@ -267,13 +267,11 @@ class TensorOfParts(Tensor):
         self.separate()
 
     def _relatives(self) -> list[TensorOfParts]:
-        """What it is a view of and its views, which it does not share all kept rows with; itself, if it is a view."""
+        """Its views that count kept rows otherwise; of a view what it is a view of and those of that, and itself."""
         claim, root = self._claim, self if self._root is None else self._root
         shown = [] if claim is None else [each.tensor() for each in claim.others() if each.owner is claim.owner]
-        found = [*shown, *(view() for view in root._lagging)]
-        if self._layout.is_view:
-            found += [self, root]
-        return [tensor for tensor in found if tensor is not None and (tensor is not self or self._layout.is_view)]
+        found = [*shown, *(view() for view in root._lagging), *((self, root) if self._layout.is_view else ())]
+        return [tensor for tensor in found if tensor is not None]
 
     def separate(self) -> None:
         """Make sure that a write into this tensor reaches it and its views alone, not what grew out of it."""

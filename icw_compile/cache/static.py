@@ -47,7 +47,7 @@ def static_cache(
         bits: of each stored number, 8 or 4; ``key_bits`` and ``value_bits`` the same of the keys or the values alone.
         equalize: shift outlier channels; see `QuantizedKV`.
         sink_tokens, recent_tokens: how many of the first tokens, and of the last, are kept in ``dtype`` besides. If
-            left out, the last 128 of what is stored in 4 bits.
+            left out, the last 128 of what is stored in 4 bits, and of 8 bits the last 32 on the CPU.
 
     Raises:
         TypeError: the dtype is not one of the three.
@@ -60,6 +60,7 @@ def static_cache(
         device = device or model_or_config.device
     else:
         config = model_or_config
+    device = torch.device(device or "cpu")
     config = config.get_text_config(decoder=True)
     dtype = dtype or config.dtype or torch.get_default_dtype()
     cache = StaticCache(config, max_cache_len=max_cache_len)
@@ -69,7 +70,7 @@ def static_cache(
             bits=each,
             equalize=equalize,
             sink_tokens=sink_tokens,
-            recent_tokens=recent_tokens_for(each) if recent_tokens is None else recent_tokens,
+            recent_tokens=recent_tokens_for(each, device) if recent_tokens is None else recent_tokens,
         )
         for each in (key_bits or bits, value_bits or bits)
     ]
@@ -80,7 +81,7 @@ def static_cache(
     sizes = layer_sizes(config)
     for i, layer in own.items():
         states = [
-            torch.empty(batch_size, heads_of_rank(model_or_config, heads), 0, size, dtype=dtype, device=device or "cpu")
+            torch.empty(batch_size, heads_of_rank(model_or_config, heads), 0, size, dtype=dtype, device=device)
             for heads, size in sizes[i]
         ]
         _initialize(layer, states, layouts)

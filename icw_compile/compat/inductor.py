@@ -24,12 +24,14 @@ __all__ = [
     "inductor",
     "is_freezing",
     "leaves_cuda_graphs_open",
+    "rounded_as_eager",
     "takes_regions",
     "uses_cuda_graphs",
 ]
 
 #: Inductor's option that ``mode="reduce-overhead"`` stands for. ``torch._inductor.config.triton.cudagraphs``.
 CUDA_GRAPHS = "triton.cudagraphs"
+_ROUNDED = "emulate_precision_casts"
 
 
 def inductor(mode: str | None, options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -142,6 +144,15 @@ def takes_regions(options: Mapping[str, Any]) -> bool:
     config = torch._inductor.config
     refuses = any(asked.get(name, getattr(config, name)) for name in ("cpp_wrapper", "freezing"))
     return torch.__version__ >= "2.13" and not refuses
+
+
+def rounded_as_eager(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with which Inductor rounds between operations that it fuses, as a model does that is not compiled.
+
+    Unless they say something of it. ``torch._inductor.config.emulate_precision_casts``.
+    """
+    says = any(name.replace("-", "_") == _ROUNDED for name in options)
+    return dict(options) if says else {**options, _ROUNDED: True}
 
 
 def cache_key_tag(tag: str) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from icw_compile.formats.kept import KeepsRows
 __all__ = [
     "AXES",
     "FORMATS",
+    "RECENT_TOKENS",
     "Equalized",
     "Evaluator",
     "Format",
@@ -30,15 +31,18 @@ FORMATS = (Int8Rows, Int4Rows, Equalized, KeepsRows)
 
 #: Bits of a stored number -> the format of its rows.
 _ROWS = {8: Int8Rows, 4: Int4Rows}
+#: Bits -> how many of the tokens written last are kept in the model's dtype. Attention reads the latest most. 128 are
+#: what the quantized caches of transformers keep; they take the divergence that 4 bits cause down by a factor of 5 to
+#: 17. Of 8 bits, 32 do what 128 would (docs/quality.md).
+RECENT_TOKENS = {8: 32, 4: 128}
 
 
-def recent_tokens_for(bits: int) -> int:
-    """How many of the tokens written last are kept besides where nobody says: 128 where numbers have 4 bits.
+def recent_tokens_for(bits: int, device: torch.device) -> int:
+    """How many of the tokens written last are kept besides where nobody says: `RECENT_TOKENS`.
 
-    Attention reads the latest tokens most. That many are what the quantized caches of transformers keep; they take the
-    divergence that 4 bits cause down by a factor of 5 to 17 (docs/quality.md).
+    On an accelerator none of 8 bits: there they cost a kernel registers, which has not been timed.
     """
-    return 128 if bits < 8 else 0
+    return RECENT_TOKENS[bits] if bits < 8 or device.type in ("cpu", "meta") else 0
 
 
 def make_format(

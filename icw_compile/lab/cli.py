@@ -294,6 +294,7 @@ def plan(
         str, typer.Option(help="Options of the backend, such as icw.recent_tokens=128, several with commas.")
     ] = "",
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="The model's dtype.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="Where it is to run, such as cpu or cuda.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
 ) -> None:
     """Say what the cache of a model takes, in float and as stored, and how much of it fits into a memory.
@@ -302,7 +303,7 @@ def plan(
     """
     from icw_compile.lab.plan import Settings, run_plan  # torch and transformers take seconds to import
 
-    settings = Settings(model, memory, batch, tokens, ranks, weights, cache, prompt, chunk, option, dtype)
+    settings = Settings(model, memory, batch, tokens, ranks, weights, cache, prompt, chunk, option, dtype, device)
     with _refused_politely():
         run_plan(settings, json_file=json)
 

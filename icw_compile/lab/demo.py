@@ -28,6 +28,7 @@ from icw_compile.cache.static import cache_bytes, static_cache
 from icw_compile.lab.assets import MODEL
 from icw_compile.lab.bench.measure import environment
 from icw_compile.lab.terminal import answers, progress
+from icw_compile.planner import CacheBytes, plan
 from icw_compile.report import report, reset_report
 
 __all__ = ["Comparison", "run_demo"]
@@ -39,6 +40,8 @@ PROMPTS = (
 )
 STOCK, OURS, EAGER = "stock, compiled", "int8, icw_int8kv", "not compiled"
 REPETITION_PENALTY = 1.2
+#: Tokens of a longer text, of which the cache is calculated: what is kept of the last tokens weighs less there.
+LONG = 4096
 #: What writes -> what compiles it. The last one, with a float cache, is there to see how far the first parts from it.
 BACKENDS = {STOCK: "inductor", OURS: "icw_int8kv", EAGER: None}
 
@@ -105,7 +108,8 @@ def run_demo(
     sequences = runs[STOCK].sequences
     mask = (sequences != tokenizer.pad_token_id).cumsum(-1) > 0
     agreement = _next_token_agreement(model, sequences, mask, start)
-    made = Comparison.of(runs, start, agreement, _partings(model, tokenizer, runs, mask, start))
+    long = plan(model, cache="static").evaluate(tokens=LONG, batch=len(prompts))
+    made = Comparison.of(runs, start, long, agreement, _partings(model, tokenizer, runs, mask, start))
     console.print(made.table())
     for note in made.notes():
         console.print(note, markup=False, highlight=False)
@@ -216,7 +220,9 @@ class Comparison:
     """What the table shows, and ``--json`` writes.
 
     Attributes:
+        tokens: of each text.
         stock_bytes, int8_bytes: of the caches.
+        long_stock_bytes, long_int8_bytes: of caches of `LONG` tokens, by calculation.
         stock_tokens_per_second, int8_tokens_per_second: of decode, all prompts together.
         same, generated: generated tokens that agree, and all of them.
         stock_as_eager, int8_as_eager: generated tokens that agree with those of the model that is not compiled, with a
@@ -225,8 +231,11 @@ class Comparison:
         partings: where the texts part, if they do.
     """
 
+    tokens: int
     stock_bytes: int
     int8_bytes: int
+    long_stock_bytes: int
+    long_int8_bytes: int
     stock_tokens_per_second: float
     int8_tokens_per_second: float
     same: int
@@ -237,14 +246,17 @@ class Comparison:
     partings: Sequence[Parting]
 
     @classmethod
-    def of(cls, runs: dict[str, Run], start: int, next_tokens: float, partings: Sequence[Parting]) -> "Comparison":
+    def of(
+        cls, runs: dict[str, Run], start: int, long: CacheBytes, next_tokens: float, partings: Sequence[Parting]
+    ) -> "Comparison":
         stock, ours, eager = (runs[kind] for kind in (STOCK, OURS, EAGER))
 
         def same(one: Run, other: Run) -> int:
             return int((one.sequences == other.sequences)[:, start:].sum())
 
         return cls(
-            stock.cache_bytes, ours.cache_bytes, stock.tokens_per_second, ours.tokens_per_second, same(stock, ours),
+            stock.sequences.shape[1], stock.cache_bytes, ours.cache_bytes, long.float_bytes, long.bytes,
+            stock.tokens_per_second, ours.tokens_per_second, same(stock, ours),
             stock.sequences[:, start:].numel(), same(stock, eager), same(ours, eager), next_tokens,
             partings,
         )  # fmt: skip
@@ -253,9 +265,11 @@ class Comparison:
         table = Table(title="The same prompts, two caches", title_justify="left", title_style="bold")
         for column in ("", STOCK, OURS, "ratio"):
             table.add_column(column, justify="left" if not column else "right")
-        table.add_row(
-            "cache bytes", f"{self.stock_bytes:,}", f"{self.int8_bytes:,}", f"{self.int8_bytes / self.stock_bytes:.3f}x"
-        )
+        for tokens, stock, ours in (
+            (self.tokens, self.stock_bytes, self.int8_bytes),
+            (LONG, self.long_stock_bytes, self.long_int8_bytes),
+        ):
+            table.add_row(f"cache bytes, {tokens:,} tokens", f"{stock:,}", f"{ours:,}", f"{ours / stock:.3f}x")
         table.add_row(
             "decode, tokens per second",
             f"{self.stock_tokens_per_second:.1f}",

@@ -60,6 +60,7 @@ class Settings:
     chunk: int
     options: str
     dtype: str
+    device: str
 
 
 def parse_bytes(text: str) -> int:
@@ -152,7 +153,14 @@ def run_plan(settings: Settings, *, json_file: Path | None) -> dict[str, Any]:
     if settings.memory is None and settings.tokens is None:
         raise ValueError("nothing to plan: give --memory, --tokens or both")
     config, dtype = load_config(settings.model), getattr(torch, settings.dtype)
-    planned = plan(config, parse_options(settings.options), cache=settings.cache, dtype=dtype, prompt=settings.prompt)
+    planned = plan(
+        config,
+        parse_options(settings.options),
+        cache=settings.cache,
+        dtype=dtype,
+        prompt=settings.prompt,
+        device=settings.device,
+    )
     model = meta_model(config)
     found = _figures(
         settings,

@@ -356,7 +356,7 @@ class Session:
         options = self.settings.options(self.contender)
         if any(options.layers(option) for option in LAYER_OPTIONS):
             raise ValueError("only a prompt that runs through the model tells layers apart: see --max-prefill")
-        layouts = {f"{role}s": options.format_for(self.model.dtype, role) for role in ("key", "value")}
+        layouts = {f"{role}s": options.format_for(self.model.dtype, role, self.device) for role in ("key", "value")}
         config = self.model.config.get_text_config(decoder=True)
         int8_static = self.contender.is_int8 and self.contender.cache == "static"
         length = self.settings.cache_len(context)

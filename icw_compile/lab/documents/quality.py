@@ -16,7 +16,6 @@ RESULTS = "icw_compile/lab/evaluation/results/"
 # A row is that of the first file that has it.
 LLAMA = tuple(f"{RESULTS}kjv-llama-2m-bfloat16{part}.json" for part in ("-ours", "", "-values"))
 QWEN2 = tuple(f"{RESULTS}kjv-qwen2-2m-bfloat16{part}.json" for part in ("-ours", ""))
-ROUNDING = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-rounding.json" for name in ("llama", "qwen2"))
 # In "bits" and "others" 4 bits keep none of the last tokens besides.
 BITS = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-bits.json" for name in ("llama", "qwen2"))
 OTHERS = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-others.json" for name in ("llama", "qwen2"))
@@ -25,20 +24,19 @@ ADVICE = tuple(f"{RESULTS}kjv-{name}-2m-bfloat16-advice.json" for name in ("llam
 SINGLE = tuple(f"{RESULTS}kjv-llama-2m-{dtype}-single.json" for dtype in ("bfloat16", "float32"))
 
 OURS, PLAIN = "icw_int8kv", "icw_int8kv icw.keys=plain icw.values=plain"
-CLOSEST = "icw_int8kv emulate_precision_casts=True icw.recent_tokens=128"
-ROUNDED = "icw_int8kv emulate_precision_casts=True"
+ALONE = "icw_int8kv icw.recent_tokens=0"
 VALUES_IN_4, IN_4 = "icw_int8kv icw.value_bits=4", "icw_int8kv icw.bits=4"
 FP8 = "fp8 per tensor"
 #: Contender -> what a column is called.
 COLUMNS = {
     OURS: "**int8**",
-    CLOSEST: "int8, closest",
+    ALONE: "int8, none in float",
     PLAIN: "int8, plain",
     HQQ: "HQQ, 8 bit",
     FP8: "fp8 per tensor",
     FLOAT_COMPILED: "float, compiled",
 }
-QUANTIZED = (OURS, CLOSEST, PLAIN, HQQ, FP8)
+QUANTIZED = (OURS, ALONE, PLAIN, HQQ, FP8)
 
 Data = Mapping[str, Any]
 
@@ -104,15 +102,17 @@ def notes(*files: Data) -> str:
     model, rows = files[0]["settings"]["model"], next(case.rows for case in cases if case.name == AS_IT_IS)
     changed = {name: f"{1 - rows[name].total.top1_agreement:.2%}" for name in (*QUANTIZED, FLOAT_COMPILED)}
     closest = [min(QUANTIZED, key=lambda name, case=case: case.rows[name].total.kl_mean) for case in cases]  # type: ignore[misc]
+    largest = max(case.rows[OURS].total.kl_mean / case.rows[FLOAT_COMPILED].total.kl_mean for case in cases)
     apart = max(case.equivalence or 0.0 for case in cases)
     within = max(abs(case.rows[OURS].total.perplexity_ratio - 1) for case in cases)
     return (
         f"`{model}`: over all {len(cases)} rows the perplexity of int8 is within {within:.2%} of the float cache's. "
         f"The hard models are the model itself: their logits are at a relative distance of {apart:g}, in float32. As "
         f"it is, another likeliest token than that of the float cache comes at {changed[OURS]} of the positions with "
-        f"int8, {changed[CLOSEST]} with closest, {changed[HQQ]} with HQQ, {changed[FP8]} with fp8, and "
-        f"{changed[FLOAT_COMPILED]} with the float cache of the compiled model. Closest has the smallest KL divergence "
-        f"of the quantized caches in {closest.count(CLOSEST)} of {len(cases)} rows."
+        f"int8, {changed[ALONE]} where none are in float, {changed[HQQ]} with HQQ, {changed[FP8]} with fp8, and "
+        f"{changed[FLOAT_COMPILED]} with the float cache of the compiled model. Int8 has the smallest KL divergence of "
+        f"the quantized caches in {closest.count(OURS)} of {len(cases)} rows, and at most {largest:.2f} times that of "
+        "the compiled model with its float cache."
     )
 
 
@@ -218,10 +218,6 @@ def advice(*files: Data) -> str:
     return "\n\n".join(parts)
 
 
-def rounding(*files: Data) -> str:
-    return f"With `emulate_precision_casts` alone, {_scored(files[0])}:\n\n{_one_line(files, ROUNDED)}"
-
-
 def single(*files: Data) -> str:
     return f"One token at a time, {files[0]['settings']['tokens']:,} tokens:\n\n{_one_line(files, OURS)}"
 
@@ -239,6 +235,5 @@ REGIONS = {
     "quality-bits-others": Region(FOUR + OTHERS, others_of_four_bits),
     "quality-bits-hard": Region(FOUR, hard_cases_of_four_bits),
     "quality-advice": Region(ADVICE, advice),
-    "quality-rounding": Region(ROUNDING, rounding),
     "quality-single": Region(SINGLE, single),
 }

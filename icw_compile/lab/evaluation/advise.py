@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from icw_compile.compat.dynamo import recompile_limit
-from icw_compile.formats import recent_tokens_for
+from icw_compile.formats import RECENT_TOKENS
 from icw_compile.lab.bench.measure import environment
 from icw_compile.lab.evaluation.command import Prepared, Settings, prepare
 from icw_compile.lab.evaluation.contenders import Contender, contenders
@@ -134,7 +134,7 @@ def _each_alone(model: PreTrainedModel, measured: Measure) -> dict[str, list[flo
             f"{part} of layer {layer}",
             model,
             lambda length: reference_cache(
-                model, length, stored, key_bits=4, value_bits=4, recent_tokens=recent_tokens_for(4)
+                model, length, stored, key_bits=4, value_bits=4, recent_tokens=RECENT_TOKENS[4]
             ),
         )
 

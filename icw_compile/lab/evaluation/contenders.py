@@ -42,10 +42,9 @@ class Contender:
 def contenders(model: PreTrainedModel, settings: Sequence[Mapping[str, Any]], others: bool = True) -> list[Contender]:
     """The float cache, which the rest is compared with; ours with each of the settings; the others.
 
-    Those are: the float cache of the model as ``torch.compile`` has it, whose distance comes from rounding in another
-    order and which no compiled row can be expected to beat; HQQ, if installed, in 4 bits as well if a setting has them,
-    and then quanto's 4 bits too; and fp8. All rows share one model: Dynamo keeps what it compiles for one backend from
-    another.
+    Those are: the float cache of the model as ``torch.compile`` has it, whose distance comes from what it does not
+    round; HQQ, if installed, in 4 bits as well if a setting has them, and then quanto's 4 bits too; and fp8. All rows
+    share one model: Dynamo keeps what it compiles for one backend from another.
     """
 
     def static(length: int) -> StaticCache:
