@@ -24,9 +24,7 @@ def test_demo_with_a_model_of_the_users_own(tmp_path: Path) -> None:
     assert sum("stock, compiled  And he said" in line for line in lines) == 1
     assert sum("int8, icw_int8kv  Then" in line for line in lines) == 1
     cache_bytes = next(line for line in lines if "cache bytes" in line)
-    assert (
-        "14 tokens" in cache_bytes and "0.587x" in cache_bytes
-    )  # of 14 tokens, beside which the shift of each channel counts
+    assert "7 tokens" in cache_bytes and "0.587x" in cache_bytes  # the shift of each channel counts beside so few
     assert "generated tokens that agree" in result.output and "of 8" in result.output
     assert "... with the model that is not compiled" in result.output and "not compiled  And he" not in result.output
     assert "graph 1: 2 of 2 key/value sites in int8, llama" in result.output

@@ -220,7 +220,7 @@ class Comparison:
     """What the table shows, and ``--json`` writes.
 
     Attributes:
-        tokens: of each text.
+        tokens: of each text, but for the last one, which is not in the cache.
         stock_bytes, int8_bytes: of the caches.
         long_stock_bytes, long_int8_bytes: of caches of `LONG` tokens, by calculation.
         stock_tokens_per_second, int8_tokens_per_second: of decode, all prompts together.
@@ -255,7 +255,7 @@ class Comparison:
             return int((one.sequences == other.sequences)[:, start:].sum())
 
         return cls(
-            stock.sequences.shape[1], stock.cache_bytes, ours.cache_bytes, long.float_bytes, long.bytes,
+            stock.sequences.shape[1] - 1, stock.cache_bytes, ours.cache_bytes, long.float_bytes, long.bytes,
             stock.tokens_per_second, ours.tokens_per_second, same(stock, ours),
             stock.sequences[:, start:].numel(), same(stock, eager), same(ours, eager), next_tokens,
             partings,
