@@ -918,6 +918,39 @@ def test_write_of_whole_sequences_or_heads(dim: int, index: list[int], way: Call
     check_made(way, function, lambda: QuantizedKV.quantize(x, equalize=True), new, close=1e-2)
 
 
+def returned_with_cache(q: Tensor, rows: Tensor, new: Tensor) -> tuple[Tensor, ...]:
+    """A cache that the graph makes and a view of it; what is kept of the last three rows lies in another order."""
+    keys, values = (torch.zeros(BATCH, HEADS, TOKENS, HEAD_DIM) for _ in range(2))
+    for cache in (keys, values):
+        cache.index_copy_(2, torch.arange(TOKENS - 1), rows)
+        cache.index_copy_(2, torch.tensor([TOKENS - 1]), new)
+    return sdpa(q, keys, values), keys, values, keys[:, :, 3:]
+
+
+@pytest.mark.filterwarnings("ignore::icw_compile.UnquantizedCacheWarning")
+def test_views_that_a_graph_returns() -> None:
+    """Of a cache that it is given, and of one that it makes: a write into the cache is seen in them."""
+    new, other = states(1, seed=2), states(1, seed=3)
+    options = {**EAGER, "icw.recent_tokens": 3, "icw.keys": "plain", "icw.values": "plain"}
+    with torch.no_grad():
+        call = torch.compile(returned_with_cache, backend="icw_int8kv", fullgraph=True, options=options)
+        _, keys, _, part = call(query(), states(TOKENS - 1), new)
+        _, floats, _, float_part = returned_with_cache(query(), states(TOKENS - 1), new)
+        assert isinstance(keys, QuantizedKV) and sorted(keys.position.tolist()) == [5, 6, 7]
+        given = kept(sink_tokens=2, recent_tokens=2)()
+        call = torch.compile(
+            lambda q, keys: (q @ keys.transpose(2, 3), keys[:, :, 3:]), backend="icw_int8kv", options=options
+        )
+        given_floats, (_, given_part) = given.dequantize(), call(query(), given)
+        pairs = [(keys, floats, part, float_part), (given, given_floats, given_part, given_floats[:, :, 3:])]
+        for cache, whole, view, float_view in pairs:
+            for at in (5, 6):
+                for into in (cache, whole):
+                    into.index_copy_(2, torch.tensor([at]), other)
+                assert relative_distance(cache.dequantize(), whole) <= CLOSE
+                assert relative_distance(view.dequantize(), float_view) <= CLOSE
+
+
 def turned_before(q: Tensor, keys: Tensor, new: Tensor) -> Tensor:
     turned = keys.transpose(2, 3)
     keys.index_copy_(2, torch.tensor([1]), new)

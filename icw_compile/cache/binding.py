@@ -31,6 +31,8 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
     shown = [(position, at[each.shows[0]], each.shows[1]) for position, each, _ in inputs if each.shows is not None]
     outputs = [(each, at.get(each.grown.input, -1) if each.grown is not None else -1) for each in graph.outputs]
     plain_outputs = all(output.position >= 0 for output in graph.outputs)
+    stored = [output.stored for output in graph.outputs]
+    views = [i for i, value in enumerate(stored) if value is not None and value.is_view and value.kept]
 
     def call(*args: Any) -> list[Any]:
         passed = list(args)
@@ -47,7 +49,7 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
         returned = compiled(*passed)
         if plain_outputs:
             return list(returned)
-        return [
+        results = [
             returned[each.position]
             if each.position >= 0
             else _grown(each, reserved[source], returned)
@@ -55,6 +57,9 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
             else _wrap(each, returned, args)
             for each, source in outputs
         ]
+        for position in views:
+            _note_view(results[position], results)
+        return results
 
     return call
 
@@ -107,17 +112,27 @@ def _wrap(output: Output, returned: Sequence[Any], args: Sequence[Any]) -> Quant
     assert output.stored is not None
     value = output.stored.of_parts(returned[part] for part in output.stored.parts)
     owner = next((x for x in args if isinstance(x, QuantizedKV) and _shares_storage(x, value)), None)
-    if not output.grows or value.axes != AXES:
-        made = QuantizedKV.of(value)
-        if owner is not None and value.kept and owner._claim is None:
+    can_grow = output.grows and value.axes == AXES
+    if owner is not None and (can_grow or owner.whole.kept):
+        # A view of what was passed in: what is written to either is seen in both.
+        claim = owner._claim
+        made = QuantizedKV.of(value, claim if claim is None else claim.of_view(None))
+        if claim is None and owner.whole.kept:
             owner.note_view(made)
         return made
-    if owner is not None:  # a view of what was passed in: what is written to either is seen in both
-        claim = owner._claim
-        return QuantizedKV.of(value, claim if claim is None else claim.of_view(None))
+    if not can_grow:
+        return QuantizedKV.of(value)
     made = QuantizedKV.growing(value).with_spare()
     let_vary(made, 2)
     return made
+
+
+def _note_view(view: QuantizedKV, results: Sequence[Any]) -> None:
+    """Tell a cache that the graph made, and returns besides, of a view of it whose kept rows have to follow."""
+    if view._root is None and view._claim is None:
+        others = (each for each in results if isinstance(each, QuantizedKV) and not each._layout.is_view)
+        if (whole := next((each for each in others if _shares_storage(each, view.value)), None)) is not None:
+            whole.note_view(view)
 
 
 def _shares_storage(tensor: QuantizedKV, value: Stored) -> bool:
