@@ -84,16 +84,10 @@ def slice_(run: Evaluator, x: Stored, dim: int = 0, start: Any = None, end: Any 
     return _each(run, x, act, tokens=(aten.slice.Tensor, (dim, start, end, step)) if axis == "T" else None)
 
 
-def _without_kept(x: Stored, axis: str) -> Stored:
-    """``x``, of which a view along ``axis`` is taken that cannot have some tokens in another form besides."""
-    return x.inner if axis == "T" and x.kept else x
-
-
 def narrow(run: Evaluator, x: Stored, dim: int, start: Any, length: Any) -> Stored | None:
     axis = axis_of(x, dim)
-    if axis == "D":
+    if axis == "D" or (axis == "T" and x.kept):
         return None
-    x = _without_kept(x, axis)
 
     def act(spec: Part, part: Any) -> Any:
         return run.call(aten.narrow.default, part, dim, start, length) if spec.has(axis) else part
@@ -103,9 +97,8 @@ def narrow(run: Evaluator, x: Stored, dim: int, start: Any, length: Any) -> Stor
 
 def select(run: Evaluator, x: Stored, dim: int, index: Any) -> Stored | None:
     axis, at = axis_of(x, dim), dim % len(x.axes)
-    if axis == "D":
+    if axis == "D" or (axis == "T" and x.kept):
         return None
-    x = _without_kept(x, axis)
 
     def act(spec: Part, part: Any) -> Any:
         return run.call(aten.select.int, part, dim, index if spec.has(axis) else 0)
@@ -118,9 +111,8 @@ def split(target: Any) -> Rule:
 
     def rule(run: Evaluator, x: Stored, sizes: Any, dim: int = 0) -> tuple[Stored, ...] | None:
         axis = axis_of(x, dim)
-        if axis == "D":
+        if axis == "D" or (axis == "T" and x.kept):
             return None
-        x = _without_kept(x, axis)
         pieces = {
             spec.name: run.call(target, part, sizes, dim) if spec.has(axis) else None
             for spec, part in zip(x.format.parts, x.parts, strict=True)
