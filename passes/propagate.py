@@ -102,11 +102,11 @@ def _forget_kept_rows(graph: KVGraph, node: Node, values: dict[Node, Storage]) -
     A view counts them otherwise, and does not hear of what another one writes: those keep none from there on, and what
     is stored stands for them. `icw_compile.cache.parts.TensorOfParts.before_write` is the same for tensors.
     """
-    for target in [each for each in written_by(node) if each in values]:
+    for target in [each for each in written_by(node) if each in values and values[each].stored.kept]:
         own, root = values[target].stored, root_of(target)
         others = [each.stored for other, each in values.items() if root_of(other) is root and each.stored.kept]
         kept = {storage_of(graph.tensor(other["position"])): other["position"] for other in others}
-        if own.kept and not own.is_view:
+        if not own.is_view:
             kept.pop(storage_of(graph.tensor(own["position"])))
         with graph.before(node):
             for position in kept.values():

@@ -13,7 +13,6 @@ from icw_compile import formats
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "keeps_recent: it is about the tokens that are kept where nobody says")
     # Not in pyproject.toml, whose filters are resolved, and import the package, before this file is.
     config.addinivalue_line("filterwarnings", "error::icw_compile.UnquantizedCacheWarning")
 

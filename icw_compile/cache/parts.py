@@ -225,8 +225,8 @@ class TensorOfParts(Tensor):
             setattr(self, name, part)
 
     def note_view(self, view: TensorOfParts) -> None:
-        """That ``view`` is one of this tensor, which keeps rows, or is a view of such a one, and does not grow."""
-        kept = zip(view.whole.kept.values(), self.whole.kept.values())
+        """That ``view`` is one of this tensor, which keeps rows and does not grow."""
+        kept = zip(view.whole.kept.values(), self.whole.kept.values(), strict=True)
         view._root = root = self if self._root is None else self._root
         view._lags = self._lags or any(
             new.untyped_storage().data_ptr() != old.untyped_storage().data_ptr() for new, old in kept
@@ -255,15 +255,14 @@ class TensorOfParts(Tensor):
         Raises:
             NotImplementedError: rows are kept, and what this is a view of is not known.
         """
-        if type(self.buffers[0]) is Tensor:  # no fake, whose views a graph knows
-            if self.whole.kept and self._layout.is_view and self._root is None and self._claim is None:
+        if self.whole.kept and type(self.buffers[0]) is Tensor:  # no fake, whose views a graph knows
+            if self._layout.is_view and self._root is None and self._claim is None:
                 raise NotImplementedError(
                     "icw_int8kv: a cache with icw.sink_tokens or icw.recent_tokens is written as a whole; this writes "
                     "into a view of one that is not known, and the rows that it keeps would not follow."
                 )
             for tensor in self._relatives():
-                if tensor.whole.kept:
-                    forget_rows(tensor.whole)
+                forget_rows(tensor.whole)
         self.separate()
 
     def _relatives(self) -> list[TensorOfParts]:

@@ -246,7 +246,7 @@ class QuantizedKV(TensorOfParts):
             made = [cls.of(each) for each in results]
         else:
             made = cls.of(results)
-        if touches and run is EAGER and claim is None and (x.whole.kept or x._root is not None):
+        if touches and run is EAGER and claim is None and x.whole.kept:
             for view in made if isinstance(made, list) else [made]:
                 x.note_view(view)
         if shapes is not None:
