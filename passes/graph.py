@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from icw_compile.compat.fx import (
     FakeLayout,
+    evaluating,
     expression_of,
     is_fake,
     is_operator,
@@ -357,7 +358,7 @@ class KVGraph:
         return _each(self._results[key], another)
 
     def _run(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.fake_mode or nullcontext(), torch.no_grad():
+        with evaluating(self.fake_mode):
             return target(*args, **kwargs)
 
     def number(self, size: int | torch.SymInt) -> int | Node | None:

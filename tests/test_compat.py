@@ -805,6 +805,20 @@ def test_symbolic_sizes():
     assert fx.statically_known_true(True) and not fx.statically_known_true(False)
 
 
+def test_evaluating_with_symbols():
+    """Padding by a symbol, as of masks for attention on CUDA, whose operator in C++ takes none."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    mask = mode.from_tensor(torch.zeros(2, 1, 1, 37))
+    size = mask.shape[-1]
+    with pytest.raises(RuntimeError, match="concrete integers"), mode:
+        torch.nn.functional.pad(mask, (0, 16 - size % 16))
+    with fx.evaluating(mode):
+        padded = torch.nn.functional.pad(mask, (0, 16 - size % 16))
+    assert fx.is_fake(padded) and fx.statically_known_true(padded.shape[-1] == size + 16 - size % 16)
+    with fx.evaluating(None):
+        assert not (torch.ones(2, requires_grad=True) + 1).requires_grad
+
+
 def test_trees():
     tree = {"a": [1, (2, None)], "b": torch.Size([3])}
     assert fx.tree_map(lambda x: x if x is None else x + 1, tree) == {"a": [2, (3, None)], "b": torch.Size([4])}

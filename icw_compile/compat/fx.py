@@ -5,12 +5,13 @@ Read and run in torch 2.11, 2.13 and 2.14, unless a function says otherwise.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node, Proxy
@@ -31,6 +32,7 @@ __all__ = [
     "current_tracer",
     "eliminate_dead_code",
     "empty_fake",
+    "evaluating",
     "expression_of",
     "free_symbols",
     "inner_tensors",
@@ -227,6 +229,17 @@ def noted_for(fake: Any) -> dict[Any, Any]:
     """
     notes: dict[Any, Any] = fake.fake_mode.__dict__.setdefault("_icw_compile_notes", {})
     return notes
+
+
+@contextmanager
+def evaluating(mode: FakeTensorMode | None) -> Iterator[None]:
+    """While this is entered, operations give fakes of ``mode``, as where they are traced, and record no gradient.
+
+    With the dispatcher in Python, as in traces: some operators in C++ take no symbols, such as the padding of masks for
+    attention on CUDA. ``torch._dispatch.python.enable_python_dispatcher``.
+    """
+    with mode or nullcontext(), torch.no_grad(), enable_python_dispatcher():
+        yield
 
 
 class _Unseen:
