@@ -23,6 +23,8 @@ torch.version.hip = "some" if backend == "hip" else None
 
 from icw_compile.kernels import attention_triton, gpu
 
+gpu._overlaps = lambda device: backend == "cuda" and arch >= 90
+
 class Driver:
     # What Triton asks of a device when it compiles for one.
     get_current_target = staticmethod(lambda: GPUTarget(backend, arch, 64 if backend == "hip" else 32))

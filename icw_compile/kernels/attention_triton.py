@@ -32,13 +32,12 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from icw_compile.compat.triton import is_interpreting
 
 __all__ = ["attend", "merge"]
 
-# Splits that `merge` reads at a time.
-CHUNK = tl.constexpr(16)
 # Kept rows whose positions are compared at a time.
 KEPT = tl.constexpr(64)
 INTERPRETS = tl.constexpr(is_interpreting())
@@ -299,10 +298,10 @@ def _places(position, kept, length, start, BLOCK: tl.constexpr):
     return tl.where(place < kept, place, -1)
 
 
-@triton.jit
-def _exact_dtype(DTYPE: tl.constexpr) -> tl.constexpr:
-    """Of products with kept rows, for queries of ``DTYPE``: Triton's interpreter has no arithmetic of bfloat16."""
-    return tl.float32 if INTERPRETS and DTYPE == tl.bfloat16 else DTYPE  # noqa: SIM300
+@triton.constexpr_function
+def _exact_dtype(dtype):
+    """Of products with kept rows, for queries of ``dtype``: Triton's interpreter has no arithmetic of bfloat16."""
+    return tl.float32 if INTERPRETS and dtype == tl.bfloat16 else dtype
 
 
 @triton.jit
@@ -598,6 +597,7 @@ def attend(
     PADDED_VALUE_DIM: tl.constexpr,
     IN_PAIRS: tl.constexpr,  # of no head do the scales and codes begin within a pair of them
     IS_CAUSAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # `merge` is launched while this runs
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -629,22 +629,6 @@ def attend(
     if value_codes is not None:
         value_codes += _even(batch * stride_value_codes_batch + head * stride_value_codes_head, IN_PAIRS)
 
-    low = None
-    row_scale = tl.full([ROWS], scale, tl.float32)
-    if query.dtype.element_ty != tl.float32:
-        rows, low, unit = _digits(rows)
-        row_scale *= unit
-    # An additive mask may be of the largest numbers that there are, and is left in its unit.
-    UNIT: tl.constexpr = 1.0 if bias is None else LOG2_E
-    exact_scale = tl.cast(scale, tl.float32)
-    if softcap is None:
-        row_scale *= LOG2_E / UNIT
-        exact_scale *= LOG2_E / UNIT
-    largest = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    even = tl.zeros([ROWS, PADDED_VALUE_DIM // 2], tl.float32)
-    odd = tl.zeros([ROWS, PADDED_VALUE_DIM // 2], tl.float32)
-
     # Of the blocks from first_block to last_block, every row reads those whole that are ``whole`` from first_whole on.
     begin, end, whole_begin, whole_end = 0, length, 0, length
     if IS_CAUSAL:
@@ -675,6 +659,23 @@ def attend(
     first_block, last_block = begin // BLOCK, tl.cdiv(end, BLOCK)
     first_whole = tl.cdiv(whole_begin, BLOCK)
     whole = tl.maximum(whole_end // BLOCK - first_whole, 0)
+
+    low = None
+    row_scale = tl.full([ROWS], scale, tl.float32)
+    if query.dtype.element_ty != tl.float32:
+        rows, low, unit = _digits(rows)
+        row_scale *= unit
+    # An additive mask may be of the largest numbers that there are, and is left in its unit.
+    UNIT: tl.constexpr = 1.0 if bias is None else LOG2_E
+    exact_scale = tl.cast(scale, tl.float32)
+    if softcap is None:
+        row_scale *= LOG2_E / UNIT
+        exact_scale *= LOG2_E / UNIT
+    largest = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    even = tl.zeros([ROWS, PADDED_VALUE_DIM // 2], tl.float32)
+    odd = tl.zeros([ROWS, PADDED_VALUE_DIM // 2], tl.float32)
+
     for index in range(split, whole, splits):
         largest, total, even, odd = _step(
             rows,
@@ -718,8 +719,9 @@ def attend(
             UNIT,
             CHECKED=False,
         )
-    begin = first_block - whole + split + tl.cdiv(tl.maximum(whole - split, 0), splits) * splits
-    for index in range(begin, last_block - whole, splits):
+    # The last programs have the fewest blocks so far. Most have none of these, and no time for loads ahead of a loop.
+    begin = first_block + splits - 1 - split
+    for index in tl.range(begin, last_block - whole, splits, num_stages=1):
         block = index + tl.where(index >= first_whole, whole, 0)
         column = tl.arange(0, BLOCK)
         position = block * BLOCK + column
@@ -789,6 +791,8 @@ def attend(
                 UNIT,
                 CHECKED=True,
             )
+    if OVERLAPS:
+        gdc_launch_dependents()
     accumulator, total = tl.interleave(even, odd), tl.sum(total, 1)
     largest *= UNIT / LOG2_E
     if sinks is not None:
@@ -823,31 +827,28 @@ def merge(
     output,  # [rows, VALUE_DIM]
     splits,
     VALUE_DIM: tl.constexpr,
-    PADDED_VALUE_DIM: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # it is launched before `attend` is done
+    SPLITS: tl.constexpr,  # a power of two, no less than ``splits``
+    CHANNELS: tl.constexpr,
 ):
-    """Grid ``(rows,)``: the softmax over all splits of a row."""
+    """Grid ``(rows, VALUE_DIM / CHANNELS)``: some channels of the softmax over all splits of a row.
+
+    All that it reads is asked for at once: what it takes is the time that memory takes to answer.
+    """
     row = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, PADDED_VALUE_DIM)
-    # Of one element, not scalars: they are carried through the loop.
-    largest = tl.full([1], -float("inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    accumulator = tl.zeros([PADDED_VALUE_DIM], tl.float32)
-    for start in range(0, splits, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        inside = split < splits
-        at = row * splits + split
-        each_largest = tl.load(state + at * 2, mask=inside, other=-float("inf"))
-        each_total = tl.load(state + at * 2 + 1, mask=inside, other=0)
-        each = tl.load(
-            partial + at[:, None] * VALUE_DIM + channel[None, :],
-            mask=inside[:, None] & (channel < VALUE_DIM)[None, :],
-            other=0,
-        )
-        new_largest = tl.maximum(largest, tl.max(each_largest, 0))
-        shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-        decay, weights = tl.exp(largest - shift), tl.exp(each_largest - shift)
-        total = total * decay + tl.sum(each_total * weights, 0)
-        accumulator = accumulator * decay + tl.sum(each * weights[:, None], 0)
-        largest = new_largest
-    accumulator = accumulator / tl.where(total == 0, 1.0, total)
-    tl.store(output + row * VALUE_DIM + channel, accumulator.to(output.dtype.element_ty), mask=channel < VALUE_DIM)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    split = tl.arange(0, SPLITS)
+    at = row * splits + split
+    inside, exists = split < splits, channel < VALUE_DIM
+    if OVERLAPS:
+        gdc_wait()
+    largest = tl.load(state + at * 2, mask=inside, other=-float("inf"))
+    total = tl.load(state + at * 2 + 1, mask=inside, other=0)
+    each = tl.load(
+        partial + at[:, None] * VALUE_DIM + channel[None, :], mask=inside[:, None] & exists[None, :], other=0
+    )
+    last = tl.max(largest, 0)
+    weights = tl.exp(largest - tl.where(last == -float("inf"), 0.0, last))
+    total = tl.sum(total * weights, 0)
+    accumulator = tl.sum(each * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(output + row * VALUE_DIM + channel, accumulator.to(output.dtype.element_ty), mask=exists)

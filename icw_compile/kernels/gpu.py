@@ -71,6 +71,8 @@ IN_A_WORD = 8
 MIN_CAPABILITY = (8, 0)
 #: More splits than this cost more to merge than they bring.
 MAX_SPLITS = 128
+#: Channels that a program of `merge` gives: few, so that there are many.
+MERGED_CHANNELS = 32
 
 #: Kept at a time: how calls are launched, by the layout of their tensors. Layers of a step have the same, and a cache
 #: that grows has another at each step.
@@ -171,24 +173,33 @@ def choose_tiles(
 
 
 @functools.lru_cache(1024)
-def choose_splits(tiles: int, blocks: int, programs: int) -> int:
+def choose_splits(tiles: int, blocks: int, processors: int, programs: int) -> int:
     """How many programs share a tile's positions.
 
     Args:
         tiles: tiles of all sequences and key/value heads.
         blocks: blocks of positions, of the whole length.
-        programs: how many the device runs at a time.
+        processors: multiprocessors of the device.
+        programs: how many of them one runs at a time.
 
-    The fewest with which the device is done within 5 % of the earliest that it can be. They run in waves; each takes as
-    long as the program that has the most blocks.
+    The number with which a multiprocessor is done earliest, by what was measured on an H200 with up to 4,096 blocks for
+    each: a program takes `START` of the time that memory takes for a block, each further round of programs `ROUND`, and
+    fewer programs than there is room for leave memory waiting.
     """
 
-    def took(splits: int) -> int:
-        return -(-tiles * splits // programs) * -(-blocks // splits)
+    def took(splits: int) -> float:
+        each = -(-blocks // splits)
+        rounds, rest = divmod(-(-tiles * splits // processors), programs)
+        taken = rounds * (programs * (each * _WAITS.get(programs, 1.0) + START) + ROUND)
+        return taken + rest * (each * _WAITS.get(rest, 1.0) + START) + (ROUND if rest else 0.0)
 
-    choices = range(1, min(blocks, MAX_SPLITS) + 1)
-    earliest = min(map(took, choices), default=0)
-    return next((splits for splits in choices if 0.95 * took(splits) <= earliest), 1)
+    return min(range(1, min(blocks, MAX_SPLITS) + 1), key=took, default=1)
+
+
+#: In blocks: what a program takes besides, and what another round of programs does.
+START, ROUND = 1.1, 4.0
+#: Programs that run on a multiprocessor -> what a block takes in comparison with more of them.
+_WAITS = {1: 1.5, 2: 1.08}
 
 
 def padded(size: int) -> int:
@@ -352,7 +363,7 @@ class _Plan(NamedTuple):
     more_strides: tuple[int, ...]
     sizes: tuple[int, ...]
     constants: dict[str, Any]
-    merge_grid: tuple[int]
+    merge_grid: tuple[int, int]
     merge_constants: dict[str, Any]
 
 
@@ -377,8 +388,8 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
         tokens * group, max(head_dim, value_dim), of.query.dtype, is_packed, keeps_keys or keeps_values
     )
     tiles = batch * heads * -(-tokens * group // chosen.rows) if math.prod(output) else 0
-    programs = _processors(device) * chosen.programs()
-    splits = splits or choose_splits(tiles, -(-length // chosen.block), programs)
+    splits = splits or choose_splits(tiles, -(-length // chosen.block), _processors(device), chosen.programs())
+    overlaps = splits > 1 and _overlaps(device)
     is_masked = is_biased = False
     bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     span_strides: tuple[int, ...] = (0, 0, 0)
@@ -433,6 +444,7 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
                 for stride in _in_words(numbers, width)[:2]
             ),
             "IS_CAUSAL": is_causal,
+            "OVERLAPS": overlaps,
             "ROWS": chosen.rows,
             "BLOCK": chosen.block,
             "num_warps": chosen.warps,
@@ -440,8 +452,16 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
             # An option of Triton's backend for NVIDIA.
             **({} if torch.version.hip is not None else {"maxnreg": chosen.registers}),
         },
-        (batch * query_heads * tokens,),
-        {"VALUE_DIM": value_dim, "PADDED_VALUE_DIM": padded(value_dim), "num_warps": 4},
+        (batch * query_heads * tokens, -(-value_dim // MERGED_CHANNELS)),
+        # Few variants: the number of splits follows from the length.
+        {
+            "VALUE_DIM": value_dim,
+            "OVERLAPS": overlaps,
+            "SPLITS": 16 if splits <= 16 else max(MAX_SPLITS, 1 << (splits - 1).bit_length()),
+            "CHANNELS": MERGED_CHANNELS,
+            "num_warps": 4,
+            **({"launch_pdl": True} if overlaps else {}),
+        },
     )
 
 
@@ -486,6 +506,14 @@ def _pairs(qdata: Tensor) -> Tensor:
     elif any(at % 2 for at in (qdata.storage_offset(), *qdata.stride()[:3])):
         qdata = qdata.clone(memory_format=torch.contiguous_format)  # which may be contiguous, and begin at an odd byte
     return qdata.view(torch.int16)
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one that it waits for is done: from sm_90 on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _processors(device: torch.device) -> int:
