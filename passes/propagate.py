@@ -102,11 +102,11 @@ def _forget_kept_rows(graph: KVGraph, node: Node, values: dict[Node, Storage]) -
     A view counts them otherwise, and does not hear of what another one writes: those keep none from there on, and what
     is stored stands for them. `icw_compile.cache.parts.TensorOfParts.before_write` is the same for tensors.
     """
-    for target in [each for each in written_by(node) if each in values and values[each].stored.kept]:
+    for target in [each for each in written_by(node) if each in values]:
         own, root = values[target].stored, root_of(target)
         others = [each.stored for other, each in values.items() if root_of(other) is root and each.stored.kept]
         kept = {storage_of(graph.tensor(other["position"])): other["position"] for other in others}
-        if not own.is_view:
+        if own.kept and not own.is_view:
             kept.pop(storage_of(graph.tensor(own["position"])))
         with graph.before(node):
             for position in kept.values():
@@ -122,7 +122,20 @@ def _apply_rule(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> Stor
     if rule is None:
         return None
     with graph.before(node):
-        return rule(graph, *_with_parts(args_of(node), values), **_with_parts(node.kwargs, values))
+        result = rule(graph, *_with_parts(args_of(node), values), **_with_parts(node.kwargs, values))
+        if result is None and (viewed := _written_through(node, values)) is not None:
+            # A view that cannot keep rows, and is written through: those are forgotten then.
+            bare = values | {viewed: _part_of(values[viewed], values[viewed].stored.inner)}
+            result = rule(graph, *_with_parts(args_of(node), bare), **_with_parts(node.kwargs, bare))
+        return result
+
+
+def _written_through(node: Node, values: dict[Node, Storage]) -> Node | None:
+    """What keeps rows and ``node`` is a view of, if that view, or one of it, is written."""
+    viewed = next((each for each in viewed_by(node) if each in values), None)
+    if viewed is None or not values[viewed].stored.kept or values[viewed].as_it_came:
+        return None
+    return viewed if any(is_mutation(view) for view in aliases(node) if view is not node) else None
 
 
 def _parts_ways(graph: KVGraph, node: Node, result: Stored | tuple[Stored, ...], values: dict[Node, Storage]) -> bool:

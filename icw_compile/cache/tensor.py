@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from icw_compile.cache.decoded import read_only
+from icw_compile.cache.decoded import decoded_view
 from icw_compile.cache.growth import Room
 from icw_compile.cache.parts import Layout, TensorOfParts
 from icw_compile.cache.shapes import call_of_shapes
@@ -16,6 +16,7 @@ from icw_compile.cache.uncompiled import note_read
 from icw_compile.compat.fx import empty_fake, is_fake, is_traced, schema_of, tree_leaves, tree_map, written_values
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
 from icw_compile.formats.evaluate import EAGER, SHAPES
+from icw_compile.formats.kept import forget_rows
 from icw_compile.formats.rules import RULES
 from icw_compile.formats.writes import append, overwrite
 
@@ -410,7 +411,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             now_args, now_kwargs = tree_map(as_float, (args, kwargs))
             return func(*now_args, **now_kwargs)
 
-        return read_only(func, result, again)
+        return decoded_view(func, result, again, lambda: _view_of_stored(func, args, kwargs))
     written = written_values(func, plain_args, plain_kwargs)
     for original, value in values.values():
         if any(w is value for w in written):
@@ -422,6 +423,24 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             elif isinstance(result, (list, tuple)):
                 result = type(result)(original if each is value else each for each in result)
     return result
+
+
+def _view_of_stored(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``func`` gives of what is stored alone, to be written: rows that are kept besides are forgotten."""
+
+    def stored_alone(value: Any) -> Any:
+        if not isinstance(value, QuantizedKV) or not value.whole.kept:
+            return value
+        value.before_write()
+        return QuantizedKV.of(value.value.inner)
+
+    view = func(*tree_map(stored_alone, args), **tree_map(stored_alone, kwargs))
+    if all(isinstance(each, QuantizedKV) for each in tree_leaves(view)):
+        for value in _all_of((args, kwargs)):
+            value._is_settled = False
+            if value.whole.kept:
+                forget_rows(value.whole)
+    return view
 
 
 def _to_copy(
