@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import icw_compile.lab.bench.model as bench_model
 from icw_compile import QuantizedKV
+from icw_compile.compat.inductor import CudaGraphs
 from icw_compile.lab.bench.measure import Spread, WorkerError, in_own_process, peak_bytes, ratio, reset_peak, take_turns
 from icw_compile.lab.bench.model import (
     CONTENDERS,
@@ -29,6 +30,7 @@ from icw_compile.lab.bench.output import context_notes, depth_table, plot_contex
 from icw_compile.lab.bench.shapes import SHAPES, build_model, load_config, quantize_weights, weights_bytes
 from icw_compile.lab.bench.startup import DepthResult, Start, contenders_to_start
 from icw_compile.lab.cli import app
+from icw_compile.lab.documents.speed import contexts
 
 CPU = torch.device("cpu")
 
@@ -193,6 +195,9 @@ def test_results() -> None:
     assert made.to_dict()["ratios"]["int8-static icw.bits=4 / int8-static"]["decode"][0] == pytest.approx(0.5)
     assert "int8-static / int8-static icw.bits=4" not in made.to_dict()["ratios"]
     assert context_notes(made)[-1].startswith("int8-static icw.bits=4 over int8-static: prefill 0.500x")
+    made.measured["int8-static"].cuda_graphs = CudaGraphs(2, 30)
+    (again,) = contexts({"contexts": [json.loads(json.dumps(made.to_dict()))]})
+    assert "int8-static: CUDA graphs recorded 2, replayed 30 times" in context_notes(again)
 
 
 def test_plot(tmp_path: Path) -> None:

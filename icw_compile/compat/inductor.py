@@ -104,12 +104,12 @@ class CudaGraphs:
 
 
 @contextmanager
-def counted_cuda_graphs() -> Iterator[CudaGraphs]:
-    """While this is entered, counts. ``torch._inductor.cudagraph_trees.CUDAGraphNode``."""
+def counted_cuda_graphs(counts: CudaGraphs | None = None) -> Iterator[CudaGraphs]:
+    """While this is entered, counts, or counts on. ``torch._inductor.cudagraph_trees.CUDAGraphNode``."""
     from torch._inductor.cudagraph_trees import CUDAGraphNode
 
     node: Any = CUDAGraphNode
-    counts, record, run = CudaGraphs(), node.__init__, node.run
+    counts, record, run = counts or CudaGraphs(), node.__init__, node.run
 
     def counted_record(self: Any, *args: Any, **kwargs: Any) -> None:
         counts.recorded += 1

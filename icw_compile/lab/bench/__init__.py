@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from icw_compile.lab.bench.measure import Spread, environment
+from icw_compile.lab.bench.measure import Spread, bandwidth, environment
 from icw_compile.lab.bench.model import Settings, choose_contenders, measure_context, units
 from icw_compile.lab.bench.operator import CASES, OPERATOR_CONTENDERS, run_case
 from icw_compile.lab.bench.output import (
@@ -81,7 +81,11 @@ def run_operator_bench(*, batch: int, device: str, dtype: str, rounds: int, json
     where = torch.device(device)
     about = environment(where)
     console = answers(160)
-    console.print(f"one decode attention, {dtype}; {about['device']}, torch {about['torch']}", highlight=False)
+    title = f"one decode attention, {dtype}; {about['device']}, torch {about['torch']}"
+    if where.type == "cuda":
+        about["copy_bytes_per_second"] = bandwidth(where)
+        title += f"; copies move {about['copy_bytes_per_second'] / 1e9:,.0f} GB/s"
+    console.print(title, highlight=False)
     results = []
     with progress() as bar:
         task = bar.add_task("", total=len(CASES) * len(OPERATOR_CONTENDERS) * rounds)

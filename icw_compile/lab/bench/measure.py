@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
@@ -24,19 +25,23 @@ import transformers
 from icw_compile.lab.terminal import Say
 
 __all__ = [
+    "MORE_THAN_L2",
     "OtherLoad",
     "Spread",
     "WorkerError",
     "available_bytes",
+    "bandwidth",
     "device_name",
     "environment",
     "in_own_process",
     "peak_bytes",
     "ratio",
+    "replays",
     "reset_peak",
     "resident_bytes",
     "seconds",
     "take_turns",
+    "timed",
 ]
 
 Taken = TypeVar("Taken")
@@ -75,6 +80,43 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     start_time = perf_counter()
     function()
     return perf_counter() - start_time
+
+
+def replays(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+    """Record a CUDA graph of ``calls``; what is returned replays it, and returns the seconds of one call.
+
+    No launch is in them: so many calls are recorded that it does not count when a graph begins. What they read should
+    be more than a card keeps near its cores: `MORE_THAN_L2`.
+    """
+    calls = list(calls) * -(-RECORDED // len(calls))
+    for _ in range(3):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return lambda: seconds(graph.replay, torch.device("cuda")) / len(calls)
+
+
+#: Bytes.
+MORE_THAN_L2 = 160_000_000
+#: Calls in a graph, at least.
+RECORDED = 20
+
+
+def timed(calls: Sequence[Callable[[], object]], *, rounds: int = 20) -> float:
+    """Median seconds of one call, of replays of a CUDA graph that holds all of them."""
+    replay = replays(calls)
+    return statistics.median(replay() for _ in range(rounds))
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that a kernel moves which reads and writes: what a copy does, but not by the copy engine."""
+    a = torch.empty(2**30, dtype=torch.int32, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / timed([partial(torch.neg, a, out=b)])
 
 
 def take_turns(

@@ -13,7 +13,7 @@ before it, so that compilers, and what they leave behind, do not count.
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from icw_compile.cache.static import cache_bytes, static_cache
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat.dynamo import recompile_limit
+from icw_compile.compat.inductor import CudaGraphs, counted_cuda_graphs
 from icw_compile.lab.bench.measure import (
     OtherLoad,
     Spread,
@@ -163,6 +164,7 @@ class Measured:
         rise_bytes: how far the run rose above what the process held before it: the cache and all that is computed.
         peak_bytes: the most that the process held in that run, weights and compilers included.
         failed: why there is nothing.
+        cuda_graphs: how many were recorded, and how often one was replayed, on CUDA; prompts included.
     """
 
     cache_bytes: int | None = None
@@ -171,6 +173,7 @@ class Measured:
     rise_bytes: int | None = None
     peak_bytes: int | None = None
     failed: str = ""
+    cuda_graphs: CudaGraphs = field(default_factory=CudaGraphs)
 
 
 @dataclass
@@ -316,6 +319,7 @@ class Session:
         self.contender, self.model, self.settings = contender, model, settings
         self.device = torch.device(settings.device)
         self.cache: Any = None
+        self.cuda_graphs = CudaGraphs()
         how: dict[str, Any] = {} if settings.mode == "default" else {"mode": settings.mode}
         if contender.options:  # torch.compile takes no mode beside options
             how = {"options": {**contender.options, **{f"icw.{name}": value for name, value in how.items()}}}
@@ -396,7 +400,8 @@ class Session:
 
     @torch.no_grad()
     def _run(self, ids: Tensor) -> float:
-        with _force_gqa(self.contender.force_gqa):
+        counting = counted_cuda_graphs(self.cuda_graphs) if self.device.type == "cuda" else nullcontext()
+        with _force_gqa(self.contender.force_gqa), counting:
             return seconds(
                 lambda: self.forward(ids, past_key_values=self.cache, use_cache=True, **self.arguments), self.device
             )
@@ -442,6 +447,7 @@ def time_context(settings: Settings, context: int, say: Say) -> tuple[dict[str, 
     for name, taken in decoded.items():
         results[name].decode_seconds = taken
         results[name].cache_bytes = sessions[name].cache_bytes()
+        results[name].cuda_graphs = sessions[name].cuda_graphs
     return results, other.share
 
 

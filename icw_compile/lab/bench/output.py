@@ -52,6 +52,11 @@ def context_notes(result: ContextResult) -> list[str]:
         f"{_mebibytes(result.int8_cache_bytes)} in int8, saving {_mebibytes(saving)}; "
         f"{result.float_cache_bytes / result.int8_cache_bytes:.3f} times the context in the same bytes"
     ]
+    notes += [
+        f"{name}: CUDA graphs recorded {measured.cuda_graphs.recorded}, replayed {measured.cuda_graphs.replayed} times"
+        for name, measured in result.measured.items()
+        if measured.cuda_graphs.recorded
+    ]
     compared = [
         ("int8-static", "stock-static"),
         ("int8-dynamic", "stock-dynamic"),
@@ -98,7 +103,7 @@ def operator_table(result: OperatorResult) -> Table:
         read = (result.int8_bytes if is_int8 else result.float_bytes) * (0.25 if name == "int8, quarter" else 1.0)
         table.add_row(
             name,
-            _spread(spread, 1e3, 2),
+            _spread(spread, 1e3, 2 if spread.median >= 1e-3 else 4),
             f"{read / spread.median / 1e9:.1f}",
             times(result.times_ours(name)),
             f"{what} ({result.kernel})" if name == "int8" else what,

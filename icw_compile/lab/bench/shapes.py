@@ -113,7 +113,8 @@ def build_model(
             return AutoModelForCausalLM.from_config(config, **arguments)
     if name in SHAPES:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, **arguments)
+        with torch.device(device):  # where billions of random numbers take less time, if it is a GPU
+            model = AutoModelForCausalLM.from_config(config, **arguments)
     else:
         model = AutoModelForCausalLM.from_pretrained(name, config=config, **arguments)
     return model.to(device).eval()

@@ -1,9 +1,8 @@
 """The stages that measure a GPU. Times of single operations are those of replayed CUDA graphs: no launch is in them."""
 
 import copy
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ import icw_compile
 from icw_compile.compat.inductor import CUDA_GRAPHS, counted_cuda_graphs
 from icw_compile.frontend.families import FAMILIES
 from icw_compile.kernels import AttentionKernel, find_kernel
+from icw_compile.lab.bench.measure import MORE_THAN_L2, bandwidth, timed
 from icw_compile.lab.bench.shapes import build_model, load_config
 from icw_compile.lab.check.right import Row, Target, random_rows
 from icw_compile.lab.tiny import tiny_causal_lm
@@ -25,49 +25,17 @@ __all__ = ["ceiling", "decode", "generate", "graphs", "prefill", "step"]
 BF16 = torch.bfloat16
 #: batch, query heads, key/value heads, cached tokens, channels.
 CASES = (
-    (1, 32, 8, 32_768, 128), (1, 32, 8, 4096, 128), (8, 32, 8, 8192, 128), (1, 32, 32, 16_384, 128),
-    (1, 32, 4, 32_768, 64), (1, 12, 2, 32_768, 128),
+    (1, 32, 8, 32_768, 128), (16, 32, 8, 32_768, 128), (1, 32, 8, 4096, 128), (8, 32, 8, 8192, 128),
+    (1, 32, 32, 16_384, 128), (1, 32, 4, 32_768, 64), (1, 12, 2, 32_768, 128),
 )  # fmt: skip
 CONTEXTS = (512, 8192, 32_768)
 #: Tokens of the prompt of `generate`, and behind it.
 PROMPT, NEW = 2048, 128
-#: Caches that take turns hold more bytes than a card keeps near its cores.
-MORE_THAN_L2 = 160_000_000
-
-
-def timed(calls: Sequence[Callable[[], object]], *, rounds: int = 20) -> float:
-    """Median seconds of one call, of replays of a CUDA graph that holds all of them."""
-    for _ in range(3):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    taken = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(taken)
-
-
-def bandwidth(device: torch.device) -> tuple[float, float]:
-    """Bytes a second that a copy moves, and that a sum reads."""
-    a = torch.empty(2**30, dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    numbers = a.view(torch.int32)
-    return 2 * a.nbytes / timed([partial(b.copy_, a)]), a.nbytes / timed([numbers.sum])
 
 
 def ceiling(target: Target) -> Iterator[Row]:
     """What the card reaches of bandwidth and of bfloat16 products, and what a launch costs inside a CUDA graph."""
-    copied, read = bandwidth(target.device)
-    yield {"copy_tb_per_s": copied / 1e12, "read_tb_per_s": read / 1e12}
+    yield {"copy_tb_per_s": bandwidth(target.device) / 1e12}
     matrix = torch.randn(8192, 8192, device=target.device, dtype=BF16)
     yield {"bf16_tflops": 2 * 8192**3 / timed([partial(torch.mm, matrix, matrix)]) / 1e12}
     number = torch.zeros(1, device=target.device)
@@ -76,7 +44,7 @@ def ceiling(target: Target) -> Iterator[Row]:
 
 def decode(target: Target) -> Iterator[Row]:
     """Decode attention by mask and by query tokens, over the bandwidth; torch's own on bfloat16 beside it."""
-    best = max(bandwidth(target.device))
+    best = bandwidth(target.device)
     for case in CASES:
         yield from _decode_case(case, best, target.device)
 

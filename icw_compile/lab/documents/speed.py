@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from icw_compile.compat.inductor import CudaGraphs
 from icw_compile.lab.bench.measure import Spread
 from icw_compile.lab.bench.model import ContextResult, Measured
 from icw_compile.lab.bench.operator import Case, OperatorResult
@@ -22,6 +23,7 @@ DECODE = tuple(f"{RESULTS}tinyllama-decode-{which}.json" for which in ("512-2048
 MEMORY, LONG_PROMPT = f"{RESULTS}tinyllama-memory.json", f"{RESULTS}tinyllama-4-layers-memory-16384.json"
 PREFILL, DYNAMIC = f"{RESULTS}tinyllama-prefill-2048.json", f"{RESULTS}llama-3-8b-4-layers-dynamic.json"
 OPTIONS, WEIGHTS = f"{RESULTS}tinyllama-options.json", f"{RESULTS}tinyllama-int8-weights.json"
+ON_GPU = f"{RESULTS}attention-h200.json", f"{RESULTS}attention-h200-batch-16.json"
 ATTENTION, STARTUP = f"{RESULTS}attention-cpu.json", f"{RESULTS}startup.json"
 DEMO = "icw_compile/lab/results/demo.json"
 PICTURE = f"{RESULTS}tinyllama-decode.png"
@@ -31,13 +33,14 @@ Data = Mapping[str, Any]
 
 def contexts(*files: Data) -> list[ContextResult]:
     """What files of ``icw-compile bench`` hold, one after the other."""
-    return [
-        restore(
-            ContextResult, each, measured={name: restore(Measured, data) for name, data in each["measured"].items()}
-        )
-        for file in files
-        for each in file["contexts"]
-    ]
+
+    def measured(each: Data) -> dict[str, Measured]:
+        return {
+            name: restore(Measured, data, cuda_graphs=restore(CudaGraphs, data.get("cuda_graphs", {})))
+            for name, data in each["measured"].items()
+        }
+
+    return [restore(ContextResult, each, measured=measured(each)) for file in files for each in file["contexts"]]
 
 
 def setup(file: Data) -> str:
@@ -207,9 +210,13 @@ def weights_short(file: Data) -> str:
     )
 
 
+def _cases(file: Data) -> list[OperatorResult]:
+    return [restore(OperatorResult, case, case=restore(Case, case["case"])) for case in file["cases"]]
+
+
 def attention(file: Data) -> str:
     """One sentence for each case, the range of a cache that is a quarter full, and the tables."""
-    cases = [restore(OperatorResult, case, case=restore(Case, case["case"])) for case in file["cases"]]
+    cases = _cases(file)
     lines = []
     for result in cases:
         times = {name: result.times_ours(name).median for name in result.seconds}
@@ -224,6 +231,29 @@ def attention(file: Data) -> str:
     lines.append(f"\n`{file['command']}`, {file['dtype']}, on {file['device']}, {versions(file)}.")
     tables = [markdown_table(operator_table(result)) for result in cases]
     return "\n".join(lines) + "\n\n" + details("every way to compute it, with quartiles", *tables)
+
+
+def attention_on_gpu(*files: Data) -> str:
+    """A row for each case of each file, and the tables."""
+    rows, tables = [], []
+    for file in files:
+        for result in _cases(file):
+            took = Spread.of(result.seconds["int8"]).median
+            rows.append((
+                f"{result.case}, batch {result.batch}",
+                f"**{took * 1e6:.1f}**",
+                f"{result.int8_bytes / took / file['copy_bytes_per_second']:.0%}",
+                *(f"{result.times_ours(name).median:.2f}x" for name in ("sdpa, gqa", "flex", "stock static")),
+                f"{result.quarter.median:.2f}x",
+            ))  # fmt: skip
+            tables.append(markdown_table(operator_table(result)))
+    header = (
+        "", "**int8**, µs", "its bytes over those that copies move", "torch's attention on bfloat16, over int8",
+        "`flex_attention`", "what transformers runs on a static cache", "a quarter full, over full",
+    )  # fmt: skip
+    commands = " and ".join(f"`{file['command']}`" for file in files)
+    said = f"{commands}, {files[0]['dtype']}, on an {files[0]['device']}, {versions(files[0])}."
+    return "\n\n".join([grid(header, rows, right=True), said, details("with quartiles", *tables)])
 
 
 def bytes_per_token(file: Data) -> str:
@@ -326,6 +356,7 @@ REGIONS = {
     "speed-weights": Region((WEIGHTS,), weights),
     "speed-weights-short": Region((WEIGHTS,), weights_short),
     "speed-attention": Region((ATTENTION,), attention),
+    "speed-attention-gpu": Region(ON_GPU, attention_on_gpu),
     "speed-startup": Region((STARTUP,), startup),
     "speed-startup-short": Region((STARTUP,), startup_short),
     "memory-bytes": Region((ATTENTION,), bytes_per_token),
