@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from icw_compile import formats, kernels, watch
 from icw_compile.cache.binding import bind
 from icw_compile.compat.dynamo import example_value, guard_once, keep_fakes_as_dynamo
-from icw_compile.compat.fx import storage_of
+from icw_compile.compat.fx import free_symbols, storage_of
 from icw_compile.compat.inductor import (
     CUDA_GRAPHS,
     cache_key_tag,
@@ -237,7 +237,23 @@ def _why_no_cuda_graphs(graph: KVGraph) -> str:
         return "it makes the cache, which would not outlive the memory of a CUDA graph"
     if any(taken.adopted is not None for taken in graph.inputs.values()):
         return "it quantizes a float cache, once for each cache"
+    given = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    sizes = free_symbols([value for value in given if isinstance(value, Tensor)])
+    if any(_symbols_of(node) - sizes for node in graph.graph.nodes):
+        return (
+            "it computes with symbols that are no sizes of what it is given, such as what a sliding layer counts, and "
+            "each step would be recorded as a CUDA graph of its own"
+        )
     return ""
+
+
+def _symbols_of(node: Node) -> set[Any]:
+    """The symbols that what a node computes depends on; none of numbers, which the graph may only count up."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or isinstance(value, _SYMBOLIC):
+        return set()
+    numbers = [operand.meta.get("val") for operand in node.all_input_nodes]
+    return free_symbols([each for each in (value, *numbers) if isinstance(each, (Tensor, *_SYMBOLIC))])
 
 
 def _why_none_by_default(graph: KVGraph) -> str:

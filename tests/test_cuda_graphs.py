@@ -148,17 +148,23 @@ def test_what_the_user_says_is_respected(options: dict[str, Any], as_on_cuda: No
     assert [report.no_cuda_graphs for report in graphs()] == ["", ""]
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize(("name", "batches"), [("mistral", (2,)), ("llama", (2, 3))])
-def test_symbols_go_without_by_default(name: str, batches: tuple[int, ...], as_on_cuda: None) -> None:
-    """A number that a window counts up, and batches of several sizes."""
+def test_symbols_go_without(name: str, batches: tuple[int, ...], mode: str | None, as_on_cuda: None) -> None:
+    """A number that a window counts up, which is another one at each step; batches of several sizes only by default."""
     model = tiny_model(name, num_hidden_layers=1)
-    step = torch.compile(model, backend="icw_int8kv", options={"icw.attention": "inductor"})
+    options = {"icw.attention": "inductor", **({"icw.mode": mode} if mode else {})}
+    step = torch.compile(model, backend="icw_int8kv", options=options)
     with mock.patch.object(backend, "_compile", lambda module, *_: module.forward), torch.no_grad():
         for batch in batches:
             cache = icw_compile.static_cache(model, batch, 32)
             for piece in tokens(24, batch=batch).split([20, 1, 1, 1, 1], dim=1):
                 step(piece, past_key_values=cache)
-    assert "symbols" in graphs()[-1].no_cuda_graphs and graphs()[-1].sites
+    assert graphs()[-1].sites
+    if name == "llama" and mode is not None:
+        assert graphs()[-1].no_cuda_graphs == ""
+    else:
+        assert "symbols" in graphs()[-1].no_cuda_graphs
 
 
 def test_what_is_elsewhere_goes_without_by_default() -> None:
