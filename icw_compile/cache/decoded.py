@@ -63,14 +63,16 @@ class DecodedView(Tensor):
         kwargs = kwargs or {}
         written = [each for each in written_values(func, args, kwargs) if isinstance(each, DecodedView)]
         if written:
+            # What is read is read before rows are forgotten.
+            read = tree_map(lambda each: each if any(each is one for one in written) else _plain(each), (args, kwargs))
             targets = {id(each): each._stored() for each in written}
             if not all(isinstance(each, TensorOfParts) for each in targets.values()):
                 raise NotImplementedError(
                     f"icw_int8kv: `{func}` writes into part of a row of a quantized cache, or into a view of it that "
                     "has to be a copy: the write would be lost. Write whole rows of head_dim, into the cache itself."
                 )
-            onto_stored = functools.partial(tree_map, lambda each: targets.get(id(each), _plain(each)))
-            func(*onto_stored(args), **onto_stored(kwargs))
+            stored_args, stored_kwargs = tree_map(lambda each: targets.get(id(each), each), read)
+            func(*stored_args, **stored_kwargs)
             return return_and_correct_aliasing(func, args, kwargs, written[0])
 
         def again() -> Any:

@@ -182,9 +182,9 @@ def choose_splits(tiles: int, blocks: int, processors: int, programs: int) -> in
         processors: multiprocessors of the device.
         programs: how many of them one runs at a time.
 
-    The number with which a multiprocessor is done earliest, by what was measured on an H200 with up to 4,096 blocks for
-    each: a program takes `START` of the time that memory takes for a block, each further round of programs `ROUND`, and
-    fewer programs than there is room for leave memory waiting.
+    The number with which a multiprocessor is done earliest, by what was measured on an H200 with 512 to 65,536 blocks
+    in all tiles: a program takes `START` of the time that memory takes for a block, each round of programs `ROUND`,
+    and fewer programs than there is room for leave memory waiting.
     """
 
     def took(splits: int) -> float:
@@ -196,7 +196,7 @@ def choose_splits(tiles: int, blocks: int, processors: int, programs: int) -> in
     return min(range(1, min(blocks, MAX_SPLITS) + 1), key=took, default=1)
 
 
-#: In blocks: what a program takes besides, and what another round of programs does.
+#: In blocks: what a program takes besides, and what a round of programs does.
 START, ROUND = 1.1, 4.0
 #: Programs that run on a multiprocessor -> what a block takes in comparison with more of them.
 _WAITS = {1: 1.5, 2: 1.08}
