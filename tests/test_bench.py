@@ -223,6 +223,7 @@ def test_command(tmp_path: Path) -> None:
     assert measured["cache_bytes"] == 2 * 2 * 38 * 256  # 2 sites, 2 heads, 32 + 4 + 2 rows of 64 float32
 
 
+@pytest.mark.slow
 def test_contenders_beside_each_other(tmp_path: Path) -> None:
     """On a filled cache; one that fails is said, and keeps no other from running."""
     tiny_model("gemma2", attention="eager").save_pretrained(tmp_path)

@@ -142,6 +142,7 @@ def test_the_compiled_float_cache_is_a_row() -> None:
     assert one[1]["total"]["kl_mean"] > 1e-7 and one[1] == other[2]
 
 
+@pytest.mark.slow
 def test_others_of_four_bits_stand_beside_ours_of_four() -> None:
     pytest.importorskip("hqq", reason="hqq has no build for this platform")
     pytest.importorskip("optimum.quanto", reason="optimum-quanto has no build for this platform")

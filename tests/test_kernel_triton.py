@@ -416,7 +416,15 @@ def test_kept_rows(head_dim, value_dim, four_bits, roles):
             check(tensors, splits=splits, four_bits=four_bits, keep={"most": most, "roles": roles, "seed": splits})
 
 
-@ROLES
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ("key", "value"),
+        pytest.param(("key",), marks=pytest.mark.slow),
+        pytest.param(("value",), marks=pytest.mark.slow),
+    ],
+    ids=("both", "keys", "values"),
+)
 def test_kept_rows_under_masks(roles):
     tensors = make(2, 4, 2, 3, 100, 64, 64, torch.float32)
     for seed, (name, mask) in enumerate(masks(2, 4, 3, 100)):

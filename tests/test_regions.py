@@ -91,7 +91,9 @@ def test_models_are_what_they_were(name: str, kind: str, options: dict[str, Any]
     assert relative_distance(*logits) < CLOSE_LOGITS
 
 
-@pytest.mark.parametrize(("kind", "options"), [("dynamic", {}), ("static", {"icw.bits": 4})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("dynamic", {}), pytest.param("static", {"icw.bits": 4}, marks=pytest.mark.slow)]
+)
 def test_compiled(kind: str, options: dict[str, Any]) -> None:
     model = tiny_model(num_hidden_layers=4)
     ids = tokens(sum(CHUNKS))
