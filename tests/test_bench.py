@@ -239,9 +239,13 @@ def test_contenders_beside_each_other(tmp_path: Path) -> None:
         assert "only supported for models with only full attention" in measured["hqq"].failed
 
 
-def test_operator() -> None:
+ON_CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+def test_operator(device: str) -> None:
     case = Case(4, 2, 64, 512)
-    found = run_case(case, batch=2, dtype=torch.bfloat16, device=CPU, rounds=2)
+    found = run_case(case, batch=2, dtype=torch.bfloat16, device=torch.device(device), rounds=2)
     assert set(found.seconds) | set(found.failed) == set(OPERATOR_CONTENDERS)
     assert {"int8", "int8, masked", "int8, quarter", "sdpa, gqa", "stock static", "bytes"} <= set(found.seconds)
     assert all(len(taken) == 2 for taken in found.seconds.values())
