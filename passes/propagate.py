@@ -104,7 +104,7 @@ def _forget_kept_rows(graph: KVGraph, node: Node, values: dict[Node, Storage]) -
     """
     for target in [each for each in written_by(node) if each in values]:
         own, root = values[target].stored, root_of(target)
-        others = [each.stored for other, each in values.items() if root_of(other) is root and each.stored.kept]
+        others = [each.stored for other, each in values.items() if each.stored.kept and root_of(other) is root]
         kept = {storage_of(graph.tensor(other["position"])): other["position"] for other in others}
         if own.kept and not own.is_view:
             kept.pop(storage_of(graph.tensor(own["position"])))

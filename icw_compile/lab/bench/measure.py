@@ -114,7 +114,7 @@ def timed(calls: Sequence[Callable[[], object]], *, rounds: int = 20) -> float:
 
 def bandwidth(device: torch.device) -> float:
     """Bytes a second that a kernel moves which reads and writes: what a copy does, but not by the copy engine."""
-    a = torch.empty(2**30, dtype=torch.int32, device=device)
+    a = torch.empty(2**28, dtype=torch.int32, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / timed([partial(torch.neg, a, out=b)])
 
