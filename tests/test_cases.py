@@ -169,6 +169,7 @@ def test_gradient_checkpointing() -> None:
         assert actual.grad is not None and relative_distance(actual.grad, wanted.grad) <= 1e-5
 
 
+@pytest.mark.slow
 def test_continuous_batching() -> None:
     model, plain = pair()
     prompts = [list(range(3, 3 + length)) for length in (5, 9)]

@@ -118,6 +118,7 @@ def test_the_cpp_wrapper(kind: str) -> None:
     assert len(graphs()) <= 3 and isinstance(cache.layers[0].keys, QuantizedKV)
 
 
+@pytest.mark.slow
 def test_writing_past_the_end() -> None:
     """As stock transformers under Inductor: a RuntimeError, and what was in the cache is still there."""
     model = tiny_model()

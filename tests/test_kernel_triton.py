@@ -868,7 +868,11 @@ SLOW = [
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
 @pytest.mark.parametrize(
     ("backend", "arch", "shared_memory"),
-    [("cuda", 80, 99 * 1024), ("cuda", 90, 99 * 1024), ("hip", "gfx942", 64 * 1024)],
+    [
+        ("cuda", 80, 99 * 1024),
+        ("cuda", 90, 99 * 1024),
+        pytest.param("hip", "gfx942", 64 * 1024, marks=pytest.mark.slow),
+    ],
     ids=["sm_80", "sm_90", "gfx942"],
 )
 def test_compiles_for(backend, arch, shared_memory, cases, tmp_path):

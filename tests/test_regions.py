@@ -67,10 +67,10 @@ def make_cache(kind: str, model: Any) -> Cache:
     ("name", "kind", "options"),
     [
         ("llama", "dynamic", {}),
-        ("llama", "static", {"icw.bits": 4}),
+        pytest.param("llama", "static", {"icw.bits": 4}, marks=pytest.mark.slow),
         ("mistral", "dynamic", {}),
-        ("gemma2", "static", {}),
-        ("phi3", "dynamic", {"icw.sink_tokens": 2, "icw.recent_tokens": 3}),
+        pytest.param("gemma2", "static", {}, marks=pytest.mark.slow),
+        pytest.param("phi3", "dynamic", {"icw.sink_tokens": 2, "icw.recent_tokens": 3}, marks=pytest.mark.slow),
         ("qwen2", "beforehand", {}),
     ],
 )

@@ -15,6 +15,7 @@ from icw_compile.lab.bench.measure import in_own_process
 OTHER_OPTIONS = {"icw.keys": "plain", "icw.values": "plain"}
 
 
+@pytest.mark.slow
 @pytest.mark.keeps_recent
 def test_only_what_is_the_same_is_found(tmp_path: Path) -> None:
     """Started twice at once, once more, with other options, as another version, and with every file cut in half."""
