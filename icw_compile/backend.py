@@ -237,23 +237,13 @@ def _why_no_cuda_graphs(graph: KVGraph) -> str:
         return "it makes the cache, which would not outlive the memory of a CUDA graph"
     if any(taken.adopted is not None for taken in graph.inputs.values()):
         return "it quantizes a float cache, once for each cache"
-    given = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    sizes = free_symbols([value for value in given if isinstance(value, Tensor)])
+    sizes = set().union(*map(_symbols_of, graph.graph.find_nodes(op="placeholder")))
     if any(_symbols_of(node) - sizes for node in graph.graph.nodes):
         return (
             "it computes with symbols that are no sizes of what it is given, such as what a sliding layer counts, and "
             "each step would be recorded as a CUDA graph of its own"
         )
     return ""
-
-
-def _symbols_of(node: Node) -> set[Any]:
-    """The symbols that what a node computes depends on; none of numbers, which the graph may only count up."""
-    value = node.meta.get("val")
-    if node.op != "call_function" or isinstance(value, _SYMBOLIC):
-        return set()
-    numbers = [operand.meta.get("val") for operand in node.all_input_nodes]
-    return free_symbols([each for each in (value, *numbers) if isinstance(each, (Tensor, *_SYMBOLIC))])
 
 
 def _why_none_by_default(graph: KVGraph) -> str:
@@ -271,24 +261,24 @@ def _why_none_by_default(graph: KVGraph) -> str:
             return f"{name} is on {value.device}, and its cache on {device}"
     if any(is_foreign(node.meta.get("val")) for node in _returned(graph)):
         return "it returns tensors of a kind of their own: ask for CUDA graphs if they can be in one"
-    if any(map(_depends_on_a_symbol, graph.graph.nodes)):
+    if any(map(_symbols_of, graph.graph.nodes)):
         return "sizes in it are symbols, or numbers that it computes with, and each would be a CUDA graph of its own"
     return ""
 
 
-def _depends_on_a_symbol(node: Node) -> bool:
-    """Whether a node's tensor does; numbers may that the graph only counts up, and how far apart rows of one lie."""
+def _symbols_of(node: Node) -> set[Any]:
+    """Those in a node's tensor, and in the numbers that it computes one of.
+
+    Not of numbers that the graph only counts up, nor of how far apart rows of one lie.
+    """
     value = node.meta.get("val")
-    if isinstance(value, Tensor) and any(
-        not isinstance(size, int) or (size != 1 and not isinstance(stride, int))
-        for size, stride in zip(value.shape, value.stride(), strict=True)
-    ):
-        return True
-    return (
-        node.op == "call_function"
-        and not isinstance(value, _SYMBOLIC)
-        and any(isinstance(operand.meta.get("val"), _SYMBOLIC) for operand in node.all_input_nodes)
-    )
+    found: list[Any] = []
+    if isinstance(value, Tensor):
+        for size, stride in zip(value.shape, value.stride(), strict=True):
+            found += [size] if isinstance(size, int) and size == 1 else [size, stride]
+    if node.op == "call_function" and not isinstance(value, _SYMBOLIC):
+        found += [operand.meta.get("val") for operand in node.all_input_nodes]
+    return free_symbols([each for each in found if isinstance(each, _SYMBOLIC)])
 
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)

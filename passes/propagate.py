@@ -135,7 +135,12 @@ def _written_through(node: Node, values: dict[Node, Storage]) -> Node | None:
     viewed = next((each for each in viewed_by(node) if each in values), None)
     if viewed is None or not values[viewed].stored.kept or values[viewed].as_it_came:
         return None
-    return viewed if any(is_mutation(view) for view in aliases(node) if view is not node) else None
+    return None if _write_through(node) is None else viewed
+
+
+def _write_through(node: Node) -> Node | None:
+    """The first in-place operation on ``node``, or on a view of it."""
+    return next((view for view in aliases(node) if view is not node and is_mutation(view)), None)
 
 
 def _parts_ways(graph: KVGraph, node: Node, result: Stored | tuple[Stored, ...], values: dict[Node, Storage]) -> bool:
@@ -227,13 +232,12 @@ def _write_back(graph: KVGraph, node: Node, written: list[Node], values: dict[No
 def _refuse_writes_through(node: Node, values: dict[Node, Storage]) -> None:
     """A view that cuts through head_dim, or goes over spare rows, becomes a copy: a write into it would be lost."""
     viewed = [each for each in viewed_by(node) if each in values]
-    for view in aliases(node) if viewed else ():
-        if view is not node and is_mutation(view):
-            raise NotImplementedError(
-                f"icw_int8kv: `{view.format_node()}` writes into {values[viewed[0]].site.name} through "
-                f"`{called(node)}`, which has to be a copy of what is stored: the write would be lost. Write whole "
-                "rows of head_dim, into the cache itself."
-            )
+    if viewed and (write := _write_through(node)) is not None:
+        raise NotImplementedError(
+            f"icw_int8kv: `{write.format_node()}` writes into {values[viewed[0]].site.name} through "
+            f"`{called(node)}`, which has to be a copy of what is stored: the write would be lost. Write whole "
+            "rows of head_dim, into the cache itself."
+        )
 
 
 def _return_parts(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> None:

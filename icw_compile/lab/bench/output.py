@@ -103,7 +103,7 @@ def operator_table(result: OperatorResult) -> Table:
         read = (result.int8_bytes if is_int8 else result.float_bytes) * (0.25 if name == "int8, quarter" else 1.0)
         table.add_row(
             name,
-            _spread(spread, 1e3, 2 if spread.median >= 1e-3 else 4),
+            _spread(spread, 1e3, 2 if spread.median >= 1e-4 else 4),
             f"{read / spread.median / 1e9:.1f}",
             times(result.times_ours(name)),
             f"{what} ({result.kernel})" if name == "int8" else what,
