@@ -181,7 +181,9 @@ def main(kind: str, attention: str, bits: str) -> None:
 
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=64)
     # No regions, as on a CUDA device: it is the CPU that the graph is rewritten for.
-    options = {"icw.attention": "inductor", "icw.bits": int(bits), "icw.regions": "none"}
+    options: dict[str, Any] = {"icw.attention": "inductor", "icw.bits": int(bits), "icw.regions": "none"}
+    if bits == "8":
+        options["icw.recent_tokens"] = 0  # "auto" on a GPU; here the cache is on the CPU
     step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options=options)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "inductor", inductor))
