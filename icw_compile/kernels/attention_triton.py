@@ -9,9 +9,10 @@ What they compute is ``icw_int8kv::attention`` (`icw_compile.kernels.inductor`);
   every ``splits``-th block of positions, not a contiguous part each: a cache that is filled to a quarter keeps all
   of them busy. Each yields (largest score, sum, weighted values) for each row, and `merge` combines them.
 * The scales of the keys multiply the scores, those of the values the weights. The int8 rows of keys are multiplied as
-  they are, by queries of two int8 digits. Those of values become float16 without error; the weights are float16 too,
-  and for their sake the softmax is relative to the largest score times a value's scale. Float32 models take three
-  products of TF32 numbers, which give back its precision.
+  they are, by queries of three int8 digits; of up to eight rows, two digits fill the sixteen rows of a matrix product.
+  Rows of values become float16 without error; the weights are float16 too, and for their sake the softmax is relative
+  to the largest score times a value's scale. Float32 models take three products of TF32 numbers, which give back its
+  precision.
 * Rows of 4 bits become rows of 8 after they are loaded, each of keys and values: what follows does not know which they
   were. The two channels of a byte lie side by side then, and the query is read, the output written, in that order.
 * Blocks that no row of the tile may read, by a boolean mask or causally, are skipped before their rows or scales are
@@ -213,15 +214,30 @@ def _channels(codes, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _digits(rows):
-    """int8, int8 ``[ROWS, D]`` and float32 ``[ROWS]``: rows as ``(256 * high + low) * scale``, rounded to 16 bits.
+    """int8 ``[ROWS, D]`` three times and float32 ``[ROWS]``: rows as ``(65536 * high + 256 * middle + low) * unit``.
 
-    The scale of a row that is not finite is NaN.
+    They are rounded to 24 bits of the largest. The unit of a row that is not finite is NaN.
     """
     rows = rows.to(tl.float32)
-    unit = tl.maximum(tl.max(tl.abs(rows), 1), 2.0**-100) / (127 * 256)
+    unit = tl.maximum(tl.max(tl.abs(rows), 1), 2.0**-100) / (127 * 65536)
     rounded = tl.floor(rows / unit[:, None] + 0.5)
-    high = tl.floor(rounded / 256 + 0.5)
-    return high.to(tl.int8), (rounded - high * 256).to(tl.int8), unit + tl.sum(rows * 0, 1)
+    upper = tl.floor(rounded / 256 + 0.5)
+    high = tl.floor(upper / 256 + 0.5)
+    middle, low = upper - high * 256, rounded - upper * 256
+    return high.to(tl.int8), middle.to(tl.int8), low.to(tl.int8), unit + tl.sum(rows * 0, 1)
+
+
+@triton.jit
+def _stacked_digits(rows):
+    """int8 ``[2 * ROWS, D]`` twice and float32 ``[ROWS]``: `_digits` of ``rows``, which come twice.
+
+    Of the first, the upper half are the high digits and the lower half the middle ones; the second has the low ones
+    and, in its lower half, zeros.
+    """
+    high, middle, low, unit = _digits(rows)
+    HALF: tl.constexpr = rows.shape[0] // 2
+    is_upper = (tl.arange(0, 2 * HALF) < HALF)[:, None]
+    return tl.where(is_upper, high, middle), tl.where(is_upper, low, 0), tl.max(tl.reshape(unit, (2, HALF)), 0)
 
 
 @triton.jit
@@ -231,15 +247,24 @@ def _plus_origin(integers):
 
 
 @triton.jit
-def _products(query, low, keys):
-    """float32: ``query @ keys``, or ``(256 * query + low) @ keys``, which is exact but for the last rounding."""
+def _products(query, middle, low, keys):
+    """float32 ``[ROWS, BLOCK]``: queries times keys.
+
+    Queries are float32, without ``low``, or of digits: `_digits`, or, without ``middle``, `_stacked_digits`. Products
+    of digits are exact, their sum is rounded as sums of float32 are.
+    """
     if low is None:
         return tl.dot(query, keys.to(tl.float32), input_precision=PRECISION)
     else:
-        origin = tl.full([query.shape[0], keys.shape[1]], ORIGIN, tl.int32)
-        return _plus_origin(tl.dot(query, keys, origin, out_dtype=tl.int32)) * 256 + _plus_origin(
-            tl.dot(low, keys, origin, out_dtype=tl.int32)
-        )
+        TALL: tl.constexpr = query.shape[0]
+        origin = tl.full([TALL, keys.shape[1]], ORIGIN, tl.int32)
+        upper = _plus_origin(tl.dot(query, keys, origin, out_dtype=tl.int32))
+        lower = _plus_origin(tl.dot(low, keys, origin, out_dtype=tl.int32))
+        if middle is None:  # A thread has the numbers of a row and of that eight rows below: it adds what it has.
+            unit = tl.where(tl.arange(0, TALL) < TALL // 2, 65536.0, 256.0)
+            return tl.sum(tl.reshape(upper * unit[:, None] + lower, (2, TALL // 2, keys.shape[1])), 0)
+        else:
+            return (upper * 256 + _plus_origin(tl.dot(middle, keys, origin, out_dtype=tl.int32))) * 256 + lower
 
 
 @triton.jit
@@ -388,6 +413,7 @@ def _exact_values(
 @triton.jit
 def _step(
     query,
+    middle,
     low,
     largest,
     total,
@@ -439,7 +465,7 @@ def _step(
     key_scales = _numbers(key_scale, start, stride_key_scale, length, BLOCK, CHECKED).to(tl.float32)
     value_scales = _numbers(value_scale, start, stride_value_scale, length, BLOCK, CHECKED).to(tl.float32)
 
-    scores = _products(query, low, keys) * key_scales[None, :] * scale[:, None]
+    scores = _products(query, middle, low, keys) * key_scales[None, :] * scale[:, None]
     if key_places is not None:  # noqa: SIM102 - to the compiler, a constant
         if tl.max(key_places) >= 0:
             exact = _exact_scores(
@@ -613,13 +639,18 @@ def attend(
     row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), tokens * GROUP - 1)
     token = row // GROUP
     query_head = head * GROUP + row % GROUP
-    channel = _channels(key_codes, HEAD_DIM, PADDED_HEAD_DIM)
-    query += batch * stride_query_batch + query_head * stride_query_head + token.to(tl.int64) * stride_query_token
+    query += batch * stride_query_batch
+    # A tile that is half as high as a matrix product has room in it for two digits of its rows.
+    IS_STACKED: tl.constexpr = ROWS < 16 and query.dtype.element_ty != tl.float32
+    TALL: tl.constexpr = ROWS * 2 if IS_STACKED else ROWS
+    tall = tl.minimum(tile * ROWS + tl.arange(0, TALL) % ROWS, tokens * GROUP - 1)
+    at = (head * GROUP + tall % GROUP) * stride_query_head + (tall // GROUP).to(tl.int64) * stride_query_token
     rows = tl.load(
-        query[:, None] + channel[None, :] * stride_query_channel,
+        query + at[:, None] + _channels(key_codes, HEAD_DIM, PADDED_HEAD_DIM)[None, :] * stride_query_channel,
         mask=(tl.arange(0, PADDED_HEAD_DIM) < HEAD_DIM)[None, :],
         other=0,
     )
+    query += query_head * stride_query_head + token.to(tl.int64) * stride_query_token
     key += batch * stride_key_batch + head * stride_key_head
     value += batch * stride_value_batch + head * stride_value_head
     key_scale += _even(batch * stride_key_scale_batch + head * stride_key_scale_head, IN_PAIRS)
@@ -660,10 +691,13 @@ def attend(
     first_whole = tl.cdiv(whole_begin, BLOCK)
     whole = tl.maximum(whole_end // BLOCK - first_whole, 0)
 
-    low = None
+    middle, low = None, None
     row_scale = tl.full([ROWS], scale, tl.float32)
     if query.dtype.element_ty != tl.float32:
-        rows, low, unit = _digits(rows)
+        if IS_STACKED:
+            rows, low, unit = _stacked_digits(rows)
+        else:
+            rows, middle, low, unit = _digits(rows)
         row_scale *= unit
     # An additive mask may be of the largest numbers that there are, and is left in its unit.
     UNIT: tl.constexpr = 1.0 if bias is None else LOG2_E
@@ -679,6 +713,7 @@ def attend(
     for index in range(split, whole, splits):
         largest, total, even, odd = _step(
             rows,
+            middle,
             low,
             largest,
             total,
@@ -751,6 +786,7 @@ def attend(
                 value_places = _places(value_position, kept_values, length, block * BLOCK, BLOCK)
             largest, total, even, odd = _step(
                 rows,
+                middle,
                 low,
                 largest,
                 total,

@@ -143,9 +143,21 @@ def load() -> None:
 #: register goes to memory, and all are within the 99 KiB of shared memory that every device from sm_80 on has. Not by
 #: timing: that takes a GPU.
 _TILES = {
-    64: (Tiles(16, 64, 4, 3, 128), Tiles(32, 32, 2, 3, 255), Tiles(64, 64, 4, 2, 255), Tiles(128, 64, 8, 2, 255)),
-    128: (Tiles(16, 64, 4, 3, 128), Tiles(32, 32, 4, 3, 128), Tiles(64, 32, 4, 3, 255), Tiles(128, 32, 8, 3, 255)),
-    256: (Tiles(16, 32, 4, 3, 160), Tiles(32, 32, 8, 2, 255), Tiles(64, 32, 8, 2, 255)),
+    64: (
+        Tiles(8, 64, 4, 3, 128),
+        Tiles(16, 64, 4, 3, 168),
+        Tiles(32, 32, 2, 3, 255),
+        Tiles(64, 64, 4, 2, 255),
+        Tiles(128, 64, 8, 2, 255),
+    ),
+    128: (
+        Tiles(8, 64, 4, 3, 128),
+        Tiles(16, 64, 4, 3, 168),
+        Tiles(32, 32, 4, 3, 168),
+        Tiles(64, 32, 4, 3, 255),
+        Tiles(128, 32, 8, 3, 255),
+    ),
+    256: (Tiles(8, 32, 4, 3, 160), Tiles(16, 32, 4, 3, 200), Tiles(32, 32, 8, 2, 255), Tiles(64, 32, 8, 2, 255)),
 }
 _FLOAT32_TILES = {
     64: (Tiles(16, 32, 4, 2, 255), Tiles(32, 32, 4, 2, 255)),
@@ -167,7 +179,10 @@ def choose_tiles(
         keeps_rows: whether some are kept in the model's dtype, which takes as many more.
     """
     table = _FLOAT32_TILES if dtype == torch.float32 else _TILES
-    choices = table[next(size for size in table if head_dim <= size)]
+    size = next(size for size in table if head_dim <= size)
+    choices = table[size]
+    if keeps_rows and size == 256 and len(choices) > 1:
+        choices = choices[:-1]  # Its three digits leave too little shared memory for kept rows.
     tiles = next((tiles for tiles in choices if rows <= tiles.rows), choices[-1])
     return tiles._replace(registers=min(tiles.registers + 40, 255)) if is_packed or keeps_rows else tiles
 
