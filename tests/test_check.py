@@ -1,6 +1,7 @@
 """``icw-compile check``: stages, what stops them, and what is written; the stages for any device as they run here."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -141,6 +142,26 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(right, "TOLERANCE", {torch.float32: 5e-6})
     failed = [row["failed"].split(" of ")[0] for row in right.kernel(CPU) if "failed" in row]
     assert "a window" in failed and "additive" in failed and "no mask" not in failed
+
+
+def test_what_compiles_at_its_first_call_is_called_from_several_threads() -> None:
+    found = find_kernel("cpu")
+    calls = [call for _, call in right._calls(right.SHAPES[2], torch.bfloat16, CPU.device)]
+    made, together = [], threading.Barrier(2, timeout=60)
+
+    def operator(query: Any, *others: Any) -> Any:
+        made.append(others[4])
+        together.wait()  # fails where there is one thread
+        return query
+
+    right._compile_at_once(replace(found, operator=operator), calls)  # type: ignore[type-var]
+    assert {id(mask) for mask in made} == {id(call["mask"]) for call in calls} and len(made) == len(calls)
+
+    def fails(*arguments: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        right._compile_at_once(replace(found, operator=fails), calls)  # type: ignore[type-var]
 
 
 def test_a_model_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
