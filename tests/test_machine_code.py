@@ -13,26 +13,26 @@ from machine_code import compile_for
 #: positions, on sm_80 and sm_90: what Triton 3.7 makes, and a few in a hundred. A multiprocessor has room for four
 #: programs of 128 registers, and for three of 168.
 BUDGETS = {
-    (128, (8, 8), None): (128, 420),
-    (128, (8, 8), "bool"): (128, 435),
-    (64, (8, 8), None): (128, 325),
-    (64, (8, 8), "bool"): (128, 350),
+    (128, (8, 8), None): (128, 415),
+    (128, (8, 8), "bool"): (128, 415),
+    (64, (8, 8), None): (128, 315),
+    (64, (8, 8), "bool"): (128, 320),
     (256, (8, 8), None): (160, 370),
-    (128, (8, 4), None): (128, 675),
-    (128, (4, 4), None): (168, 870),
-    (128, (4, 4), "bool"): (168, 870),
-    (64, (4, 4), None): (168, 675),
-    (256, (4, 4), None): (200, 790),
+    (128, (8, 4), None): (128, 605),
+    (128, (4, 4), None): (160, 830),
+    (128, (4, 4), "bool"): (160, 830),
+    (64, (4, 4), None): (168, 645),
+    (256, (4, 4), None): (176, 760),
 }
 #: The same with 128 kept rows of what is of 4 bits: besides, instructions for a block that has some of them, and bytes
 #: of a thread in memory, for it has too few registers for such a block. The loop over blocks that are read whole reads
 #: a few numbers from there that stay the same.
 KEPT_BUDGETS = {
-    (128, (4, 4), None): (168, 915, 2900, 256),
-    (128, (4, 4), "bool"): (168, 915, 2980, 512),
-    (64, (4, 4), None): (168, 720, 2150, 256),
-    (256, (4, 4), None): (200, 830, 2500, 256),
-    (128, (8, 4), None): (168, 800, 2500, 512),
+    (128, (4, 4), None): (168, 845, 2780, 128),
+    (128, (4, 4), "bool"): (168, 845, 2780, 128),
+    (64, (4, 4), None): (168, 655, 2105, 128),
+    (256, (4, 4), None): (200, 770, 2330, 128),
+    (128, (8, 4), None): (168, 715, 2120, 384),
 }
 
 
@@ -81,9 +81,9 @@ def test_decode(arch, tmp_path):
         if mask is not None:
             assert totals[case] <= 1.1 * totals[size, bits, None], found
     threads, plain, masked = 4 * 32, totals[128, (8, 8), None], totals[128, (8, 8), "bool"]
-    assert max(plain, masked) * threads / (64 * 2 * 128) <= 3.4  # instructions per byte
+    assert max(plain, masked) * threads / (64 * 2 * 128) <= 3.25  # instructions per byte
     assert masked <= 1.05 * plain
     # Of an odd length, scales do not begin at even addresses: they are loaded one by one, and nothing else changes.
     loop, used = odd.loops()[0], odd.resources()
-    assert used["REG"] <= 128 and used["STACK"] == 0 and loop.total() <= 420
+    assert used["REG"] <= 128 and used["STACK"] == 0 and loop.total() <= 415
     assert {name for name in loop if name.startswith("LDG.")} == {"LDG.E.U16"}

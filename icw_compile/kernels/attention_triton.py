@@ -270,7 +270,8 @@ def _products(query, middle, low, keys):
 @triton.jit
 def _exponent(scales):
     """float32: the binary exponents of ``scales``, none below -64."""
-    return tl.maximum(_plus_origin((scales.to(tl.int32, bitcast=True) >> 23 & 255) + ORIGIN) - 127, -64)
+    biased = (scales.to(tl.int32, bitcast=True) >> 23 & 255) + ORIGIN
+    return tl.maximum(biased.to(tl.float32, bitcast=True) - (12582912.0 + 127), -64)
 
 
 @triton.jit
