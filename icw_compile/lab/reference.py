@@ -109,7 +109,8 @@ def _storing_quantized(
             shifts = self.__dict__.setdefault("shifts", {})
             # `all_keys`: a layer that keeps its prompt in front of its window, in one tensor of both.
             new, held = channel_shift(states), getattr(self, f"all_{name}", getattr(self, name, None))
-            if name not in shifts or held is None:
+            # Of one dimension: a dynamic layer that holds nothing yet, behind a prompt that is held elsewhere or not.
+            if name not in shifts or held is None or held.dim() == 1:
                 shifts[name] = new
             else:
                 self.settle_again(name, held, states, new)
