@@ -1565,6 +1565,11 @@ Engine best_engine(int64_t head_dim) {
   return Engine::kPortable;
 }
 
+// A MemoryError; from torch 2.15 on, which lets no exception but its own leave an operator, a RuntimeError that says this.
+struct NoMemory : std::bad_alloc {
+  const char* what() const noexcept override { return "no memory for what the threads of an operator of icw_int8kv need"; }
+};
+
 // `work` on each of `threads`: it draws units from a counter, and counts those that it has done. No exception may leave
 // a parallel region: a thread that finds no memory leaves its units to the others.
 template <typename Work>
@@ -1654,7 +1659,7 @@ void run(Problem& p, int threads, int engine) {
 #endif
   };
   in_parallel(threads, work);
-  if (done.load() != units) throw std::bad_alloc();
+  if (done.load() != units) throw NoMemory();
 }
 
 // A prompt in tiles of tokens, for which the keys are laid out once.
@@ -2155,7 +2160,7 @@ Tensor settle_shift(const Tensor& x, const Tensor& written, const Tensor& shift)
       done.fetch_add(1, std::memory_order_relaxed);
     }
   });
-  if (done.load() != heads) throw std::bad_alloc();
+  if (done.load() != heads) throw NoMemory();
   return out;
 }
 
@@ -2202,7 +2207,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_halves(const Tensor& x, ScalarType s
       done.fetch_add(1, std::memory_order_relaxed);
     }
   });
-  if (done.load() != units) throw std::bad_alloc();
+  if (done.load() != units) throw NoMemory();
   return {packed, scale, codes};
 }
 
@@ -2269,7 +2274,7 @@ std::tuple<Tensor, Tensor> quantize_divided(const Tensor& x, const std::optional
       done.fetch_add(1, std::memory_order_relaxed);
     }
   });
-  if (done.load() != units) throw std::bad_alloc();
+  if (done.load() != units) throw NoMemory();
   return {qdata, scale};
 }
 

@@ -23,7 +23,8 @@ key_exact=None, key_position=None, value_exact=None, value_position=None, key_sh
     ``key_exact``, of a float dtype ``[B, H, K, D]``, row ``key_position[k]`` (int64; none if it is no position of
     ``S``) is ``key_exact[:, :, k]`` and not what is stored of it, and the values likewise; with ``key_shift``, uint8
     ``[B, H, 1, D]`` of less than 127, divided by two to its power. The result is contiguous, in the query's dtype.
-    Raises RuntimeError for shapes and dtypes that do not fit, MemoryError for want of memory.
+    Raises RuntimeError for shapes and dtypes that do not fit, MemoryError for want of memory (from torch 2.15 on
+    RuntimeError as well, which says so).
     ``engine`` caps the instructions that are used, for tests: 0 plain C++, 1 AVX-512 VNNI, 2 AMX, -1 the best there is.
 ``prompt(query[B, Hq, T, D], key[B, H, S, D], value[B, H, S, Dv], attn_mask, is_causal, scale, engine=-1) ->
 [B, T, Hq, Dv]``
