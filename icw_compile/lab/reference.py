@@ -130,20 +130,18 @@ def _storing_quantized(
                 few &= held.shape[-2] > TELLING_TOKENS
             rows = is_row.sum(dim=-2, keepdim=True)
             tells = few & ((rows == 1) | ((rows > 0) & (rows + more > TELLING_TOKENS)))
-            if sink_tokens or recent_tokens:  # the others are as they were stored
-                held[..., :TELLING_TOKENS, :] = torch.where(
-                    tells, self.seen(name, held, 0)[..., :TELLING_TOKENS, :], first
-                )
+            keeps = sink_tokens or recent_tokens  # then what is held is what came, and others than these read as stored
+            read = self.seen(name, held, 0)[..., :TELLING_TOKENS, :] if keeps else first
             # What reads back as zero lies within half a step of it.
-            half = (first / 2.0**shift).abs().amax(dim=-1, keepdim=True) / (2 * _LEVELS) * 2.0**shift
-            both = torch.where(is_row & (first == 0), half, first.float())
+            half = (read / 2.0**shift).abs().amax(dim=-1, keepdim=True) / (2 * _LEVELS) * 2.0**shift
+            both = torch.where(is_row & (read == 0), half, read.float())
             both = torch.cat([both, states.float()], dim=-2) if more > 1 else both
             is_one = (both != 0).any(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) == 1
             told = torch.where(is_one, ((channel_shift(both, 1) + 1) / 2).floor(), channel_shift(both))
             self.shifts[name] = torch.where(tells, told, shift)
-            if not (sink_tokens or recent_tokens):
-                changed = is_row & (self.shifts[name] != shift).any(dim=-1, keepdim=True)
-                first.copy_(torch.where(changed, quantize_dequantize(first, self.shifts[name], bits[name]), first))
+            changed = is_row & (self.shifts[name] != shift).any(dim=-1, keepdim=True)
+            stored = read if keeps else quantize_dequantize(read, self.shifts[name], bits[name])
+            first.copy_(torch.where(changed, stored, first))
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             own = key_states.shape[-2] if own_as_they_came and key_states.shape[-2] > FEW_TOKENS else 0
