@@ -208,15 +208,15 @@ def test_one_large_channel(count):
 def test_every_digit(count):
     """Also where one of them is at its end and carries: of numbers a little above and below what the others hold."""
     tensors = make(1, 1, 1, count, 64, 64, 64, torch.float16)
-    unit = 127 * 65536
+    largest, unit = 127 * 65536, 2.0**-20
     places = [
-        sign * (base + off) / 2**20
+        sign * (base + off) * unit
         for base in (128, 32768, 127 * 256)
         for off in (-129, -1, 0, 1, 129)
         for sign in (1, -1)
     ]
     tensors[0] = torch.zeros_like(tensors[0])
-    tensors[0][..., 0] = unit / 2**20
+    tensors[0][..., 0] = largest * unit
     tensors[0][..., 1 : 1 + len(places)] = torch.tensor(places)
     tensors[1][..., 0] = 0
     check(tensors, scale=20.0)
