@@ -16,6 +16,8 @@ from torch.fx import GraphModule, Node
 
 from icw_compile import formats, kernels, watch
 from icw_compile.cache.binding import bind
+from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.cache.turned import claim_compile, keep_straight
 from icw_compile.compat.dynamo import example_value, guard_once, keep_fakes_as_dynamo
 from icw_compile.compat.fx import free_symbols, storage_of
 from icw_compile.compat.inductor import (
@@ -73,6 +75,7 @@ def icw_int8kv(
     """
     ours, inductor_options = split_options(options, mode)
     watch.compiling(ours)
+    claim_compile()
     try:
         return _compile_graph(dynamo_graph, inputs, ours, inductor_options, wait_for_kernel=False)
     except _NotBuiltError:  # rare: there is a compiler, and it does not compile the kernel
@@ -129,7 +132,7 @@ def _compile_graph(
         compiled = _compile(graph.module, example_inputs(graph), ours, inductor_options)
         compiled = watch.counted(bind(graph, copied(compiled, apart) if apart else compiled))
     else:
-        compiled = _compile(dynamo_graph, inputs, ours, inductor_options)
+        compiled = _compile_captured(dynamo_graph, inputs, ours, inductor_options)
     done = time.perf_counter()
     report.compile_seconds = done - started
     if rewritten.kernel is not None:
@@ -142,6 +145,15 @@ def _compile_graph(
         report.kernel_seconds += time.perf_counter() - done
     record(report)
     return compiled
+
+
+def _compile_captured(
+    dynamo_graph: GraphModule, inputs: Sequence[Any], options: Options, inductor_options: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a graph that was not rewritten."""
+    if any(isinstance(example_value(node), QuantizedKV) for node in dynamo_graph.graph.find_nodes(op="placeholder")):
+        keep_straight()  # torch takes it apart
+    return _compile(dynamo_graph, inputs, options, inductor_options)
 
 
 def _compile(
@@ -332,7 +344,7 @@ def _compile_unchanged(
     report = GraphReport(next_name(), model=model_name(), nodes=len(dynamo_graph.graph.nodes), skipped=skipped)
     watch.complain(skipped, options)
     started = time.perf_counter()
-    compiled = _compile(dynamo_graph, inputs, options, inductor_options)
+    compiled = _compile_captured(dynamo_graph, inputs, options, inductor_options)
     report.compile_seconds = time.perf_counter() - started
     record(report)
     return compiled

@@ -9,6 +9,7 @@ from icw_compile.passes.place import place_rows
 from icw_compile.passes.prompt import read_prompts
 from icw_compile.passes.propagate import propagate
 from icw_compile.passes.reads import fuse_reads
+from icw_compile.passes.ring import turn_windows
 from icw_compile.passes.storage import find_storage
 
 __all__ = ["PASSES", "Input", "KVGraph", "Output", "Pass", "PassResult", "Site", "Skipped", "run_passes"]
@@ -20,6 +21,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("propagate", propagate),
     Pass("reads", fuse_reads),
     Pass("lower", lower),
+    Pass("ring", turn_windows),
     Pass("prompt", read_prompts),
     Pass("place", place_rows),
     Pass("encode", encode_at_once),

@@ -114,6 +114,8 @@ class Input:
             ``owner``, which is how Dynamo names the caller's place for it.
         shows: another stored input, and the token of it from which on this one shows some of it: the graph reads and
             writes it as a view of that one.
+        turned: it is a full window, of which the graph writes the newest row over the oldest one. How often all such
+            inputs were turned before is `KVGraph.turns`.
     """
 
     parts: tuple[str, ...]
@@ -125,6 +127,7 @@ class Input:
     adopted: Format | None = None
     owner: str = ""
     shows: tuple[str, int] | None = None
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,7 @@ class KVGraph:
         input_names: the placeholders of the graph as captured: the signature that the caller sees.
         shown: the name of a stored placeholder -> that of the one that it is a view of here, and from which token on.
         inputs: placeholder name -> the `Input` that takes its place, of the inputs that are passed in as parts.
+        turns: the name of the placeholder that takes how often windows are turned, int64 ``[1]``; empty without any.
         outputs: the original outputs in terms of the present ones.
         storage: found by the ``storage`` pass for ``propagate``: the node that stands for a storage -> what it is.
         grown: found by the same: position of an output -> the input that it is, grown in place.
@@ -282,6 +286,7 @@ class KVGraph:
         self.input_names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
         self.shown: dict[str, tuple[str, int]] = {}
         self.inputs: dict[str, Input] = {}
+        self.turns = ""
         self.outputs = [Output(i) for i in range(len(self.output_nodes))]
         self.storage: dict[Node, Storage] = {}
         self.grown: dict[int, Grown] = {}
@@ -305,6 +310,13 @@ class KVGraph:
         """Insert nodes before ``node``; they inherit its layer and its stack trace."""
         self._origin = node
         with self.graph.inserting_before(node):
+            yield
+
+    @contextmanager
+    def after(self, node: Node) -> Iterator[None]:
+        """Insert nodes behind ``node``, in the order in which they are added; they inherit the same."""
+        self._origin = node
+        with self.graph.inserting_before(node.next):
             yield
 
     def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:

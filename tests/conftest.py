@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 
 import icw_compile
 from icw_compile import formats
+from icw_compile.cache import turned
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,8 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
+def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test sees what another one compiled."""
+    monkeypatch.setattr(turned, "_others", turned._Others())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     icw_compile.reset_report()

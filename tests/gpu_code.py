@@ -168,7 +168,8 @@ def kernels_of(code: str, folder: Path) -> list[str]:
 
 
 def main(kind: str, attention: str, bits: str) -> None:
-    model = tiny_model(num_hidden_layers=1 if bits == "8" else 2, dtype=torch.bfloat16)
+    name = "mistral" if kind == "window" else "llama"
+    model = tiny_model(name, num_hidden_layers=1 if bits == "8" else 2, dtype=torch.bfloat16)
     graphs: list[tuple[GraphModule, Any, Any]] = []
 
     def inductor(mode: Any, options: Any) -> Callable[..., Any]:
@@ -204,6 +205,7 @@ def main(kind: str, attention: str, bits: str) -> None:
                 "kernels": kernels_of(code, Path(folder)),
                 "attention": len(re.findall(r"torch\.ops\.icw_int8kv_triton\.attention\.default\(", code)),
                 "merges": sum(node.target in MERGES for node in graph[0].graph.nodes),
+                "turns": any(node.name == "turns" for node in graph[0].graph.nodes),
                 "stored": ("torch.int8" if bits == "8" else "torch.uint8") in code,
             })  # fmt: skip
     print(json.dumps(found))

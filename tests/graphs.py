@@ -36,10 +36,14 @@ def trace(function: Callable[..., Any], *inputs: Tensor, quantized: Sequence[int
     return KVGraph(module, mode, parts)
 
 
-def run(graph: KVGraph, *inputs: Tensor) -> list[Tensor]:
-    """Run a rewritten graph on `QuantizedKV` and float inputs; quantized outputs come back dequantized."""
+def run(graph: KVGraph, *inputs: Tensor, more: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Run a rewritten graph on `QuantizedKV` and float inputs; quantized outputs come back dequantized.
+
+    ``more`` are what it takes besides.
+    """
     flat = [x.qdata if isinstance(x, QuantizedKV) else x for x in inputs]
     flat += [x.scale for x in inputs if isinstance(x, QuantizedKV)]
+    flat += more
     with torch.no_grad():
         returned = graph.module(*flat)
     returned = returned if isinstance(returned, (tuple, list)) else (returned,)
@@ -69,6 +73,8 @@ def text(graph: KVGraph) -> str:
             lines.append(f"return {node.args[0]}")
         elif node.op == "placeholder":
             lines.append(f"{node.name}: {_type(node.meta['val'])}")
+        elif node.op == "get_attr":
+            lines.append(f"{node.name} = {node.target}")
         else:
             target = (
                 node.target._schema.name.split("::")[1] if hasattr(node.target, "_schema") else node.target.__name__

@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import icw_compile.compat
 from icw_compile.cache.tensor import QuantizedKV
-from icw_compile.compat import attention, dynamo, flex, functorch, fx, inductor
+from icw_compile.compat import attention, dynamo, flex, functorch, fx, inductor, watch
 from icw_compile.compat import transformers as hf
 from icw_compile.compat import triton as compat_triton
 
@@ -344,6 +344,71 @@ def test_graph_breaks_are_counted():
     assert dynamo.graph_breaks() == 1
     dynamo.clear_counters()
     assert dynamo.graph_breaks() == 0
+
+
+def test_compiling_backend():
+    """By the module of its function, wherever Dynamo makes fakes or calls it; one compile has one id."""
+    seen = []
+
+    def backend(graph_module, inputs):
+        seen.append(watch.compiling_backend())
+        return graph_module.forward
+
+    assert watch.compiling_backend() is None
+    compiled = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
+    compiled(torch.ones(2))
+    compiled(torch.ones(3))
+    assert [each.module for each in seen] == [__name__] * 2 and len({each.compile_id for each in seen}) == 2
+    assert watch.compiling_backend() is None
+
+    class Listening(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __tensor_flatten__(self):
+            return ["inner"], None
+
+        @staticmethod
+        def __tensor_unflatten__(inner, context, size, stride):
+            seen.append(watch.compiling_backend())
+            return Listening(inner["inner"])
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            plain = [each.inner if isinstance(each, Listening) else each for each in args]
+            return function(*plain, **(kwargs or {}))
+
+    for name, module in (("icw_int8kv", "icw_compile.backend"), ("inductor", "torch")):
+        seen.clear()
+        torch.compile(lambda x: x + 1, backend=name)(Listening(torch.ones(4)))
+        assert seen[0].module.startswith(module)
+
+
+def test_storage_is_one_object():
+    """Views have the object of their storage in common, which lives as long as one of them does."""
+    x = torch.ones(4)
+    known = weakref.WeakKeyDictionary({x.untyped_storage(): 1})
+    view = x[2:]
+    assert known[view.untyped_storage()] == 1 and x.clone().untyped_storage() not in known
+    del x
+    gc.collect()
+    assert len(known) == 1
+    view.share_memory_()
+    assert known[view.untyped_storage()] == 1
+    del view
+    gc.collect()
+    assert len(known) == 0
+
+
+def test_unseen():
+    """Plain tensors are computed with, whatever mode is entered."""
+    x = torch.ones(3)
+    with FakeTensorMode(), fx.Unseen():
+        assert not fx.is_fake(x.roll(1)) and not fx.is_fake(torch.empty(0).set_(x.untyped_storage(), 1, (2,), (1,)))
 
 
 def test_recompile_limit():

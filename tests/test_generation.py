@@ -187,7 +187,7 @@ def test_a_full_window_is_moved_as_it_is_stored(bits: int) -> None:
         step(tokens(window - 2, batch=4), past_key_values=cache)
         for i, token in enumerate(tokens(8)[0]):
             step(token.expand(4, 1), past_key_values=cache)
-            rows = [part.clone() for part in cache.layers[0].keys.buffers if part.shape[-2] == window]
+            rows = [part.clone() for part in cache.layers[0].keys.parts if part.shape[-2] == window]
             assert len(rows) == {8: 2, 4: 3}[bits]
             if i >= 2:
                 assert all(

@@ -22,6 +22,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
     [
         ("dynamic", "triton", "8"),
         ("dynamic", "triton", "4"),  # which keeps rows
+        ("window", "triton", "8"),  # a full one, static
+        pytest.param("window", "triton", "4", marks=pytest.mark.slow),
         pytest.param("dynamic", "inductor", "8", marks=pytest.mark.slow),
         pytest.param("static", "inductor", "8", marks=pytest.mark.slow),
         pytest.param("static", "triton", "8", marks=pytest.mark.slow),
@@ -41,6 +43,7 @@ def test_compiles_for_a_gpu(
     assert process.returncode == 0, process.stderr[-3000:]
     prompt, decode = json.loads(process.stdout.splitlines()[-1])
     assert prompt["kernels"] and decode["kernels"] and decode["stored"]
+    assert (prompt["turns"], decode["turns"]) == (False, kind == "window")
     layers = 1 if bits == "8" else 2
     assert (prompt["attention"], decode["attention"]) == (0, layers * (attention == "triton"))
     # The Triton kernel reads kept rows itself.
@@ -49,9 +52,10 @@ def test_compiles_for_a_gpu(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("attention", ["inductor", "auto"])
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "window"])
 def test_decode_on_a_gpu(kind: str, attention: str) -> None:
-    model, chunks = tiny_model(dtype=torch.bfloat16).cuda(), (20, *(1,) * 8)
+    model = tiny_model("mistral" if kind == "window" else "llama", dtype=torch.bfloat16).cuda()
+    chunks = (20, *(1,) * 8)
     ids = tokens(sum(chunks), batch=2).cuda()
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=64)
     step = torch.compile(model, backend="icw_int8kv", fullgraph=True, options={"icw.attention": attention})

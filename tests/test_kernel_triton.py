@@ -452,7 +452,7 @@ def test_kept_rows_under_masks(roles):
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("length", [1, 64, 300, 700])
+@pytest.mark.parametrize("length", [1, 64, 300, pytest.param(700, marks=pytest.mark.slow)])
 def test_sinks_and_recent_rows_are_kept(length, splits):
     """As a cache has them: the first ones and the last, more than there are rows, or so many places and no row yet."""
     for four_bits, (first, last) in zip(FOUR_BITS, ((0, 128), (4, 128), (5, 70)), strict=True):

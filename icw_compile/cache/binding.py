@@ -7,6 +7,7 @@ import torch
 
 from icw_compile.cache.adopt import adopt, find_held_elsewhere
 from icw_compile.cache.tensor import QuantizedKV
+from icw_compile.cache.turned import turn, turns_of
 from icw_compile.compat.dynamo import let_vary
 from icw_compile.formats import AXES, Stored
 from icw_compile.passes import Input, KVGraph, Output
@@ -32,6 +33,7 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
     outputs = [(each, at.get(each.grown.input, -1) if each.grown is not None else -1) for each in graph.outputs]
     plain_outputs = all(output.position >= 0 for output in graph.outputs)
     stored = [output.stored for output in graph.outputs]
+    windows = [position for position, each, _ in inputs if each.turned]
     views = [i for i, value in enumerate(stored) if value is not None and value.is_view and value.kept]
 
     def call(*args: Any) -> list[Any]:
@@ -46,7 +48,13 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
         reserved: dict[int, Any] = {}
         for position, each, rows_at in inputs:
             _unwrap(passed, args, position, each, rows_at, reserved)
+        if windows:
+            turning = [args[position].window for position in windows]
+            turns = turns_of(turning)
+            passed.append(torch.full((1,), turns, dtype=torch.int64, device=turning[0].device))
         returned = compiled(*passed)
+        if windows:
+            turn(turning, turns)
         if plain_outputs:
             return list(returned)
         results = [
@@ -90,6 +98,8 @@ def _unwrap(
                 tensor.settle()
             else:
                 tensor._is_settled = False
+        if not each.turned:
+            tensor.straighten()
         parts = tensor.buffers
     passed[position] = parts[0]
     passed += parts[1:]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
+from icw_compile.cache.turned import Window, straighten
 from icw_compile.compat.dynamo import let_vary
 from icw_compile.compat.flex import let_flex_attention_take
 from icw_compile.formats import AXES, Format, Stored
@@ -51,6 +52,7 @@ class TensorOfParts(Tensor):
     _lagging: tuple[weakref.ref[TensorOfParts], ...] = ()
     #: Whether it is known that no write of one token will change how it is stored.
     _is_settled: bool = False
+    _window: Window | None = None
 
     @classmethod
     def _make(
@@ -118,12 +120,24 @@ class TensorOfParts(Tensor):
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """The parts with the spare rows behind its own, if it grows."""
+        """The parts with the spare rows behind its own, if it grows; as they lie in memory (`window`)."""
         return tuple(getattr(self, name) for name in self._names)
 
     @property
+    def window(self) -> Window:
+        """Its rows as those of a window that may be turned."""
+        if self._window is None:
+            self._window = Window.of(list(self.whole.rows.values()))
+        return self._window
+
+    def straighten(self) -> None:
+        """Put its tokens in order, if it shows a window that is turned."""
+        straighten(getattr(self, self._names[0]))
+
+    @property
     def value(self) -> Stored:
-        """All that it is made of."""
+        """All that it is made of, the tokens in order."""
+        self.straighten()
         layout = self._layout
         stored = Stored(layout.format, self.buffers, layout.axes, layout.is_view)
         if not layout.grows:
@@ -138,7 +152,7 @@ class TensorOfParts(Tensor):
 
     @property
     def whole(self) -> Stored:
-        """Its buffers as a value, that of a longer tensor if it grows."""
+        """Its buffers as a value, that of a longer tensor if it grows; of a turned window not in order."""
         return Stored(self._layout.format, self.buffers, self._layout.axes)
 
     @property
@@ -167,6 +181,7 @@ class TensorOfParts(Tensor):
         Returns:
             the claim to this tensor's rows and the new ones, and the parts, those that have rows with all that follow.
         """
+        self.straighten()
         claim, like, total = self._claim, self.whole, self.shape[2] + rows
         tells = tells and like.format.tells(self.shape[2], rows)
         if not tells and claim is not None and (extended := claim.room.extend(claim, rows)) is not None:

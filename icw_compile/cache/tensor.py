@@ -12,6 +12,7 @@ from icw_compile.cache.decoded import decoded_view
 from icw_compile.cache.growth import Room
 from icw_compile.cache.parts import Layout, TensorOfParts
 from icw_compile.cache.shapes import call_of_shapes
+from icw_compile.cache.turned import keep_straight, note_fakes
 from icw_compile.cache.uncompiled import note_read
 from icw_compile.compat.fx import empty_fake, is_fake, is_traced, schema_of, tree_leaves, tree_map, written_values
 from icw_compile.formats import AXES, FORMATS, Format, Stored, make_format
@@ -150,6 +151,7 @@ class QuantizedKV(TensorOfParts):
 
     def share_memory_(self) -> "QuantizedKV":
         """Move the stored parts to memory that other processes see."""
+        self.straighten()
         for part in self.buffers:
             part.share_memory_()
         return self
@@ -166,6 +168,8 @@ class QuantizedKV(TensorOfParts):
     def __tensor_unflatten__(
         parts: dict[str, Tensor], layout: Layout, outer_size: Any, outer_stride: Any
     ) -> "QuantizedKV":
+        if any(map(is_fake, parts.values())):
+            note_fakes()
         return QuantizedKV._make(list(parts.values()), layout, outer_size, outer_stride)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
@@ -200,6 +204,8 @@ class QuantizedKV(TensorOfParts):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_traced():
+            keep_straight()
         if func in _OWN:
             return _OWN[func](*args, **kwargs)
         if func is aten.cat.default and (grown := _append(*args, **kwargs)) is not None:

@@ -190,7 +190,7 @@ class FakeLayout:
 
     def another(self, memory: Tensor | None = None) -> FakeTensor:
         """A fake of this layout, with memory of its own or in that of another."""
-        with _Unseen():
+        with Unseen():
             if memory is not None:
                 made = _meta((0,), self._dtype).set_(memory.untyped_storage(), 0, (0,), (1,))
                 made = made.as_strided(self._size, self._stride, self._offset)
@@ -217,7 +217,7 @@ def empty_fake(
 ) -> FakeTensor:
     """A fake of another size on the device of ``like``, contiguous without ``stride``, made as `FakeLayout` does."""
     dtype = dtype or like.dtype
-    with _Unseen():
+    with Unseen():
         made = _meta(size, dtype) if stride is None else torch.empty_strided(size, stride, dtype=dtype, device="meta")
         return FakeTensor(like.fake_mode, made, like.fake_device)
 
@@ -242,8 +242,8 @@ def evaluating(mode: FakeTensorMode | None) -> Iterator[None]:
         yield
 
 
-class _Unseen:
-    """While this is entered, a tensor is made and nothing else: no trace, mode or Python kernel is asked.
+class Unseen:
+    """While this is entered, what is done to plain tensors is done: no trace, mode or Python kernel is asked.
 
     ``torch._C.DisableTorchFunction``, ``_DisableTorchDispatch``, ``_DisablePythonDispatcher``,
     ``_ExcludeDispatchKeyGuard``.

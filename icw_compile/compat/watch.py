@@ -21,10 +21,12 @@ from torch._dynamo.utils import counters
 
 __all__ = [
     "CompiledCall",
+    "CompilingBackend",
     "Frame",
     "GraphBreak",
     "add_to_limit",
     "compiled_call",
+    "compiling_backend",
     "count_by_module",
     "current_frame",
     "entries",
@@ -105,6 +107,26 @@ def compiled_call(frame: FrameType | None = None) -> CompiledCall | None:
                 returned = names.get("result"), "result" in names
                 return CompiledCall(context, names["fn"], *called_with, *returned, names.get("cleanups", []))
         frame = frame.f_back
+    return None
+
+
+class CompilingBackend(NamedTuple):
+    """The backend for which Dynamo compiles a frame: the module of its function, and the compile's id."""
+
+    module: str
+    compile_id: str
+
+
+def compiling_backend() -> CompilingBackend | None:
+    """The backend for which Dynamo is compiling a frame; ``None`` outside of that.
+
+    ``InstructionTranslator.current_tx().output.compiler_fn``, and ``innermost_backend``.
+    """
+    with contextlib.suppress(AttributeError, IndexError):
+        given: Any = InstructionTranslator.current_tx().output.compiler_fn
+        backend = torch._dynamo.eval_frame.innermost_backend(given)
+        module = getattr(getattr(backend, "compiler_fn", backend), "__module__", "")
+        return CompilingBackend(module, str(torch._guards.CompileContext.current_compile_id()))
     return None
 
 

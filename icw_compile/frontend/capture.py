@@ -186,7 +186,7 @@ def forward_dynamo_metadata(dynamo_graph: GraphModule, graph: KVGraph) -> None:
     """
     fixed = _fixed_inputs(graph)
     dynamo.hand_over_module(dynamo_graph, graph.module)
-    parts = {name for taken in graph.inputs.values() for name in (*taken.parts, taken.length)}
+    parts = {graph.turns, *(name for taken in graph.inputs.values() for name in (*taken.parts, taken.length))}
     for node in graph.graph.find_nodes(op="placeholder"):
         old = node.meta.pop("dynamo_placeholder", None)
         if old is None:
