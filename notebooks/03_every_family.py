@@ -108,12 +108,15 @@ for text, step in {"window not full": steps["mistral"], "window full": ((capture
     print(f"{'':16} became  {words(step[1][0], 'write', 'read')}")
 
 # %% [markdown]
-# Rows of int8 and their scales roll. What is copied back is a tensor with shifts of its own, so that it is decoded and
-# quantized once more with those of the window, which are the same. The whole window is read and written at each step,
-# as it is in the graph that was captured:
+# Attention goes by its mask, not by the order of the rows. So they stay where they are: the newest one is written over
+# the oldest, and the columns of the mask are turned instead. `turns` says how often that was done; what else looks at
+# the cache puts its rows in order first. The graph that was captured, and what it became:
 
 # %%
 display(captured)
+
+# %%
+display(rewritten)
 
 # %% [markdown]
 # ## The growing cache

@@ -30,6 +30,8 @@ __all__ = ["turn_windows"]
 
 aten = torch.ops.aten
 
+#: The end of a slice that takes all there is.
+_END = 2**63 - 1
 #: What attends to rows, and its arguments that are rows.
 _ATTENTION = {torch.ops.icw_int8kv.attention_decode.default, *(kernel.operator for kernel in KERNELS)}
 _ROWS = [f"{role}_{part}" for role in ("key", "value") for part in ("qdata", "rows", "scale", "codes")]
@@ -66,7 +68,10 @@ def turn_windows(graph: KVGraph) -> int:
         windows = {name: steps for name, steps in windows.items() if all(_is_only_read(each, rows) for each in steps)}
     if not windows:
         return 0
-    turned = _Turned(graph, next(iter(windows.values()))[0].part)
+    first = next(iter(windows.values()))[0].part
+    device = graph.tensor(first).device  # there is one number for all windows
+    windows = {name: steps for name, steps in windows.items() if graph.tensor(steps[0].part).device == device}
+    turned = _Turned(graph, first)
     readers: dict[Node, int] = {}
     for name, steps in windows.items():
         graph.inputs[name] = replace(graph.inputs[name], turned=True)
@@ -94,7 +99,7 @@ def _steps(graph: KVGraph, name: str) -> list[_Step] | None:
         return None
     steps = []
     for node in graph.graph.find_nodes(op="placeholder"):
-        if node.name in taken.parts and any(user.target is aten.roll.default for user in node.users):
+        if node.name in taken.parts and any(user.target is aten.roll.default for user in _users(node)):
             if (step := _step(graph, node)) is None:
                 return None
             steps.append(step)
@@ -128,15 +133,15 @@ def _step(graph: KVGraph, part: Node) -> _Step | None:
 
 
 def _users(node: Node) -> list[Node]:
-    """Those of a node and of slices of it that take all there is, in order."""
+    """Those of a node and of views that are it, in order."""
     return sorted({each for user in node.users for each in ([user] if _whole(user) is user else _users(user))})
 
 
 def _whole(node: Node) -> Node:
-    """What ``node`` is a slice of that takes all there is, as stands in graphs of symbolic sizes; or itself."""
-    while node.target is aten.slice.Tensor:
+    """What ``node`` is a view of that is all of it, as stands in graphs of symbolic sizes; or itself."""
+    while node.target in (aten.slice.Tensor, aten.alias.default):
         a = arguments(node)
-        if (a["start"] or 0, a["step"]) != (0, 1) or a["end"] not in (None, 2**63 - 1):
+        if a.get("start") not in (None, 0) or a.get("end") not in (None, _END) or a.get("step", 1) != 1:
             break
         node = a["self"]
     return node
@@ -164,14 +169,15 @@ def _is_number(graph: KVGraph, node: Node, numbers: Collection[int]) -> bool:
 
 def _is_only_read(step: _Step, rows: Collection[Node]) -> bool:
     """Whether nothing sees the part but attention, all of whose rows are among ``rows``, by their mask alone."""
-    for reader in _users(step.copy):
+    readers = _users(step.copy)
+    for reader in readers:
         if reader.target not in _ATTENTION:
             return False
         operands = {name: _whole(each) if isinstance(each, Node) else each for name, each in arguments(reader).items()}
         read = [operands.pop(name) for name in _ROWS if operands.get(name) is not None]
         if operands["is_causal"] or step.copy in operands.values() or not all(each in rows for each in read):
             return False
-    return True
+    return bool(readers)
 
 
 class _Turned:

@@ -256,3 +256,24 @@ def test_on_a_part_of_a_mask() -> None:
     graph = trace(step, kv(), kv(), query(), kv(1), kv(1), torch.ones(BATCH, 1, 1, 1).bool(), quantized=(0, 1))
     assert run_passes(graph, UP_TO_RING)[-1].matches == 2
     assert "index_select" not in counts(graph)
+
+
+def test_of_any_batch() -> None:
+    """Where the batch is a symbol, slices of all there is stand in the graph."""
+
+    def sliced(*x: Tensor) -> Tensor:
+        moved = [cache[:].roll(-1, dims=-2) for cache in x[:2]]
+        for each, new in zip(moved, x[3:5], strict=True):
+            each[:][:, :, torch.tensor([-1])] = new
+        keys, values = (cache.copy_(each[:])[:, :] for cache, each in zip(x[:2], moved, strict=True))
+        return attend(x[2], keys, values, x[5])
+
+    operands = inputs()
+    before, after = rewritten(sliced, operands)
+    assert after.turns and "roll" not in counts(after)
+    caches = [[QuantizedKV.quantize(x) for x in operands[:2]] for _ in range(2)]
+    (expected,), (actual,) = (
+        run(graph, *each, *operands[2:], more=more)
+        for graph, each, more in zip((before, after), caches, ((), (torch.tensor([0]),)), strict=True)
+    )
+    assert relative_distance(actual, expected) < 1e-5
