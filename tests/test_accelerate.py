@@ -13,7 +13,7 @@ from icw_compile.lab.reference import dynamic_reference_cache
 accelerate = pytest.importorskip("accelerate", reason="accelerate has no build for this platform")
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("disk", marks=pytest.mark.slow)])
 def test_offload(where: str, tmp_path: Path) -> None:
     """Its hooks end the graph at each linear layer; each of them counts among the variants of one function."""
     model = tiny_model()

@@ -7,8 +7,8 @@ import torch
 from support import (
     CLOSE_LOGITS,
     EAGER,
-    MODEL_ATTENTIONS,
     SLIDING,
+    SOME_MODEL_ATTENTIONS,
     compiled,
     graphs,
     relative_distance,
@@ -23,7 +23,7 @@ from icw_compile import QuantizedKV
 from icw_compile.lab.reference import dynamic_reference_cache
 
 
-@pytest.mark.parametrize(("name", "attention"), MODEL_ATTENTIONS)
+@pytest.mark.parametrize(("name", "attention"), SOME_MODEL_ATTENTIONS)
 def test_prefill_and_decode(name: str, attention: str) -> None:
     model = tiny_model(name, attention=attention)
     ids = tokens(24)

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.mark.parametrize(
     ("kind", "attention", "bits"),
     [
-        ("dynamic", "triton", "8"),
+        pytest.param("dynamic", "triton", "8", marks=pytest.mark.slow),
         ("dynamic", "triton", "4"),  # which keeps rows
         ("window", "triton", "8"),  # a full one, static
         pytest.param("window", "triton", "4", marks=pytest.mark.slow),

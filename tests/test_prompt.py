@@ -24,8 +24,8 @@ KINDS: dict[str, Callable[[PreTrainedModel, int], Cache]] = {
     "static": lambda model, batch: StaticCache(model.config, max_cache_len=LENGTH),
     "made beforehand": lambda model, batch: icw_compile.static_cache(model, batch, LENGTH),
 }
-kinds = pytest.mark.parametrize("kind", KINDS)
 slow = pytest.mark.slow
+kinds = pytest.mark.parametrize("kind", ["dynamic", "static", pytest.param("made beforehand", marks=slow)])
 
 
 def expected_cache(model: PreTrainedModel, kind: str, **kept: int) -> Cache:

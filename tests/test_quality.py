@@ -23,8 +23,15 @@ def decode(model: Callable[..., Any], cache: StaticCache, ids: Tensor) -> Tensor
     return torch.cat([model(step, past_key_values=cache).logits for step in steps], dim=1).float()
 
 
-@pytest.mark.parametrize("attention", ["inductor", "cpu"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "attention"),
+    [
+        pytest.param(torch.bfloat16, "inductor", id="bfloat16-inductor"),
+        pytest.param(torch.bfloat16, "cpu", id="bfloat16-cpu"),
+        pytest.param(torch.float32, "cpu", id="float32-cpu"),
+        pytest.param(torch.float32, "inductor", id="float32-inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_held_out_text(dtype: torch.dtype, attention: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()

@@ -18,8 +18,15 @@ def quantized_model(bits: int) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [
+        (8, "static"),
+        (4, "dynamic"),
+        pytest.param(8, "dynamic", marks=pytest.mark.slow),
+        pytest.param(4, "static", marks=pytest.mark.slow),
+    ],
+)
 def test_int8_cache(bits: int, kind: str) -> None:
     check_beside_weights(quantized_model(bits), kind)
 

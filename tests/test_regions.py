@@ -66,7 +66,7 @@ def make_cache(kind: str, model: Any) -> Cache:
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
     [
-        ("llama", "dynamic", {}),
+        pytest.param("llama", "dynamic", {}, marks=pytest.mark.slow),
         pytest.param("llama", "static", {"icw.bits": 4}, marks=pytest.mark.slow),
         ("mistral", "dynamic", {}),
         pytest.param("gemma2", "static", {}, marks=pytest.mark.slow),
