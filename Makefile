@@ -13,7 +13,7 @@ VERSIONS := oldest newest
 CORE := tests/test_compat.py tests/test_tensor.py tests/test_ops.py tests/test_pass_*.py tests/test_growth.py \
 	tests/test_adopt.py tests/test_capture.py tests/test_flex.py tests/test_kept_nodes.py tests/test_cuda_graphs.py \
 	tests/test_formats.py tests/test_recipes.py tests/test_settle_shift.py tests/test_regions.py \
-	tests/test_kernel_build.py tests/test_kernel_cpu.py tests/test_kernel_triton.py \
+	tests/test_kernel_build.py tests/test_kernel_cpu.py tests/test_kernel_triton.py tests/test_turned.py \
 	tests/test_backend.py::test_found_by_name_without_an_import tests/test_backend.py::test_generate \
 	tests/test_families.py::test_head_counts tests/test_families.py::test_float16_model \
 	tests/test_dynamic.py::test_generate tests/test_inductor.py::test_dynamic_cache_of_many_layers
