@@ -26,7 +26,16 @@ from torch.fx import Node
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.passes.graph import args_of, arguments
 
-__all__ = ["Attention", "Bias", "match_attention", "repeats_heads", "strip_casts", "strip_merge", "strip_repeat_kv"]
+__all__ = [
+    "Attention",
+    "Bias",
+    "is_whole_slice",
+    "match_attention",
+    "repeats_heads",
+    "strip_casts",
+    "strip_merge",
+    "strip_repeat_kv",
+]
 
 aten = torch.ops.aten
 
@@ -113,7 +122,7 @@ def strip_repeat_kv(node: Node) -> Node:
     if expanded is not None and expanded.target is aten.clone.default:
         expanded = args_of(expanded)[0]
     unsqueezed = _operand(expanded, aten.expand.default)
-    while unsqueezed is not None and _is_whole_slice(unsqueezed):
+    while unsqueezed is not None and is_whole_slice(unsqueezed):
         unsqueezed = args_of(unsqueezed)[0]
     if unsqueezed is None or unsqueezed.target is not aten.unsqueeze.default or args_of(unsqueezed)[1] != 2:
         return node
@@ -278,7 +287,8 @@ def _operand(node: Node | None, *targets: Any) -> Node | None:
     return args_of(node)[0] if node is not None and node.target in targets else None
 
 
-def _is_whole_slice(node: Node) -> bool:
+def is_whole_slice(node: Node) -> bool:
+    """Whether a node is a slice that is known to take all there is."""
     if node.target is not aten.slice.Tensor:
         return False
     return all(

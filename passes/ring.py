@@ -24,14 +24,13 @@ from torch.fx import Node
 
 from icw_compile.compat.fx import evaluating, is_fake, statically_known_true
 from icw_compile.kernels import KERNELS
-from icw_compile.passes.graph import KVGraph, aliases, arguments, first_write, is_mutation, root_of
+from icw_compile.passes.attention import is_whole_slice
+from icw_compile.passes.graph import KVGraph, aliases, args_of, arguments, first_write, is_mutation, root_of
 
 __all__ = ["turn_windows"]
 
 aten = torch.ops.aten
 
-#: The end of a slice that takes all there is.
-_END = 2**63 - 1
 #: What attends to rows, and its arguments that are rows.
 _ATTENTION = {torch.ops.icw_int8kv.attention_decode.default, *(kernel.operator for kernel in KERNELS)}
 _ROWS = [f"{role}_{part}" for role in ("key", "value") for part in ("qdata", "rows", "scale", "codes")]
@@ -139,11 +138,8 @@ def _users(node: Node) -> list[Node]:
 
 def _whole(node: Node) -> Node:
     """What ``node`` is a view of that is all of it, as stands in graphs of symbolic sizes; or itself."""
-    while node.target in (aten.slice.Tensor, aten.alias.default):
-        a = arguments(node)
-        if a.get("start") not in (None, 0) or a.get("end") not in (None, _END) or a.get("step", 1) != 1:
-            break
-        node = a["self"]
+    while node.target is aten.alias.default or is_whole_slice(node):
+        node = args_of(node)[0]
     return node
 
 

@@ -44,6 +44,7 @@ from icw_compile.formats import Format, Stored
 from icw_compile.formats.base import decode
 from icw_compile.formats.equalized import TELLING
 from icw_compile.formats.evaluate import SHAPES
+from icw_compile.formats.moves import END
 from icw_compile.formats.rules import RULES
 from icw_compile.formats.writes import append, can_join, encode_like
 from icw_compile.kernels.interface import FEW_TOKENS
@@ -69,8 +70,6 @@ __all__ = ["find_storage"]
 
 aten = torch.ops.aten
 
-#: The end of a slice that takes all there is.
-_END = 2**63 - 1
 _ZEROS = (aten.zeros.default, aten.new_zeros.default)
 #: Operations through which a value stays recognisably the same keys or values, besides those of `RULES`.
 _SAME_VALUES = (
@@ -455,7 +454,7 @@ def _is_tail(node: Node, cat: Node) -> Any:
         if node.target is not aten.slice.Tensor:
             return False
         a = arguments(node)
-        to_the_end = a["step"] == 1 and a["end"] in (None, _END)
+        to_the_end = a["step"] == 1 and a["end"] in (None, END)
         if not to_the_end or not (a["start"] in (None, 0) or a["dim"] in (2, -2)):
             return False
         node = a["self"]

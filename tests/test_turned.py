@@ -5,6 +5,7 @@ import gc
 import io
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def mistral(**overrides: Any) -> PreTrainedModel:
 
 
 @pytest.fixture
-def straight(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+def straight() -> Callable[..., list[Any]]:
     """Calls a function with the model compiled with the ring pass, and then without it; returns both results."""
 
     def both(function: Callable[..., Any], layers: int = 2, **options: Any) -> list[Any]:
@@ -99,7 +100,7 @@ def test_steps(straight: Any, kind: str, batch: int) -> None:
     check_same(actual[2], expected[2])
 
 
-def test_report(straight: Any) -> None:
+def test_report() -> None:
     model = mistral()
     filled(compiled(model), model.config)
     assert [site.writes for site in graphs()[-1].sites] == [["ring"]] * 4
@@ -317,7 +318,7 @@ def test_another_backend(straight: Any, name: str) -> None:
 
 
 def test_another_backend_finds_its_graph_in_the_cache(
-    straight: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    straight: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Then nothing of the tensor is traced."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

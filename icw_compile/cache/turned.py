@@ -41,10 +41,10 @@ class Window:
     @classmethod
     def of(cls, rows: Sequence[Tensor]) -> "Window":
         """The window with these rows."""
-        made, places = cls(rows), list(map(_place, rows))
-        known = (each for each in made.family if [place for _, _, place in each.rows] == places)
-        if (found := next(known, None)) is not None:
-            return found
+        made = cls(rows)
+        for each in made.family:
+            if each.rows == made.rows:
+                return each
         made.family.append(made)
         return made
 
@@ -144,8 +144,9 @@ def turn(windows: Sequence[Window], turns: int) -> None:
 
 def keep_straight() -> None:
     """From here on no window stays turned: a graph that is none of ours takes a `QuantizedKV` apart."""
-    _others.made = True
-    _straighten_all()
+    if not _others.made:  # once: this is asked at each operation of a trace
+        _others.made = True
+        _straighten_all()
 
 
 def note_fakes() -> None:

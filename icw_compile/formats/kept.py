@@ -22,14 +22,12 @@ from torch import Tensor
 
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats.base import Evaluator, Part, Stored, Wrapper
+from icw_compile.formats.moves import END
 
 __all__ = ["KeepsRows", "forget_rows", "keep_rows", "place_rows"]
 
 aten = torch.ops.aten
 _ops = torch.ops.icw_int8kv
-
-#: The end of a slice that takes all there is.
-_END = 2**63 - 1
 
 
 def keep_rows(exact: Tensor, position: Tensor, values: Tensor, index: Tensor, sinks: int) -> tuple[Tensor, Tensor]:
@@ -142,7 +140,7 @@ class KeepsRows(Wrapper):
         if target is aten.slice.Tensor:
             _, start, end, step = args
             if step == 1:
-                end = None if end == _END else end
+                end = None if end == END else end
                 at = run.call(_ops.slice_position.default, x["position"], tokens, start, end)
                 return {"exact": x["exact"], "position": at}
         if target is aten.roll.default:

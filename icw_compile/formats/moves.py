@@ -11,8 +11,8 @@ from icw_compile.formats.base import Evaluator, Part, Stored
 
 aten = torch.ops.aten
 
-#: The end of a slice that takes all there is.
-_END = 2**63 - 1
+#: The end of a slice that goes to the end.
+END = 2**63 - 1
 
 Rule = Callable[..., "Stored | tuple[Stored, ...] | None"]
 
@@ -74,7 +74,7 @@ def slice_(run: Evaluator, x: Stored, dim: int = 0, start: Any = None, end: Any 
     axis = axis_of(x, dim)
     if axis == "D":
         return None
-    if start in (None, 0) and end in (None, _END) and step == 1:
+    if start in (None, 0) and end in (None, END) and step == 1:
         specs = zip(x.format.parts, x.parts, strict=True)
         return x.of_parts(run.call(aten.slice.Tensor, part, dim) if spec.is_aligned else part for spec, part in specs)
 
