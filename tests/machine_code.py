@@ -51,20 +51,22 @@ attention_triton.merge = Compiled(attention_triton.merge)
 for dtype, query_heads, heads, tokens, length, sizes, bits, mask, causal, softcap, sinks, splits, *kept in cases:
     dtype = getattr(torch, dtype)
     stored, codes = [], {}
+    batch, mask = (2, "bool") if mask == "ragged" else (1, mask)
     for role, size, each in zip(("key", "value"), sizes, bits):
         packed = each == 4
-        rows = torch.empty(1, heads, length, size // 2 if packed else size, dtype=torch.uint8 if packed else torch.int8)
-        stored += [rows, torch.empty(1, heads, length, 1, dtype=scale_dtype_for(dtype))]
+        of, channels = (torch.uint8, size // 2) if packed else (torch.int8, size)
+        stored.append(torch.empty(batch, heads, length, channels, dtype=of))
+        stored.append(torch.empty(batch, heads, length, 1, dtype=scale_dtype_for(dtype)))
         if packed:
-            codes[role + "_codes"] = torch.empty(1, heads, length, 2, dtype=torch.uint8)
+            codes[role + "_codes"] = torch.empty(batch, heads, length, 2, dtype=torch.uint8)
         if kept and kept[0] and (packed or kept[1] == "both"):
             exact_dtype = torch.float32 if dtype == torch.float16 else dtype
-            codes[role + "_exact"] = torch.empty(1, heads, kept[0], size, dtype=exact_dtype)
+            codes[role + "_exact"] = torch.empty(batch, heads, kept[0], size, dtype=exact_dtype)
             codes[role + "_position"] = torch.empty(kept[0], dtype=torch.int64)
     gpu.attention_triton(
-        torch.empty(1, query_heads, tokens, sizes[0], dtype=dtype),
+        torch.empty(batch, query_heads, tokens, sizes[0], dtype=dtype),
         *stored,
-        mask and torch.empty(1, 1, tokens, length, dtype=getattr(torch, mask)),
+        mask and torch.empty(batch, 1, tokens, length, dtype=getattr(torch, mask)),
         causal, 0.1, softcap, torch.empty(query_heads, dtype=dtype) if sinks else None, splits, **codes,
     )
 """
@@ -112,8 +114,9 @@ def compile_for(backend: str, arch: Any, cases: list[tuple[Any, ...]], folder: P
         backend: ``"cuda"`` or ``"hip"``.
         arch: ``80``, ``"gfx942"``, ...
         cases: dtype, query heads, heads, query tokens, cached tokens, (D, Dv), bits of (keys, values), dtype of the
-            mask or ``None``, causal, softcap, whether there are sinks, splits; then, if rows are kept, how many, and
-            whether of keys and values, ``"both"``, or of what is of 4 bits, ``"packed"``.
+            mask, ``"ragged"`` (a boolean one for each of two sequences) or ``None``, causal, softcap, whether there are
+            sinks, splits; then, if rows are kept, how many, and whether of keys and values, ``"both"``, or of what is
+            of 4 bits, ``"packed"``.
     """
     command = [sys.executable, "-c", COMPILE, json.dumps([backend, arch, cases, str(folder)])]
     lines = _run(*command, cwd="/", env={**os.environ, "TRITON_INTERPRET": "0"}).splitlines()

@@ -23,7 +23,11 @@ from icw_compile.lab.reference import reference_cache
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+import triton.language as tl
 from machine_code import compile_for
+
+from icw_compile.kernels.attention_triton import _sharing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
@@ -37,6 +41,16 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 #: What is stored in 4 bits. The rest of the file is about rows of 8 where it says nothing else.
 FOUR_BITS = (("key", "value"), ("key",), ("value",))
 BITS = pytest.mark.parametrize("four_bits", FOUR_BITS, ids=("44", "48", "84"))
+
+
+@triton.jit
+def deal(shares, found, batch, BATCHES: tl.constexpr):
+    """Grid ``(slots,)``: what each has of `_sharing`."""
+    slot = tl.program_id(0)
+    sequence, split, splits = _sharing(shares, 1, slot, batch, tl.num_programs(0), BATCHES)
+    tl.store(found + 3 * slot, sequence)
+    tl.store(found + 3 * slot + 1, split)
+    tl.store(found + 3 * slot + 2, splits)
 
 
 def there(tensor):
@@ -334,13 +348,15 @@ def calls(draw):
     seed = draw(st.integers(0, 2**31))
     tensors = make(batch, group * heads, heads, count, length, *sizes, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
-    kind = draw(st.sampled_from(["", "boolean", "additive", "span", "causal"]))
+    kind = draw(st.sampled_from(["", "boolean", "additive", "span", "ragged", "causal"]))
     mask = torch.rand(batch, 1, count, length, generator=generator) > 0.4 if kind in ("boolean", "additive") else None
     if kind == "additive":
         mask = torch.randn(mask.shape, generator=generator).masked_fill(~mask, -torch.inf)
     elif kind == "span":
         first, last = sorted(draw(st.integers(0, length)) for _ in range(2))
         mask = ((torch.arange(length) >= first) & (torch.arange(length) < last)).view(1, 1, 1, -1)
+    elif kind == "ragged":
+        mask = spans(seed, batch, 1, 1, length)
     sinks = torch.randn(group * heads, generator=generator) if draw(st.booleans()) else None
     softcap = draw(st.sampled_from([None, None, 3.0]))
     arguments = (mask, kind == "causal", sizes[0] ** -0.5, softcap, sinks)
@@ -589,13 +605,15 @@ def test_spans_of_masks():
         (torch.rand(2, 1, 3, 200, generator=torch.Generator().manual_seed(1)) > 0.9, 200),
     ):
         found = gpu.mask_spans(mask, length)
-        assert found.shape == (*mask.shape[:3], 3 + -(-length // 64))
-        for row, (first, behind, count, *words) in zip(
+        assert found.shape == (*mask.shape[:3], gpu.SPANS_HEADER + -(-length // 64))
+        for row, (first, behind, count, share, *words) in zip(
             mask.expand(-1, -1, -1, length).flatten(0, 2), found.flatten(0, 2).tolist()
         ):
+            assert 0 < share <= 2**20
             read = row.nonzero().flatten().tolist()
             assert (first, behind, count) == ((read[0], read[-1] + 1, len(read)) if read else (length, 0, 0))
             assert [64 * i + j for i, word in enumerate(words) for j in range(64) if word >> j & 1] == read
+        assert (found[-1, :, :, 3] == 2**20).all()
 
 
 @pytest.mark.slow
@@ -606,6 +624,92 @@ def test_spans_of_masks_compiled():
         for share in (0.02, 0.5, 1.0):
             mask = torch.rand(shape, generator=torch.Generator().manual_seed(length), device="cpu") < share
             assert torch.equal(compiled(mask.to(DEVICE), length).cpu(), gpu.mask_spans(mask, length))
+
+
+def ragged(*reads, length):
+    """A mask ``[batch, 1, 1, length]``: of the last positions each sequence reads so many."""
+    return torch.arange(length).view(1, 1, 1, -1) >= length - torch.tensor(reads).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("heads", "count", "reads", "splits"),
+    [
+        ((4, 2), 1, (260, 20), 4),
+        ((4, 2), 1, (20, 260), 4),
+        ((2, 2), 1, (1, 0, 260, 260, 64), 3),
+        ((8, 1), 1, (250, 0), 2),
+        ((4, 4), 3, (33, 260, 200), 5),
+        ((4, 2), 2, (0, 0), 3),
+        ((2, 1), 1, (260, *[9] * 16), 2),  # more sequences than half a warp has threads
+        ((2, 1), 1, (260, *[1] * 3), 10),  # 37 programs could be one sequence's
+    ],
+    ids=str,
+)
+def test_ragged_batches(heads, count, reads, splits):
+    tensors = make(len(reads), *heads, count, 260, 64, 32, torch.float32, len(reads))
+    mask, sinks = ragged(*reads, length=260), torch.randn(heads[0])
+    check(tensors, mask, splits=splits)
+    check(tensors, mask, is_causal=True, splits=splits, sinks=sinks, four_bits=FOUR_BITS[0], keep={})
+    check(tensors, spans(splits, len(reads), heads[0], count, 260), splits=splits, sinks=sinks)
+
+
+@st.composite
+def batches(draw):
+    """How many positions each sequence reads, and programs for each if they read alike."""
+    same = draw(st.booleans())
+    size, most = draw(st.sampled_from([2, 3, 7, 16, 19])), draw(st.sampled_from([1, 70, 5000, 2**20]))
+    return [draw(st.integers(0, most))] * size if same else draw(
+        st.lists(st.integers(0, most), min_size=size, max_size=size)
+    ), draw(st.integers(2, 9))
+
+
+@settings(max_examples=30, derandomize=True, database=None, deadline=None)
+@given(batches())
+def test_programs_by_shares(batch):
+    """Each sequence has its programs, as many as the others if they are alike; none reads much more than its part."""
+    reads, splits = batch
+    count, slots = len(reads), len(reads) * splits
+    share = gpu.shares(torch.tensor(reads)).to(DEVICE)
+    found = torch.empty(slots, 3, dtype=torch.int32, device=DEVICE)
+    deal[(slots,)](share, found, count, BATCHES=max(16, 1 << (count - 1).bit_length()))
+    programs = [found[found[:, 0] == sequence] for sequence in range(count)]
+    for _, split, of in map(torch.unbind, programs, [1] * count):
+        assert split.tolist() == list(range(len(split))) and (of == len(split)).all() and len(split) > 0
+    assert sum(map(len, programs)) == slots
+    if len(set(reads)) == 1:
+        assert {len(each) for each in programs} == {splits}
+    each = max(read / len(of) for read, of in zip(reads, programs))
+    assert each <= max(sum(reads), count) / (slots - count) + 1
+
+
+def test_which_batches_have_programs_by_shares(monkeypatch):
+    """Where sequences may differ, all that a head reads at once is one tile, and there is something to gain."""
+    monkeypatch.setattr(gpu, "_processors", lambda device: 132)
+
+    def planned(batch, heads, length, count=1, rows=None, dtype=torch.bool):
+        stored = [
+            torch.empty(batch, heads, length, size, dtype=kind, device="meta")
+            for size, kind in ((128, torch.int8), (1, torch.bfloat16))
+        ]
+        query = torch.empty(batch, 4 * heads, count, 128, dtype=torch.bfloat16, device="meta")
+        mask = None if rows is None else torch.empty(rows, 1, 1, length, dtype=dtype, device="meta")
+        tensors = [query, *stored, None, *stored, None, mask, *[None] * 6]
+        layouts = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
+        plan = gpu._plan(layouts, torch.device("meta"), False, 0)
+        return plan.splits, plan.constants["BATCHES"], plan.merge_constants["SPLITS"]
+
+    assert planned(8, 8, 32_768, rows=8) == (8, 16, 128)
+    assert planned(8, 8, 32_768, count=2, rows=8) == (8, 16, 128)
+    assert planned(20, 8, 32_768, rows=20)[1:] == (32, 256)
+    for batch, heads, length in ((8, 8, 32_768), (64, 8, 8192), (1, 8, 32_768)):
+        assert planned(batch, heads, length)[1] == 0, "no mask"
+        assert planned(batch, heads, length, rows=1)[1] == 0, "all sequences read alike"
+        assert planned(batch, heads, length, rows=batch, dtype=torch.bfloat16)[1] == 0, "an additive mask"
+        assert planned(batch, heads, length, count=64, rows=batch)[1] == 0, "a prompt"
+    assert planned(8, 8, 1024, rows=8)[1] == 0, "a program has few blocks"
+    # One for each would run at once, and that of a long sequence as long as if it were alone.
+    assert planned(64, 8, 8192) == (1, 0, 16) and planned(64, 8, 8192, rows=64) == (2, 64, 128)
+    assert planned(256, 8, 8192, rows=256)[:2] == (1, 0), "not all run at once"
 
 
 def test_empty_cache_and_batch():
@@ -863,6 +967,8 @@ QUICK = [
     ("bfloat16", 32, 8, 1, 4096, (128, 128), (8, 8), None, False, None, False, 8),
     ("bfloat16", 32, 8, 1, 4096, (128, 128), (8, 8), "bool", False, None, False, 8),
     ("bfloat16", 32, 8, 1, 4096, (128, 128), (4, 4), "bool", False, None, False, 8),
+    ("bfloat16", 32, 8, 1, 4096, (128, 128), (8, 8), "ragged", False, None, False, 70),
+    ("float32", 4, 4, 5, 500, (80, 72), (4, 8), "ragged", True, None, True, 3, 128, "both"),
     ("bfloat16", 32, 8, 512, 512, (128, 128), (8, 8), None, True, None, False, 1),
     ("float16", 8, 4, 1, 500, (256, 256), (8, 4), "float16", False, 50.0, True, 3),
     ("float32", 4, 4, 5, 500, (80, 72), (8, 8), "float32", True, None, False, 1),

@@ -7,7 +7,8 @@ What they compute is ``icw_int8kv::attention`` (`icw_compile.kernels.inductor`);
   converted once for all query heads that share it.
 * Split-KV ("flash decoding"): where the tiles alone do not fill the device, ``split`` programs share a tile. They take
   every ``splits``-th block of positions, not a contiguous part each: a cache that is filled to a quarter keeps all
-  of them busy. Each yields (largest score, sum, weighted values) for each row, and `merge` combines them.
+  of them busy. Each yields (largest score, sum, weighted values) for each row, and `merge` combines them. Where a mask
+  lets each sequence of a batch read positions of its own, as left padding does, more of them share a longer one.
 * The scales of the keys multiply the scores, those of the values the weights. The int8 rows of keys are multiplied as
   they are, by queries of three int8 digits; of up to eight rows, two digits fill the sixteen rows of a matrix product.
   Rows of values become float16 without error; the weights are float16 too, and for their sake the softmax is relative
@@ -36,6 +37,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from icw_compile.compat.triton import is_interpreting
+from icw_compile.kernels import gpu
 
 __all__ = ["attend", "merge"]
 
@@ -58,6 +60,9 @@ HALVES = tl.constexpr("""{
 }""")
 ORIGIN = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2**23, to which an integer adds itself
 LOG2_E = tl.constexpr(math.log2(math.e))
+# Of `mask_spans`: the numbers in front of the mask's words, of which the share is the last, and its bits.
+HEADER = tl.constexpr(gpu.SPANS_HEADER)
+SHARE_BITS = tl.constexpr(gpu.SHARE_BITS)
 
 
 @triton.jit
@@ -292,6 +297,24 @@ def _uniform(number):
         )
     else:
         return number
+
+
+@triton.jit
+def _behind(share, sequence, spare):
+    """int32: the slot behind those of ``sequence``: one is each sequence's, ``spare`` others go by shares."""
+    return (sequence + 1 + (share * spare >> SHARE_BITS)).to(tl.int32)
+
+
+@triton.jit
+def _sharing(shares, stride, slot, batch, slots, BATCHES: tl.constexpr):
+    """The sequence that the program in ``slot`` reads, which of its programs that is, and how many it has."""
+    sequence = tl.arange(0, BATCHES)
+    share = tl.load(shares + sequence.to(tl.int64) * stride, mask=sequence < batch, other=0)
+    behind = tl.where(sequence < batch, _behind(share, sequence, slots - batch), slots)
+    is_before = behind <= slot
+    first = _uniform(tl.max(tl.where(is_before, behind, 0)))
+    last = _uniform(tl.min(tl.where(is_before, slots, behind)))
+    return _uniform(tl.sum(is_before.to(tl.int32))), _uniform(slot - first), last - first
 
 
 @triton.jit
@@ -540,6 +563,7 @@ def _step(
 
 @triton.jit(
     do_not_specialize=[
+        "sequences",
         "tokens",
         "length",
         "stride_key_scale_batch",
@@ -567,14 +591,14 @@ def attend(
     value_scale,
     value_codes,
     bias,  # None, or the additive mask [batch, query heads, tokens, length] by its strides
-    spans,  # None, or of a boolean mask int64 [batch, query heads, tokens, 3 + words] by its strides: `mask_spans`
+    spans,  # None, or of a boolean mask int64 [batch, query heads, tokens, HEADER + words] by its strides: `mask_spans`
     sinks,  # None or [query heads]
     key_exact,  # None, or of keys that are kept [batch, heads, kept keys, HEAD_DIM], as is `value_exact`
     key_position,  # of them, int64 [kept keys]: the positions that they are, -1 for none
     value_exact,
     value_position,
-    output,  # [batch, query heads, tokens, VALUE_DIM], with a state: float32 [..., tokens, splits, VALUE_DIM]
-    state,  # None for one split, else float32 [batch, query heads, tokens, splits, 2]
+    output,  # [batch, query heads, tokens, VALUE_DIM], with a state: float32 [query heads, tokens, slots, VALUE_DIM]
+    state,  # None for one split, else float32 [query heads, tokens, slots, 2], with batch * splits slots
     stride_query_batch,
     stride_query_head,
     stride_query_token,
@@ -610,6 +634,7 @@ def attend(
     stride_value_exact_batch,
     stride_value_exact_head,
     stride_value_exact,
+    sequences,
     heads,
     tokens,
     length,
@@ -625,16 +650,25 @@ def attend(
     IN_PAIRS: tl.constexpr,  # of no head do the scales and codes begin within a pair of them
     IS_CAUSAL: tl.constexpr,
     OVERLAPS: tl.constexpr,  # `merge` is launched while this runs
+    BATCHES: tl.constexpr,  # 0, or a power of two no less than the batch: sequences get slots by their shares
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid ``(batch * heads * tiles, splits)``: the tile's attention over every ``splits``-th block of positions."""
+    """Grid ``(batch * heads * tiles, splits)``: the tile's attention over every ``splits``-th block of positions.
+
+    With ``BATCHES``, for one tile of a head, the slots of all sequences are dealt out by what each reads.
+    """
     split, splits = tl.program_id(1), tl.num_programs(1)
     tiles = tl.cdiv(tokens * GROUP, ROWS)
     # Causally, the last tile has the most to read: it starts first.
     tile = tiles - 1 - tl.program_id(0) % tiles
-    batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    sequence = tl.program_id(0) // tiles // heads
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
+    if BATCHES > 0:
+        shares = spans + head * GROUP * stride_spans_head + (HEADER - 1)
+        slot, slots = sequence * splits + split, sequences * splits
+        sequence, split, splits = _sharing(shares, stride_spans_batch, slot, sequences, slots, BATCHES)
+    batch = sequence.to(tl.int64)
 
     # Rows behind the last one compute what it does, and store nothing.
     row = tl.minimum(tile * ROWS + tl.arange(0, ROWS), tokens * GROUP - 1)
@@ -764,7 +798,7 @@ def attend(
         is_read = True
         if spans is not None:
             # 64 positions in a word. Behind the length it has zeros.
-            word = tl.load(spans + (3 + block * BLOCK // 64) + span) >> (block * BLOCK % 64)
+            word = tl.load(spans + (HEADER + block * BLOCK // 64) + span) >> (block * BLOCK % 64)
             taken = (word[:, None] >> column[None, :]) & 1 != 0
             is_read = _uniform(tl.max((word != 0).to(tl.int32))) != 0
         else:
@@ -842,11 +876,13 @@ def attend(
         largest = last
     row = tile * ROWS + tl.arange(0, ROWS)
     valid = row < tokens * GROUP
-    at = (batch * heads + head) * GROUP * tokens + (row % GROUP * tokens + row // GROUP)
+    at = head * GROUP * tokens + (row % GROUP * tokens + row // GROUP)
     if state is None:
         accumulator = accumulator / tl.where(total == 0, 1.0, total)[:, None]
+        at += batch * heads * GROUP * tokens
     else:
-        at = at * splits + split
+        slot = tl.program_id(0) // tiles // heads * tl.num_programs(1) + tl.program_id(1)
+        at = at * sequences * tl.num_programs(1) + slot
         tl.store(state + at * 2, largest, mask=valid)
         tl.store(state + at * 2 + 1, total, mask=valid)
     value_channel = _channels(value_codes, VALUE_DIM, PADDED_VALUE_DIM)
@@ -857,25 +893,41 @@ def attend(
     )
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["stride_spans_batch", "stride_spans_head", "tokens", "batch", "splits"])
 def merge(
-    partial,  # float32 [rows, splits, VALUE_DIM], what `attend` gave as its output
-    state,  # float32 [rows, splits, 2]
-    output,  # [rows, VALUE_DIM]
+    partial,  # float32 [query heads, tokens, slots, VALUE_DIM], what `attend` gave as its output
+    state,  # float32 [query heads, tokens, slots, 2]
+    spans,  # as `attend` has them, or None: each sequence has as many slots
+    output,  # [batch, query heads, tokens, VALUE_DIM]
+    stride_spans_batch,
+    stride_spans_head,
+    tokens,
+    batch,
     splits,
+    GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     OVERLAPS: tl.constexpr,  # it is launched before `attend` is done
-    SPLITS: tl.constexpr,  # a power of two, no less than ``splits``
+    SPLITS: tl.constexpr,  # a power of two, no less than the slots of a sequence
     CHANNELS: tl.constexpr,
 ):
-    """Grid ``(rows, VALUE_DIM / CHANNELS)``: some channels of the softmax over all splits of a row.
+    """Grid ``(batch * query heads * tokens, VALUE_DIM / CHANNELS)``: some channels of the softmax over a row's slots.
 
     All that it reads is asked for at once: what it takes is the time that memory takes to answer.
     """
-    row = tl.program_id(0).to(tl.int64)
+    rows, slots = tl.num_programs(0) // batch, batch * splits
+    sequence, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    first = sequence * splits
+    if spans is not None:  # They were there before `attend` began.
+        head = row // tokens // GROUP * GROUP
+        shares = spans + tl.cast(head, tl.int64) * stride_spans_head + (HEADER - 1)
+        shares += tl.cast(sequence, tl.int64) * stride_spans_batch
+        behind = _behind(tl.load(shares), sequence, slots - batch)
+        before = tl.load(shares - stride_spans_batch, mask=sequence > 0, other=0)
+        first = _behind(before, sequence - 1, slots - batch)
+        splits = behind - first
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.arange(0, SPLITS)
-    at = row * splits + split
+    at = row.to(tl.int64) * slots + first + split
     inside, exists = split < splits, channel < VALUE_DIM
     if OVERLAPS:
         gdc_wait()
@@ -888,4 +940,5 @@ def merge(
     weights = tl.exp(largest - tl.where(last == -float("inf"), 0.0, last))
     total = tl.sum(total * weights, 0)
     accumulator = tl.sum(each * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
-    tl.store(output + row * VALUE_DIM + channel, accumulator.to(output.dtype.element_ty), mask=exists)
+    at = tl.program_id(0).to(tl.int64) * VALUE_DIM + channel
+    tl.store(output + at, accumulator.to(output.dtype.element_ty), mask=exists)

@@ -24,9 +24,10 @@ spans=None, key_exact=None, key_position=None, value_exact=None, value_position=
     reads a value that is not finite is NaN in every channel. The result is contiguous, in the query's dtype. ``splits``
     is for tests: how many programs share the positions, 0 for as many as suit the device. Raises ValueError for shapes
     and dtypes that do not fit, and `KernelUnavailableError` without Triton.
-``mask_spans(attn_mask[b, h, t, S or 1], S) -> int64[b, h, t, 3 + W]``
+``mask_spans(attn_mask[b, h, t, S or 1], S) -> int64[b, h, t, 4 + W]``
     A boolean mask as the kernel reads it. Of each row the first position that it reads, the one behind the last, and
-    how many it reads, ``S, 0, 0`` if none; then the mask itself, 64 positions in each of ``W`` words, of which the
+    how many it reads, ``S, 0, 0`` if none; how much of what all sequences read, from the first to the last, those up
+    to this one do, in units of ``2**-20``; then the mask itself, 64 positions in each of ``W`` words, of which the
     kernel reads those of blocks that are not read whole. ``spans`` is this, for layers that share a mask; without it,
     it is worked out at each call.
 
@@ -61,6 +62,7 @@ __all__ = [
     "load",
     "mask_spans",
     "padded",
+    "shares",
 ]
 
 #: Largest head size: beyond it a tile does not fit in the shared memory of a multiprocessor.
@@ -71,6 +73,13 @@ IN_A_WORD = 8
 MIN_CAPABILITY = (8, 0)
 #: More splits than this cost more to merge than they bring.
 MAX_SPLITS = 128
+#: Of `mask_spans`: the numbers in front of the mask's words, and the bits of the last of them, a share of all reading.
+SPANS_HEADER, SHARE_BITS = 4, 20
+#: Blocks that a program must read for its sequence to get programs by its share: with fewer there is less to gain than
+#: it takes to look at the shares.
+SHARED_FROM = 8
+#: Programs of all sequences, for a head, of which each gets its share at most: `merge` reads all of a sequence at once.
+MAX_SHARING = 1024
 #: Channels that a program of `merge` gives: few, so that there are many.
 MERGED_CHANNELS = 32
 
@@ -176,7 +185,7 @@ def choose_tiles(
         head_dim: the larger head size of keys and values, at most `MAX_HEAD_DIM`.
         dtype: of the query.
         is_packed: whether keys and values are of 4 bits, which takes more registers.
-        keeps_rows: whether some are kept in the model's dtype, which takes as many more.
+        keeps_rows: whether some are kept in the model's dtype, which takes even more.
     """
     table = _FLOAT32_TILES if dtype == torch.float32 else _TILES
     size = next(size for size in table if head_dim <= size)
@@ -184,7 +193,7 @@ def choose_tiles(
     if keeps_rows and size == 256 and len(choices) > 1:
         choices = choices[:-1]  # Its three digits leave too little shared memory for kept rows.
     tiles = next((tiles for tiles in choices if rows <= tiles.rows), choices[-1])
-    return tiles._replace(registers=min(tiles.registers + 40, 255)) if is_packed or keeps_rows else tiles
+    return tiles._replace(registers=min(tiles.registers + (40 if keeps_rows else 32 if is_packed else 0), 255))
 
 
 @functools.lru_cache(1024)
@@ -223,18 +232,28 @@ def padded(size: int) -> int:
 
 
 def mask_spans(attn_mask: Tensor, length: int) -> Tensor:
-    """``icw_int8kv_triton::mask_spans``: a boolean mask as the kernel reads it, int64 ``[b, h, t, 3 + words]``."""
+    """``icw_int8kv_triton::mask_spans``: a boolean mask as the kernel reads it, int64 ``[b, h, t, 4 + words]``."""
     rows = attn_mask.shape[:3]
     mask = attn_mask.expand(*rows, length)
     position = torch.arange(length, device=mask.device)
     first = torch.where(mask, position, length).amin(dim=-1, keepdim=True)
     behind = torch.where(mask, position + 1, 0).amax(dim=-1, keepdim=True)
     count = mask.sum(dim=-1, keepdim=True)
+    share = shares(behind - first)
     words = -(-length // 64)
     bits = torch.cat([mask, mask.new_zeros((*rows, words * 64 - length))], dim=-1).view(*rows, words, 64)
     place = torch.arange(64, device=mask.device)
     bit = torch.ones_like(place) << place
-    return torch.cat([first, behind, count, torch.where(bits, bit, 0).sum(dim=-1)], dim=-1)
+    return torch.cat([first, behind, count, share, torch.where(bits, bit, 0).sum(dim=-1)], dim=-1)
+
+
+def shares(read: Tensor) -> Tensor:
+    """Which part of ``read[b, ...]``, how many positions each sequence reads, those up to each sequence have.
+
+    In units of ``2**-SHARE_BITS`` and rounded up, so that sequences that read alike get as many programs each.
+    """
+    read = read.clamp(min=1)
+    return ((read.cumsum(dim=0) << SHARE_BITS) - 1) // read.sum(dim=0) + 1
 
 
 def attention_triton(
@@ -295,9 +314,9 @@ def attention_triton(
     if plan.splits == 1:
         partial, state = output, None
     else:
-        rows = (*plan.output[:3], plan.splits)
-        partial = query.new_empty((*rows, plan.output[3]), dtype=torch.float32)
-        state = query.new_empty((*rows, 2), dtype=torch.float32)
+        batch, *rows, channels = plan.output
+        partial = query.new_empty((*rows, batch * plan.splits, channels), dtype=torch.float32)
+        state = query.new_empty((*rows, batch * plan.splits, 2), dtype=torch.float32)
     with torch.cuda.device_of(query):
         attend[(plan.tiles, plan.splits)](
             query,
@@ -327,7 +346,8 @@ def attention_triton(
             **plan.constants,
         )
         if state is not None:
-            merge[plan.merge_grid](partial, state, output, plan.splits, **plan.merge_constants)
+            by_share = spans if plan.constants["BATCHES"] else None
+            merge[plan.merge_grid](partial, state, by_share, output, *plan.merge_sizes, **plan.merge_constants)
     return output
 
 
@@ -379,6 +399,7 @@ class _Plan(NamedTuple):
     sizes: tuple[int, ...]
     constants: dict[str, Any]
     merge_grid: tuple[int, int]
+    merge_sizes: tuple[int, ...]
     merge_constants: dict[str, Any]
 
 
@@ -402,9 +423,8 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
     chosen = choose_tiles(
         tokens * group, max(head_dim, value_dim), of.query.dtype, is_packed, keeps_keys or keeps_values
     )
-    tiles = batch * heads * -(-tokens * group // chosen.rows) if math.prod(output) else 0
-    splits = splits or choose_splits(tiles, -(-length // chosen.block), _processors(device), chosen.programs())
-    overlaps = splits > 1 and _overlaps(device)
+    tiles_of_a_head = -(-tokens * group // chosen.rows)
+    tiles = batch * heads * tiles_of_a_head if math.prod(output) else 0
     is_masked = is_biased = False
     bias_strides: tuple[int, ...] = (0, 0, 0, 0)
     span_strides: tuple[int, ...] = (0, 0, 0)
@@ -414,9 +434,20 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
         if is_biased:
             bias_strides = _expanded(of.attn_mask.shape, of.attn_mask.stride, (batch, query_heads, tokens, length))
         else:
-            shape = (*of.attn_mask.shape[:3], 3 + -(-length // 64)) if of.spans is None else of.spans.shape
+            words = SPANS_HEADER + -(-length // 64)
+            shape = (*of.attn_mask.shape[:3], words) if of.spans is None else of.spans.shape
             stride = [math.prod(shape[i + 1 :]) for i in range(4)]
             span_strides = _expanded(shape, stride, (batch, query_heads, tokens))
+    by_share = tiles_of_a_head == 1 and span_strides[0] != 0 and batch > 1
+    if splits == 0:
+        blocks, processors, programs = -(-length // chosen.block), _processors(device), chosen.programs()
+        splits = choose_splits(tiles, blocks, processors, programs)
+        by_share = by_share and -(-blocks // splits) >= SHARED_FROM
+        if by_share and tiles <= processors * programs:
+            splits = max(splits, 2)  # all run at once, and that of a long sequence alone would be the last by far
+    by_share = by_share and 1 < splits <= MAX_SHARING // batch
+    most = batch * (splits - 1) + 1 if by_share else splits
+    overlaps = splits > 1 and _overlaps(device)
     return _Plan(
         output,
         length,
@@ -440,6 +471,7 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
             *span_strides,
         ),
         (
+            batch,
             heads,
             tokens,
             length,
@@ -460,6 +492,7 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
             ),
             "IS_CAUSAL": is_causal,
             "OVERLAPS": overlaps,
+            "BATCHES": max(16, 1 << (batch - 1).bit_length()) if by_share else 0,
             "ROWS": chosen.rows,
             "BLOCK": chosen.block,
             "num_warps": chosen.warps,
@@ -468,13 +501,15 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
             **({} if torch.version.hip is not None else {"maxnreg": chosen.registers}),
         },
         (batch * query_heads * tokens, -(-value_dim // MERGED_CHANNELS)),
+        (*span_strides[:2], tokens, batch, splits),
         # Few variants: the number of splits follows from the length.
         {
+            "GROUP": group,
             "VALUE_DIM": value_dim,
             "OVERLAPS": overlaps,
-            "SPLITS": 16 if splits <= 16 else max(MAX_SPLITS, 1 << (splits - 1).bit_length()),
+            "SPLITS": (at_once := 16 if most <= 16 else max(MAX_SPLITS, 1 << (most - 1).bit_length())),
             "CHANNELS": MERGED_CHANNELS,
-            "num_warps": 4,
+            "num_warps": max(4, at_once // 32),
             **({"launch_pdl": True} if overlaps else {}),
         },
     )

@@ -63,6 +63,9 @@ def _decode_case(case: tuple[int, int, int, int, int], best: float, device: torc
     masks: dict[str, Tensor | None] = {
         "none": None, "full": at >= 0, "quarter": at < length // 4, "sixteenth": at < length // 16, "left": at >= first
     }  # fmt: skip
+    if batch > 1:  # As models have them: of each sequence.
+        masks["even"] = (at >= 0).repeat(batch, 1, 1, 1)
+        masks["ragged"] = (at >= 0) & ((first == 0) | (at >= length - length // 16))
 
     def seconds(mask: Tensor | None, tokens: int = 1) -> float:
         query = torch.randn(batch, query_heads, tokens, size, device=device, dtype=BF16)
