@@ -975,6 +975,7 @@ QUICK = [
     ("float32", 4, 4, 5, 500, (80, 72), (4, 8), "float32", True, None, False, 1),
     ("bfloat16", 32, 8, 1, 4096, (128, 128), (4, 4), "bool", False, None, False, 8, 128, "both"),
     ("float16", 8, 4, 512, 512, (256, 256), (8, 4), None, True, None, True, 1, 132, "packed"),
+    ("bfloat16", 4, 1, 512, 512, (64, 64), (4, 4), None, True, None, True, 1, 128, "both"),
 ]
 SLOW = [
     (dtype, 4, 1, length, 512, (size, size), bits, mask, mask is None, None, mask is None, splits, *kept)
