@@ -104,7 +104,7 @@ class Case:
     def options(self) -> dict[str, Any]:
         options: dict[str, Any] = dict(EAGER)
         if self.cache != "made":
-            options |= {f"icw.{name}": count for name, count in self.keep.items() if count}
+            options |= {f"icw.{name}": count for name, count in self.keep.items()}
             options |= {"icw.skip_layers": self.skip} if self.skip != () else {}
             options |= {"icw.keys": "plain", "icw.values": "plain"} if self.plain else {}
             options |= {f"icw.{name}": bits for name, bits in self.bits.items() if bits != 8}
