@@ -847,6 +847,29 @@ def kept(**parts: int) -> Callable[[], QuantizedKV]:
     return make
 
 
+def put_rows(cache: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    cache[:, :, index] = rows
+    return cache * 1.0
+
+
+@WAYS
+@pytest.mark.filterwarnings("ignore::icw_compile.UnquantizedCacheWarning")
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_rows_that_are_assigned_are_kept(batch: int, heads: int, way: Callable[..., Any]) -> None:
+    """However they are broadcast: torch itself leaves sizes of 1 in front out of what is assigned to a subscript."""
+    for index in (torch.tensor([-1]), torch.tensor([3]), torch.tensor([2, 3])):
+        full = torch.randn(batch, heads, len(index), HEAD_DIM, generator=torch.Generator().manual_seed(1))
+        for rows in (full, full[:1], full[0, 0], full[:, :, :1], full[0, 0, 0]):
+            floats = states(batch=batch, heads=heads)
+            cache = QuantizedKV.quantize(floats, equalize=False, sink_tokens=1, recent_tokens=2)
+            torch.compiler.reset()  # or sizes are symbols, and it is not known that these are rows
+            with torch.no_grad():
+                actual = way(put_rows)(cache, index, rows)
+            expected = put_rows(cache.dequantize(), index, rows)
+            assert torch.equal(actual[:, :, index], expected[:, :, index])  # as they came
+            assert torch.equal(cache.dequantize(), actual)
+
+
 def slice_write(cache: Tensor, new: Tensor) -> Tensor:
     cache[:, :, 1:3] = new
     return cache * 1.0

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, StaticCache
 from icw_compile import QuantizedKV, backend, pipeline
 from icw_compile.cache import turned
 from icw_compile.cache.turned import Window
+from icw_compile.lab.reference import reference_cache
 from icw_compile.passes import PASSES
 
 PROMPT = WINDOW + 3
@@ -98,6 +99,24 @@ def test_steps(straight: Any, kind: str, batch: int) -> None:
     assert actual[1] == [36] * 4 and expected[1] == [0] * 4
     assert relative_distance(actual[0], expected[0]) < CLOSE_LOGITS
     check_same(actual[2], expected[2])
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 2), (2, 1)])
+@pytest.mark.parametrize("is_ring", [True, False])
+def test_kept_rows_are_read_as_they_came(
+    batch: int, heads: int, is_ring: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By steps of a full window, which write one row: of one head it is assigned as a row of one dimension."""
+    if not is_ring:
+        moves_rows(monkeypatch)
+    model, keep = mistral(num_hidden_layers=1, num_key_value_heads=heads), {"sink_tokens": 2, "recent_tokens": 5}
+    options = {f"icw.{name}": count for name, count in keep.items()} | {"icw.attention": "auto"}
+    ids, chunks = tokens(PROMPT + 6, batch), (PROMPT, *[1] * 6)
+    cache = StaticCache(model.config, max_cache_len=128)
+    actual = run(compiled(model, **options), cache, ids, chunks)
+    assert relative_distance(actual, run(model, reference_cache(model, 128, **keep), ids, chunks)) < 1e-5
+    assert turns(cache) == [6 * is_ring] * 2
+    assert sorted(cache.layers[0].keys.position.tolist()) == [-1, -1, *range(WINDOW - 5, WINDOW)]
 
 
 def test_report() -> None:

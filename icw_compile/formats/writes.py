@@ -165,13 +165,17 @@ def _keep_at(run: Evaluator, x: Stored, source: Any, index: Any) -> Stored:
     """``x`` after ``source`` was written to its rows ``index``; ``None`` where these are not known. As `_keep_all`."""
     if not x.kept or x.is_view:
         return x
+    if index is None:
+        return x.format.forget(run, x)
     values = decode(run, source) if isinstance(source, Stored) else source
-    rows = run.tensor(values).shape
-    if index is None or len(rows) < 2 or not statically_known_true(rows[-2] == run.tensor(index).shape[0]):
+    # An assignment to a subscript leaves out the sizes of 1 in front: one row of one head is of one dimension.
+    *others, tokens, _ = (1, 1, *run.tensor(values).shape)
+    is_one_row = statically_known_true(tokens == 1)
+    if not is_one_row and not statically_known_true(tokens == run.tensor(index).shape[0]):
         return x.format.forget(run, x)
     heads = [run.size(x["exact"], dim) for dim in range(len(x.axes) - 2)]
-    if len(rows) < len(x.axes) or any(statically_known_true(size == 1) for size in rows[:-2]):
-        values = run.call(aten.expand.default, values, [*heads, -1, -1])
+    if is_one_row or any(statically_known_true(size == 1) for size in others):
+        values = run.call(aten.expand.default, values, [*heads, run.size(index, 0) if is_one_row else -1, -1])
     return _set(run, x, x.format.keep(run, x, values, index))
 
 
