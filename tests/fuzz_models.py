@@ -67,16 +67,17 @@ class Case:
     steps: tuple[int | str, ...] = (3, 1)
 
     def model(self) -> PreTrainedModel:
+        heads = self.kv_heads * self.groups
         sizes: dict[str, Any] = {
-            "hidden_size": 32,
+            "hidden_size": 32 if 32 % heads == 0 else 8 * heads,
             "num_hidden_layers": self.layers,
-            "num_attention_heads": self.kv_heads * self.groups,
+            "num_attention_heads": heads,
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "eos_token_id": None,
         }
         if self.family == "phi3":
-            sizes["hidden_size"] = self.kv_heads * self.groups * self.head_dim
+            sizes["hidden_size"] = heads * self.head_dim
         if self.family in SLIDING:
             sizes["sliding_window"] = self.window
         if self.family in ("gemma2", "gemma3_text", "gpt_oss"):
@@ -194,7 +195,7 @@ class Case:
         return f"Case({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in differ)})"
 
 
-def _no_shift(x: Tensor) -> Tensor:
+def _no_shift(x: Tensor, least: int = 2) -> Tensor:
     return torch.zeros(*x.shape[:-2], 1, x.shape[-1])
 
 
