@@ -169,13 +169,13 @@ def _keep_at(run: Evaluator, x: Stored, source: Any, index: Any) -> Stored:
         return x.format.forget(run, x)
     values = decode(run, source) if isinstance(source, Stored) else source
     # An assignment to a subscript leaves out the sizes of 1 in front: one row of one head is of one dimension.
-    *others, tokens, _ = (1, 1, *run.tensor(values).shape)
-    is_one_row = statically_known_true(tokens == 1)
-    if not is_one_row and not statically_known_true(tokens == run.tensor(index).shape[0]):
+    *others, tokens, _ = (1,) * (len(x.axes) - run.tensor(values).dim()) + tuple(run.tensor(values).shape)
+    has_all = statically_known_true(tokens == run.tensor(index).shape[0])
+    if not has_all and not statically_known_true(tokens == 1):
         return x.format.forget(run, x)
-    heads = [run.size(x["exact"], dim) for dim in range(len(x.axes) - 2)]
-    if is_one_row or any(statically_known_true(size == 1) for size in others):
-        values = run.call(aten.expand.default, values, [*heads, run.size(index, 0) if is_one_row else -1, -1])
+    if not has_all or any(statically_known_true(size == 1) for size in others):
+        heads = [run.size(x["exact"], dim) for dim in range(len(x.axes) - 2)]
+        values = run.call(aten.expand.default, values, [*heads, run.size(index, 0), -1])
     return _set(run, x, x.format.keep(run, x, values, index))
 
 
