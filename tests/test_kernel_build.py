@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from icw_compile.compat.inductor import cpp_compiler
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.kernels import build as module
 from icw_compile.kernels import cpu
@@ -233,6 +234,33 @@ def test_two_processes_build_at_once(monkeypatch, tmp_path):
     # Other packages, which transformers imports, may say something first.
     assert [process.communicate()[0].split()[-1] for process in processes] == ["True", "True"]
     assert len(list((tmp_path / "icw_int8kv").iterdir())) == 1
+
+
+WRONG = """
+import torch
+from icw_compile.kernels import cpu
+cpu.load()
+try: torch.ops.icw_int8kv.quantize_divided(torch.ones(3, 2, 4), torch.ones(2, 1, 4, dtype=torch.uint8), True)
+except RuntimeError as error: print(error)
+"""
+
+
+def test_a_compiler_that_links_an_archive_of_its_library(tmp_path):
+    """What is wrong is said all the same: numbers in a message take more of the C++ library than anything else."""
+    found = subprocess.run(
+        [cpp_compiler(), "-print-file-name=libstdc++.a"], capture_output=True, text=True, check=False
+    )
+    if not Path(found.stdout.strip()).is_absolute():
+        pytest.skip("the compiler has no such archive")
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {cpp_compiler()} -static-libstdc++ "$@"\n')
+    compiler.chmod(0o700)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": str(compiler)}
+    process = subprocess.run(
+        [sys.executable, "-c", WRONG], cwd="/", env=environment, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert "dimension 0 of shift is 2 and not 3" in process.stdout
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/g++", "/bin/false"])

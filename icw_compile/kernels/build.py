@@ -176,7 +176,9 @@ def _command(compiler: str, output: Path) -> list[str]:
         native.append("-mprefer-vector-width=512")
     # Apple's clang has no OpenMP of its own: one thread there.
     openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
-    link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-ltorch_cpu"]
+    # Some compilers link an archive of their C++ library: its symbols are not to mix with those of torch's.
+    hidden = ["-Wl,--exclude-libs,ALL"]
+    link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else [*hidden, "-ltorch_cpu"]
     return [
         *shlex.split(compiler),
         *_FLAGS,
