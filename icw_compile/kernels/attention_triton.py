@@ -225,10 +225,9 @@ def _digits(rows):
     """
     rows = rows.to(tl.float32)
     unit = tl.maximum(tl.max(tl.abs(rows), 1), 2.0**-100) / (127 * 65536)
-    rounded = tl.floor(rows / unit[:, None] + 0.5)
-    upper = tl.floor(rounded / 256 + 0.5)
-    high = tl.floor(upper / 256 + 0.5)
-    middle, low = upper - high * 256, rounded - upper * 256
+    low = tl.floor(rows / unit[:, None] + 0.5).to(tl.int32)
+    middle = (low + 128) >> 8
+    high = (middle + 128) >> 8
     return high.to(tl.int8), middle.to(tl.int8), low.to(tl.int8), unit + tl.sum(rows * 0, 1)
 
 
@@ -649,7 +648,7 @@ def attend(
     PADDED_VALUE_DIM: tl.constexpr,
     IN_PAIRS: tl.constexpr,  # of no head do the scales and codes begin within a pair of them
     IS_CAUSAL: tl.constexpr,
-    OVERLAPS: tl.constexpr,  # `merge` is launched while this runs
+    OVERLAPS: tl.constexpr,  # it is launched before what comes ahead is done, and `merge` before this is
     BATCHES: tl.constexpr,  # 0, or a power of two no less than the batch: sequences get slots by their shares
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -660,6 +659,8 @@ def attend(
     """
     split, splits = tl.program_id(1), tl.num_programs(1)
     tiles = tl.cdiv(tokens * GROUP, ROWS)
+    if OVERLAPS:
+        gdc_wait()
     # Causally, the last tile has the most to read: it starts first.
     tile = tiles - 1 - tl.program_id(0) % tiles
     sequence = tl.program_id(0) // tiles // heads
@@ -906,7 +907,7 @@ def merge(
     splits,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    OVERLAPS: tl.constexpr,  # it is launched before `attend` is done
+    OVERLAPS: tl.constexpr,
     SPLITS: tl.constexpr,  # a power of two, no less than the slots of a sequence
     CHANNELS: tl.constexpr,
 ):

@@ -80,8 +80,8 @@ SPANS_HEADER, SHARE_BITS = 4, 20
 SHARED_FROM = 8
 #: Programs of all sequences, for a head, of which each gets its share at most: `merge` reads all of a sequence at once.
 MAX_SHARING = 1024
-#: Channels that a program of `merge` gives: few, so that there are many.
-MERGED_CHANNELS = 32
+#: Channels that a program of `merge` gives: few, so that there are many, of one warp where it reads few splits.
+MERGED_CHANNELS = 16
 
 #: Kept at a time: how calls are launched, by the layout of their tensors. Layers of a step have the same, and a cache
 #: that grows has another at each step.
@@ -207,23 +207,24 @@ def choose_splits(tiles: int, blocks: int, processors: int, programs: int) -> in
         programs: how many of them one runs at a time.
 
     The number with which a multiprocessor is done earliest, by what was measured on an H200 with 512 to 65,536 blocks
-    in all tiles: a program takes `START` of the time that memory takes for a block, each round of programs `ROUND`,
-    and fewer programs than there is room for leave memory waiting.
+    in all tiles: a program takes `START` of the time that memory takes for a block, itself and in `merge`, each round
+    of programs `ROUND`, and fewer programs than there is room for leave memory waiting. Where the last round leaves no
+    room, `merge` is not there yet when it is done: that takes `FULL`.
     """
 
     def took(splits: int) -> float:
         each = -(-blocks // splits)
         rounds, rest = divmod(-(-tiles * splits // processors), programs)
         taken = rounds * (programs * (each * _WAITS.get(programs, 1.0) + START) + ROUND)
-        return taken + rest * (each * _WAITS.get(rest, 1.0) + START) + (ROUND if rest else 0.0)
+        return taken + rest * (each * _WAITS.get(rest, 1.0) + START) + (ROUND if rest else FULL)
 
     return min(range(1, min(blocks, MAX_SPLITS) + 1), key=took, default=1)
 
 
-#: In blocks: what a program takes besides, and what a round of programs does.
-START, ROUND = 1.1, 4.0
+#: In blocks: what a program takes besides, what a round of programs does, and what one does that leaves no room.
+START, ROUND, FULL = 1.5, 4.0, 2.3
 #: Programs that run on a multiprocessor -> what a block takes in comparison with more of them.
-_WAITS = {1: 1.5, 2: 1.08}
+_WAITS = {1: 1.5, 2: 1.06}
 
 
 def padded(size: int) -> int:
@@ -447,7 +448,8 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
             splits = max(splits, 2)  # all run at once, and that of a long sequence alone would be the last by far
     by_share = by_share and 1 < splits <= MAX_SHARING // batch
     most = batch * (splits - 1) + 1 if by_share else splits
-    overlaps = splits > 1 and _overlaps(device)
+    overlaps = _overlaps(device)
+    how = {"OVERLAPS": overlaps, **({"launch_pdl": True} if overlaps else {})}
     return _Plan(
         output,
         length,
@@ -491,26 +493,25 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
                 for stride in _in_words(numbers, width)[:2]
             ),
             "IS_CAUSAL": is_causal,
-            "OVERLAPS": overlaps,
             "BATCHES": max(16, 1 << (batch - 1).bit_length()) if by_share else 0,
             "ROWS": chosen.rows,
             "BLOCK": chosen.block,
             "num_warps": chosen.warps,
             "num_stages": chosen.stages,
+            **how,
             # An option of Triton's backend for NVIDIA.
             **({} if torch.version.hip is not None else {"maxnreg": chosen.registers}),
         },
         (batch * query_heads * tokens, -(-value_dim // MERGED_CHANNELS)),
         (*span_strides[:2], tokens, batch, splits),
-        # Few variants: the number of splits follows from the length.
+        # Few variants: the number of splits follows from the length, and up to 64 of them one warp reads.
         {
             "GROUP": group,
             "VALUE_DIM": value_dim,
-            "OVERLAPS": overlaps,
-            "SPLITS": (at_once := 16 if most <= 16 else max(MAX_SPLITS, 1 << (most - 1).bit_length())),
+            "SPLITS": (at_once := max(16, 1 << (most - 1).bit_length())),
             "CHANNELS": MERGED_CHANNELS,
-            "num_warps": max(4, at_once // 32),
-            **({"launch_pdl": True} if overlaps else {}),
+            "num_warps": max(1, at_once // 64),
+            **how,
         },
     )
 
