@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import icw_compile.lab.bench.model as bench_model
 from icw_compile import QuantizedKV
 from icw_compile.compat.inductor import CudaGraphs
+from icw_compile.compat.transformers import leaves_heads_grouped
 from icw_compile.lab.bench.measure import Spread, WorkerError, in_own_process, peak_bytes, ratio, reset_peak, take_turns
 from icw_compile.lab.bench.model import (
     CONTENDERS,
@@ -113,9 +114,11 @@ def test_what_does_not_fit_is_not_started(monkeypatch: pytest.MonkeyPatch) -> No
     assert bench_model.plan(settings(time=False), 8192).needed_bytes < bench_model.plan(chosen, 8192).needed_bytes
 
 
-def test_contenders_are_checked() -> None:
-    hqq = set() if is_hqq_available() else {"hqq"}
-    assert set(choose_contenders(())) == set(CONTENDERS) - hqq - {"int8-static-float-weights"}
+def test_contenders_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = set() if is_hqq_available() else {"hqq"}
+    with bench_model._force_gqa(True):
+        missing |= set() if leaves_heads_grouped() else {"stock-static-gqa"}
+    assert set(choose_contenders(())) == set(CONTENDERS) - missing - {"int8-static-float-weights"}
     with pytest.raises(ValueError, match="unknown contenders: fast; there are: eager, stock-static"):
         choose_contenders(("eager", "fast"))
     rows = choose_contenders(("stock-static", "int8-static", "int8-dynamic"), options=("", "icw.bits=4"))
@@ -123,6 +126,11 @@ def test_contenders_are_checked() -> None:
     assert contender(rows[-1]).options == {"icw.bits": 4} and contender(rows[-1]).cache == "dynamic"
     with pytest.raises(ValueError, match=r"'icw.bits' is 5; it takes one of: 8, 4"):
         choose_contenders(("int8-static",), options=("icw.bits=5",))
+    # Older releases of transformers take no notice, and it would be `stock-static` once more.
+    monkeypatch.setattr(bench_model, "leaves_heads_grouped", lambda: False)
+    assert "stock-static-gqa" not in choose_contenders(())
+    with pytest.raises(ValueError, match="does not read TRANSFORMERS_SDPA_FORCE_GQA, which stock-static-gqa needs"):
+        choose_contenders(("stock-static", "stock-static-gqa"))
 
 
 @pytest.mark.parametrize("name", [name for name in CONTENDERS if name != "hqq" or is_hqq_available()])

@@ -1230,12 +1230,30 @@ def test_attention_implementation():
 
 
 def test_sdpa_attention():
-    from types import SimpleNamespace
-
     query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 5, 16)
     output, _ = hf.sdpa_attention(SimpleNamespace(num_key_value_groups=2, is_causal=True), query, key, key, None)
     expected = nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
     torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("forced", ["0", "1"])
+def test_heads_that_are_left_grouped(monkeypatch, forced):
+    """What is said is what the operation does: grouped heads are seen by torch's operator, or are not."""
+    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", forced)
+    grouped = []
+    attend = nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *args, **kwargs):
+        grouped.append(key.shape[1] == 2)
+        return attend(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+    query, key = torch.randn(1, 4, 3, 64), torch.randn(1, 2, 5, 64)
+    mask = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+    hf.sdpa_attention(SimpleNamespace(num_key_value_groups=2, is_causal=True), query, key, key, mask)
+    assert grouped == [hf.leaves_heads_grouped()]
+    if forced == "0":
+        assert not hf.leaves_heads_grouped()
 
 
 # Triton

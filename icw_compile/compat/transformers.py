@@ -26,6 +26,7 @@ __all__ = [
     "is_sliding",
     "latent_ranks",
     "layer_sizes",
+    "leaves_heads_grouped",
     "meta_model",
     "other_states",
     "sdpa_attention",
@@ -214,3 +215,15 @@ def sdpa_attention(*args: Any, **kwargs: Any) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(*args, **kwargs)
+
+
+def leaves_heads_grouped() -> bool:
+    """Whether `sdpa_attention` under a mask, in this environment, leaves heads that share keys to torch's operator.
+
+    ``transformers.integrations.sdpa_attention.use_gqa_in_sdpa``, which has ``TRANSFORMERS_SDPA_FORCE_GQA`` in 5.23 and
+    not in 5.17.
+    """
+    from transformers.integrations.sdpa_attention import use_gqa_in_sdpa
+
+    heads = torch.empty(1, 1, 1, 64)
+    return bool(use_gqa_in_sdpa(torch.ones(1, 1, 1, 1, dtype=torch.bool), heads, heads))

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache, StaticCache
 from transformers.utils import is_hqq_available
@@ -27,6 +28,7 @@ from icw_compile.cache.static import cache_bytes, static_cache
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat.dynamo import recompile_limit
 from icw_compile.compat.inductor import CudaGraphs, counted_cuda_graphs
+from icw_compile.compat.transformers import leaves_heads_grouped
 from icw_compile.lab.bench.measure import (
     OtherLoad,
     Spread,
@@ -113,6 +115,9 @@ def contender(name: str) -> Contender:
 
 #: The float contenders of which the fastest is what ours is compared with.
 STOCK = ("eager", "stock-static", "stock-static-gqa", "stock-dynamic")
+
+#: What makes transformers leave grouped heads to torch's attention.
+FORCE_GQA = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 #: Decode steps before the timed ones: a dynamic cache compiles at the first, and once more at the second.
 WARMUP = 4
@@ -300,16 +305,15 @@ def plan(settings: Settings, context: int) -> Plan:
 
 @contextmanager
 def _force_gqa(force: bool) -> Iterator[None]:
-    name = "TRANSFORMERS_SDPA_FORCE_GQA"
-    before = os.environ.get(name)
-    os.environ[name] = str(int(force))
+    before = os.environ.get(FORCE_GQA)
+    os.environ[FORCE_GQA] = str(int(force))
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del os.environ[FORCE_GQA]
         else:
-            os.environ[name] = before
+            os.environ[FORCE_GQA] = before
 
 
 class Session:
@@ -520,18 +524,26 @@ def choose_contenders(names: Sequence[str], weights: Weights = "float", options:
     """The contenders to run: all that can run here if none is named, ours once for each of the ``options``.
 
     Raises:
-        ValueError: an unknown name, one for quantized weights without any, ``hqq`` where it is not installed, or
-            options that the backend does not take.
+        ValueError: an unknown name, one for quantized weights without any, one that transformers cannot run, ``hqq``
+            where it is not installed, or options that the backend does not take.
     """
     quantized = weights != "float"
+    with _force_gqa(True):
+        forces_gqa = leaves_heads_grouped()
     if not names:
-        runnable = [name for name in CONTENDERS if name != "hqq" or is_hqq_available()]
+        runnable = [
+            name
+            for name, each in CONTENDERS.items()
+            if (forces_gqa or not each.force_gqa) and (name != "hqq" or is_hqq_available())
+        ]
         names = tuple(name for name in runnable if quantized or not CONTENDERS[name].float_weights)
     unknown = [name for name in names if name not in CONTENDERS]
     if unknown:
         raise ValueError(f"unknown contenders: {', '.join(unknown)}; there are: {', '.join(CONTENDERS)}")
     if not quantized and (same := [name for name in names if CONTENDERS[name].float_weights]):
         raise ValueError(f"{', '.join(same)} is for --weights int8 or int4")
+    if not forces_gqa and (same := [name for name in names if CONTENDERS[name].force_gqa]):
+        raise ValueError(f"transformers {transformers.__version__} does not read {FORCE_GQA}, which {same[0]} needs")
     if "hqq" in names and not is_hqq_available():
         raise ValueError("transformers' QuantizedCache needs hqq: pip install hqq")
     for each in options:
