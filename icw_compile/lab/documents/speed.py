@@ -23,6 +23,7 @@ DECODE = tuple(f"{RESULTS}tinyllama-decode-{which}.json" for which in ("512-2048
 MEMORY, LONG_PROMPT = f"{RESULTS}tinyllama-memory.json", f"{RESULTS}tinyllama-4-layers-memory-16384.json"
 PREFILL, DYNAMIC = f"{RESULTS}tinyllama-prefill-2048.json", f"{RESULTS}llama-3-8b-4-layers-dynamic.json"
 OPTIONS, WEIGHTS = f"{RESULTS}tinyllama-options.json", f"{RESULTS}tinyllama-int8-weights.json"
+MODEL_ON_GPU = f"{RESULTS}llama-3-8b-h200-batch-8-32768.json"
 ON_GPU = f"{RESULTS}attention-h200.json", f"{RESULTS}attention-h200-batch-16.json"
 ATTENTION, STARTUP = f"{RESULTS}attention-cpu.json", f"{RESULTS}startup.json"
 DEMO = "icw_compile/lab/results/demo.json"
@@ -45,7 +46,9 @@ def contexts(*files: Data) -> list[ContextResult]:
 
 def setup(file: Data) -> str:
     """What was run, and on what."""
-    settings, flags = file["settings"], [flag for flag in file["cpu_flags"] if flag not in ("avx2", "avx512f")]
+    settings, device = file["settings"], file["device"]
+    if settings["device"] == "cpu":
+        device += f" ({', '.join(flag for flag in file['cpu_flags'] if flag not in ('avx2', 'avx512f'))})"
     layers = "all layers" if settings["layers"] is None else f"{settings['layers']} layers"
     shape = f"`{settings['model']}`"
     if settings["model"] in SHAPES:
@@ -53,10 +56,7 @@ def setup(file: Data) -> str:
         heads = sizes["num_attention_heads"]
         head_dim = sizes.get("head_dim", sizes["hidden_size"] // heads)
         shape = f"the shape of {shape} ({heads} heads on {sizes['num_key_value_heads']}, head_dim {head_dim})"
-    return (
-        f"{shape}, {layers}, {settings['dtype']}, batch {settings['batch']}, on "
-        f"{file['device']} ({', '.join(flags)}), {versions(file)}"
-    )
+    return f"{shape}, {layers}, {settings['dtype']}, batch {settings['batch']}, on {device}, {versions(file)}"
 
 
 def versions(file: Data) -> str:
@@ -64,7 +64,7 @@ def versions(file: Data) -> str:
 
 
 def _ms(measured: Measured | None) -> str:
-    return f"{Spread.of(measured.decode_seconds).median * 1e3:,.0f}" if measured and measured.decode_seconds else ""
+    return f"{_median_ms(measured):,.0f}" if measured and measured.decode_seconds else ""
 
 
 def _mebibytes(count: int | None, digits: int = 0) -> str:
@@ -153,6 +153,21 @@ def dynamic(file: Data) -> str:
         f"A decode step with an int8 `DynamicCache` takes {_listed(ratios)} of the stock compiled one, which copies "
         f"its cache at each step: {setup(file)}."
     )
+
+
+def decode_on_gpu(file: Data) -> str:
+    (result,) = contexts(file)
+    stock, ours = (_median_ms(result.measured[name]) for name in ("stock-static", "int8-static"))
+    ratio = result.decode_ratio("int8-static", "stock-static")
+    return (
+        f"A decode step of {file['settings']['batch']} sequences of {result.context:,} tokens takes {ours:.1f} ms, "
+        f"{ratio.median:.3f}x of the {stock:.1f} ms that the stock compiled step takes (quartiles "
+        f"{ratio.lower:.3f}-{ratio.upper:.3f}), both replayed as CUDA graphs: {setup(file)}."
+    )
+
+
+def _median_ms(measured: Measured) -> float:
+    return Spread.of(measured.decode_seconds).median * 1e3
 
 
 def options(file: Data) -> str:
@@ -352,6 +367,8 @@ REGIONS = {
     "speed-prefill-full": Region((PREFILL,), full_tables),
     "speed-dynamic": Region((DYNAMIC,), dynamic),
     "speed-dynamic-full": Region((DYNAMIC,), full_tables),
+    "speed-decode-gpu": Region((MODEL_ON_GPU,), decode_on_gpu),
+    "speed-decode-gpu-full": Region((MODEL_ON_GPU,), full_tables),
     "speed-options": Region((OPTIONS,), options),
     "speed-weights": Region((WEIGHTS,), weights),
     "speed-weights-short": Region((WEIGHTS,), weights_short),
