@@ -4,11 +4,12 @@
 
     ICW_FUZZ_EXAMPLES=2000 pytest tests/test_fuzz.py -m slow -s
 
-A failure prints the smallest function that fails, with its inputs. ``ICW_FUZZ_WITHOUT`` leaves kinds of lines out
-(`fuzz_programs.WITHOUT`).
+A failure prints the smallest function that fails, with its inputs. What is printed at the end gives the same examples
+again: ``ICW_FUZZ_SEED``. ``ICW_FUZZ_WITHOUT`` leaves kinds of lines out (`fuzz_programs.WITHOUT`).
 """
 
 import os
+import random
 import time
 import warnings
 from collections import Counter
@@ -20,7 +21,7 @@ import pytest
 import torch
 from fuzz_models import Case, cases
 from fuzz_programs import Program, programs
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, seed, settings
 from support import EAGER
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
@@ -42,6 +43,8 @@ FEW = settings(
 #: Functions to compile; 20 times as many are run as they are, and a tenth as many models: about ten minutes.
 EXAMPLES = int(os.environ.get("ICW_FUZZ_EXAMPLES", "300"))
 MANY = settings(FEW, derandomize=False)
+#: Of those that are others each time.
+SEED = int(os.environ.get("ICW_FUZZ_SEED", random.randrange(2**32)))
 
 
 class Wrong(Exception):
@@ -169,9 +172,18 @@ def fails(program: Program, way: Callable[[Program], Callable[..., Any]]) -> Exc
     return None
 
 
+def seed_of(how: settings) -> Callable[[Any], Any]:
+    """What gives a test its examples, where they are others each time; and says so."""
+    if how.derandomize:
+        return lambda test: test
+    print(f"\nICW_FUZZ_SEED={SEED}")
+    return seed(SEED)
+
+
 def fuzz(how: settings, way: Callable[[Program], Callable[..., Any]]) -> None:
     outcomes = Outcomes()
 
+    @seed_of(how)
     @how
     @given(programs())
     def every(program: Program) -> None:
@@ -269,6 +281,7 @@ def model_fails(case: Case) -> Exception | None:
 def fuzz_models(how: settings, most_refused: float) -> None:
     outcomes = Outcomes()
 
+    @seed_of(how)
     @how
     @given(cases())
     def every(case: Case) -> None:
