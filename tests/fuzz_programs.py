@@ -28,6 +28,7 @@ from torch import Tensor
 
 from icw_compile import QuantizedKV
 from icw_compile.formats import make_format
+from icw_compile.formats.equalized import TELLING
 from icw_compile.kernels.interface import FEW_TOKENS
 from icw_compile.lab.reference import quantize_dequantize
 
@@ -372,6 +373,9 @@ class Program:
         appended = dim == 2 and tensors[0] in self.caches
         if any(shadow is not None and shadow.any() for shadow in shadows) and not appended:
             self.is_ambiguous = True
+        length = like.shape[2]
+        if dim == 2 and (length == 1 or 0 < length <= TELLING < grown.shape[2]):  # so few settle none that stay
+            self.is_ambiguous |= any(cache.equalize for cache in self.caches.values())
         self._round(store)
         store.is_input = False
         self.stores.append(store)

@@ -91,8 +91,16 @@ class MachineCode:
         usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(self.path))
         return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
 
+    def instructions(self) -> list[str]:
+        """Their names, in the order of the code. NVIDIA's only."""
+        return self._code()[0]
+
     def loops(self) -> list[Counter[str]]:
         """Instructions of each loop that has matrix products in it, in the order of the code. NVIDIA's only."""
+        return [loop for loop in self._code()[1] if any("MMA" in name for name in loop)]
+
+    def _code(self) -> tuple[list[str], list[Counter[str]]]:
+        """The names of all instructions, and of those of each loop."""
         code: list[str] = []
         at: dict[str, int] = {}
         found = []
@@ -104,7 +112,7 @@ class MachineCode:
                 target = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
                 if instruction[1] == "BRA" and target and target[1] in at:
                     found.append(Counter(code[at[target[1]] :]))
-        return [loop for loop in found if any("MMA" in name for name in loop)]
+        return code, found
 
 
 def compile_for(backend: str, arch: Any, cases: list[tuple[Any, ...]], folder: Path) -> list[MachineCode]:

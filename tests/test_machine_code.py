@@ -90,3 +90,24 @@ def test_decode(arch, tmp_path):
     loop, used = odd.loops()[0], odd.resources()
     assert used["REG"] <= 128 and used["STACK"] == 0 and loop.total() <= 415
     assert {name for name in loop if name.startswith("LDG.")} == {"LDG.E.U16"}
+
+
+def test_what_waits_for_the_kernel_ahead(tmp_path):
+    """From sm_90 on, kernels are launched early: nothing that another one writes is read before that is done."""
+    cases = [
+        ("bfloat16", 32, 8, 1, 4096, (128, 128), (8, 8), mask, False, None, False, splits)
+        for mask in (None, "ragged")
+        for splits in (8, 40)
+    ]
+    for code, case in zip(compile_for("cuda", 90, cases, tmp_path), [case for case in cases for _ in range(2)]):
+        names = code.instructions()
+        assert names.count("ACQBULK") == 1
+        wait = names.index("ACQBULK")
+        loads = [i for i, name in enumerate(names) if name.startswith("LDG")]
+        if code.name == "attend":
+            assert wait < loads[0]
+            continue
+        # A mask's shares were there before the attention was: those of a sequence and of the one before it.
+        assert sum(i < wait for i in loads) == (2 if case[7] == "ragged" else 0), names
+        divisions = [i for i, name in enumerate(names) if name.startswith("I2F")]
+        assert divisions and divisions[-1] < wait, "what is known before is worked out before"

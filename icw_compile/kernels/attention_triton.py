@@ -58,6 +58,14 @@ HALVES = tl.constexpr("""{
     sub.f16x2 $0, even, origin;
     sub.f16x2 $1, odd, origin;
 }""")
+# Waits for the kernel ahead once its number, which is not negative, is known: a wait without a condition comes before all
+# arithmetic.
+WAIT = tl.constexpr("""{
+    .reg .pred known;
+    setp.ge.s64 known, $1, 0;
+    @known griddepcontrol.wait;
+    mov.b64 $0, $1;
+}""")
 ORIGIN = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2**23, to which an integer adds itself
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Of `mask_spans`: the numbers in front of the mask's words, of which the share is the last, and its bits.
@@ -296,6 +304,12 @@ def _uniform(number):
         )
     else:
         return number
+
+
+@triton.jit
+def _when_ahead_is_done(number):
+    """int64 ``number``, at least 0, that was worked out before the kernel ahead was done, when it is."""
+    return tl.inline_asm_elementwise(WAIT, "=l,l", [number], dtype=tl.int64, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -634,18 +648,19 @@ def attend(
     stride_value_exact_head,
     stride_value_exact,
     sequences,
-    heads,
     tokens,
     length,
     kept_keys,
     kept_values,
     scale,
     softcap,  # None or a number
+    HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of one key/value head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PADDED_HEAD_DIM: tl.constexpr,
     PADDED_VALUE_DIM: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # of a head
     IN_PAIRS: tl.constexpr,  # of no head do the scales and codes begin within a pair of them
     IS_CAUSAL: tl.constexpr,
     OVERLAPS: tl.constexpr,  # it is launched before what comes ahead is done, and `merge` before this is
@@ -658,13 +673,13 @@ def attend(
     With ``BATCHES``, for one tile of a head, the slots of all sequences are dealt out by what each reads.
     """
     split, splits = tl.program_id(1), tl.num_programs(1)
-    tiles = tl.cdiv(tokens * GROUP, ROWS)
+    tiles = 1 if ONE_TILE else tl.cdiv(tokens * GROUP, ROWS)
     if OVERLAPS:
         gdc_wait()
     # Causally, the last tile has the most to read: it starts first.
     tile = tiles - 1 - tl.program_id(0) % tiles
-    sequence = tl.program_id(0) // tiles // heads
-    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
+    sequence = tl.program_id(0) // tiles // HEADS
+    head = (tl.program_id(0) // tiles % HEADS).to(tl.int64)
     if BATCHES > 0:
         shares = spans + head * GROUP * stride_spans_head + (HEADER - 1)
         slot, slots = sequence * splits + split, sequences * splits
@@ -880,9 +895,9 @@ def attend(
     at = head * GROUP * tokens + (row % GROUP * tokens + row // GROUP)
     if state is None:
         accumulator = accumulator / tl.where(total == 0, 1.0, total)[:, None]
-        at += batch * heads * GROUP * tokens
+        at += batch * HEADS * GROUP * tokens
     else:
-        slot = tl.program_id(0) // tiles // heads * tl.num_programs(1) + tl.program_id(1)
+        slot = tl.program_id(0) // tiles // HEADS * tl.num_programs(1) + tl.program_id(1)
         at = at * sequences * tl.num_programs(1) + slot
         tl.store(state + at * 2, largest, mask=valid)
         tl.store(state + at * 2 + 1, total, mask=valid)
@@ -928,14 +943,16 @@ def merge(
         splits = behind - first
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.arange(0, SPLITS)
-    at = row.to(tl.int64) * slots + first + split
     inside, exists = split < splits, channel < VALUE_DIM
+    begin = row.to(tl.int64) * slots + first
     if OVERLAPS:
-        gdc_wait()
-    largest = tl.load(state + at * 2, mask=inside, other=-float("inf"))
-    total = tl.load(state + at * 2 + 1, mask=inside, other=0)
+        begin = _when_ahead_is_done(begin)
+    state += begin * 2
+    partial += begin * VALUE_DIM
+    largest = tl.load(state + split * 2, mask=inside, other=-float("inf"))
+    total = tl.load(state + split * 2 + 1, mask=inside, other=0)
     each = tl.load(
-        partial + at[:, None] * VALUE_DIM + channel[None, :], mask=inside[:, None] & exists[None, :], other=0
+        partial + split[:, None] * VALUE_DIM + channel[None, :], mask=inside[:, None] & exists[None, :], other=0
     )
     last = tl.max(largest, 0)
     weights = tl.exp(largest - tl.where(last == -float("inf"), 0.0, last))

@@ -474,18 +474,19 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
         ),
         (
             batch,
-            heads,
             tokens,
             length,
             of.key_position.shape[0] if keeps_keys and of.key_position is not None else 0,
             of.value_position.shape[0] if keeps_values and of.value_position is not None else 0,
         ),
         {
+            "HEADS": heads,
             "GROUP": group,
             "HEAD_DIM": head_dim,
             "VALUE_DIM": value_dim,
             "PADDED_HEAD_DIM": padded(head_dim),
             "PADDED_VALUE_DIM": padded(value_dim),
+            "ONE_TILE": tiles_of_a_head == 1,
             "IN_PAIRS": all(
                 stride % 2 == 0
                 for numbers, width in ((of.key_scale, 1), (of.key_codes, 2), (of.value_scale, 1), (of.value_codes, 2))
