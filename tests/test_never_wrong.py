@@ -207,6 +207,19 @@ def test_custom_operation_that_writes(function: Callable[..., Any], way: Callabl
     check(way, function, query(), states(), states(seed=1), states(1, seed=2), caches=(1, 2), refusable=refusable)
 
 
+def test_what_an_operation_gives_that_writes_into_a_turned_view() -> None:
+    """Of a cache that keeps rows, which such a view has to be a copy of."""
+    cache = kept(sink_tokens=2, recent_tokens=2)()
+    floats, rows = cache.dequantize(), states(seed=1).transpose(0, 2)[:, :, :1]
+    results = [put_and_sum(rows, each.transpose(0, 2), factor=2.0) for each in (cache, floats)]
+    assert torch.equal(*results)
+    assert relative_distance(cache.dequantize(), floats) <= CLOSE
+    assert put_second(rows * 0.5, cache.transpose(0, 2)) is None is put_second(rows * 0.5, floats.transpose(0, 2))
+    assert relative_distance(cache.dequantize(), floats) <= CLOSE
+    view = cache.transpose(0, 2)
+    assert view.mul_(2.0) is view
+
+
 def out_of_add(q: Tensor, keys: Tensor, values: Tensor, new: Tensor) -> Tensor:
     torch.add(new, 0.0, out=keys)
     return sdpa(q, keys, values)

@@ -72,8 +72,8 @@ class DecodedView(Tensor):
                     "has to be a copy: the write would be lost. Write whole rows of head_dim, into the cache itself."
                 )
             stored_args, stored_kwargs = tree_map(lambda each: targets.get(id(each), each), read)
-            func(*stored_args, **stored_kwargs)
-            return return_and_correct_aliasing(func, args, kwargs, written[0])
+            result = func(*stored_args, **stored_kwargs)
+            return None if result is None else return_and_correct_aliasing(func, args, kwargs, result)
 
         def again() -> Any:
             plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
