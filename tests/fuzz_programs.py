@@ -156,11 +156,13 @@ class CacheInput:
         for at in range(first.shape[2], self.values.shape[2]):
             if self.equalize and at in (1, 16):
                 half = (rows / torch.exp2(shift)).abs().amax(-1, keepdim=True) / 254.0 * torch.exp2(shift)
-                seen = torch.where(rows == 0, half, rows)
+                index = torch.arange(at).view(-1, 1)
+                is_kept, exact = (index < self.sinks) | (index >= at - self.recent), self.values[:, :, :at]
+                seen = torch.where(is_kept, exact, torch.where(rows == 0, half, rows))
                 told = (
                     ((channel_shift(torch.cat([seen, seen], -2)) + 1) / 2).floor() if at == 1 else channel_shift(seen)
                 )
-                anew = round_rows(rows, told.expand_as(rows), self.bits)
+                anew = round_rows(torch.where(is_kept, exact, rows), told.expand_as(rows), self.bits)
                 rows = torch.where((told != shift).any(-1, keepdim=True), anew, rows)
                 shift = told
             row = self.values[:, :, at : at + 1]
@@ -358,6 +360,9 @@ class Program:
         shadows = [self.shadows.get(t) for t in tensors]
         grown = torch.cat(values, dim)
         like = next(shadow for shadow in shadows if shadow is not None)
+        length = like.shape[2] if dim == 2 else 0
+        if (length == 1 or 0 < length <= TELLING < grown.shape[2]) and any(c.equalize for c in self.caches.values()):
+            raise ValueError("so few rows settle no exponents that stay: `CacheInput` has that, appended one by one")
         parts = []
         for value, shadow in zip(values, shadows, strict=True):
             if dim == 2 and like.shape[2]:  # the first cache's exponents, for each head
@@ -373,9 +378,6 @@ class Program:
         appended = dim == 2 and tensors[0] in self.caches
         if any(shadow is not None and shadow.any() for shadow in shadows) and not appended:
             self.is_ambiguous = True
-        length = like.shape[2]
-        if dim == 2 and (length == 1 or 0 < length <= TELLING < grown.shape[2]):  # so few settle none that stay
-            self.is_ambiguous |= any(cache.equalize for cache in self.caches.values())
         self._round(store)
         store.is_input = False
         self.stores.append(store)
