@@ -58,8 +58,8 @@ HALVES = tl.constexpr("""{
     sub.f16x2 $0, even, origin;
     sub.f16x2 $1, odd, origin;
 }""")
-# Waits for the kernel ahead once its number, which is not negative, is known: a wait without a condition comes before all
-# arithmetic.
+# Waits for the kernel ahead once a number, which is not negative, is known: a wait without a condition comes first of
+# all, and what is worked out before it in the source is worked out behind.
 WAIT = tl.constexpr("""{
     .reg .pred known;
     setp.ge.s64 known, $1, 0;
