@@ -276,6 +276,15 @@ def test_other_in_place_operations_quantize_their_result() -> None:
     assert relative_distance(quantized, quantize_dequantize(values)) < 1e-6
 
 
+def test_views_of_no_rows() -> None:
+    """As of floats: whatever the layout is, and though the divided channels of each head are there."""
+    x = torch.randn(2, 2, 3, 8)
+    for cache in (QuantizedKV.quantize(x, equalize=True), QuantizedKV.quantize(x, equalize=True, recent_tokens=2)):
+        for none in (cache[:, :, :0], cache[:, :, torch.zeros(3, dtype=torch.bool)]):
+            repeated = none[:, :, None].expand(2, 2, 2, 0, 8)
+            assert repeated.reshape(2, 4, 0, 8).shape == repeated.view(2, 4, 0, 8).shape == (2, 4, 0, 8)
+
+
 def test_views_share_storage_and_copies_do_not() -> None:
     quantized, _ = pair()
     view, clone = quantized[:, :, :2], quantized.clone()

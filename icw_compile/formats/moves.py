@@ -231,6 +231,9 @@ def to_shape(target: Any) -> Rule:
             return None
         move = run.view if target is aten.view.default else target
         first = run.call(move, x.parts[0], [*sizes[:-1], run.tensor(x.parts[0]).shape[-1]])
+        # No rows have a view of any shape, whatever their layout is. A part that has no dimension for them is there.
+        is_nothing = target is aten.view.default and run.is_eager and first.numel() == 0
+        others = aten.reshape.default if is_nothing else move
         before, after = run.tensor(x.parts[0]).shape, run.tensor(first).shape
         if expands:
             axes = "." * (len(after) - len(before)) + x.axes
@@ -255,7 +258,7 @@ def to_shape(target: Any) -> Rule:
             leading = list(sizes[:-1])
             if "T" in axes and not spec.has("T"):
                 leading[axes.index("T")] = run.tensor(part).shape[x.axes.index("T")]
-            return run.call(move, part, [*leading, run.tensor(part).shape[-1]])
+            return run.call(others, part, [*leading, run.tensor(part).shape[-1]])
 
         return _each(run, x, act, axes=axes)
 
