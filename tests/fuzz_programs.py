@@ -260,7 +260,8 @@ class Program:
         self.caches[name] = cache
         self.shadows[name] = cache.shift.expand_as(values).clone()
         keeps = bool(cache.sinks or cache.recent)
-        self.stores.append(Store(self.env[name], self.shadows[name], True, keeps, cache.stays_float))
+        moved = float((values - cache.values).abs().amax()) if keeps and values.numel() else 0.0
+        self.stores.append(Store(self.env[name], self.shadows[name], True, keeps, cache.stays_float, moved))
 
     def give(self, value: Tensor, prefix: str = "x") -> str:
         """A float input of the function."""
@@ -736,7 +737,9 @@ def step_write(d: Draw) -> None:
         )
         program.do("write", line, (t,))
     elif form == "where":
-        program.do("write", f"{t}.copy_(torch.where({t} > 0, {t}, {d.source(value.shape)}))", (t,))
+        # Which it is hangs on the sign of what was rounded: not where one more rounding is right too.
+        is_above = f"{t} > 0" if program.bits == 8 else f"{d.source(value.shape)} > 0"
+        program.do("write", f"{t}.copy_(torch.where({is_above}, {t}, {d.source(value.shape)}))", (t,))
     elif form == "out":
         source = d.source(value.shape)
         line = d.one_of(
