@@ -30,9 +30,9 @@ from icw_compile import QuantizedKV
 from icw_compile.formats import make_format
 from icw_compile.formats.equalized import TELLING
 from icw_compile.kernels.interface import FEW_TOKENS
-from icw_compile.lab.reference import quantize_dequantize
+from icw_compile.lab.reference import channel_shift, quantize_dequantize
 
-__all__ = ["WITHOUT", "CacheInput", "Program", "channel_shift", "programs", "round_rows"]
+__all__ = ["WITHOUT", "CacheInput", "Program", "programs", "round_rows"]
 
 #: What to leave out, by name, so that one fault known already does not hide the next: any form of a line that is
 #: chosen with `Draw.form` below, caches that are ``kept``, ``equalized``, ``grown`` or of ``4 bits``, ``between`` for
@@ -42,20 +42,6 @@ WITHOUT = frozenset(filter(None, os.environ.get("ICW_FUZZ_WITHOUT", "").split(",
 
 
 # The rules of storage, in plain torch.
-
-
-def channel_shift(x: Tensor) -> Tensor:
-    """The exponents by which the first rows ``x[..., T, D]`` of a cache tell it to divide its channels."""
-    if x.shape[-2] < 2:
-        return torch.zeros(*x.shape[:-2], 1, x.shape[-1])
-    used = x.ne(0).any(-1, keepdim=True)
-    count = used.sum(-2, keepdim=True)
-    size = x.abs().clamp(min=2.0**-40).log2()
-    size = size - size.mean(-1, keepdim=True)
-    mean = (size * used).sum(-2, keepdim=True) / count.clamp(min=1)
-    most = torch.where(used, size, -math.inf).amax(-2, keepdim=True)
-    above = torch.minimum(mean - mean.median(-1, keepdim=True).values, most - most.median(-1, keepdim=True).values)
-    return torch.where((above >= math.log2(3.0)) & (count > 1), above.floor().clamp(max=7.0), 0.0)
 
 
 def round_rows(x: Tensor, shift: Tensor | None = None, bits: int = 8) -> Tensor:
@@ -159,9 +145,7 @@ class CacheInput:
                 index = torch.arange(at).view(-1, 1)
                 is_kept, exact = (index < self.sinks) | (index >= at - self.recent), self.values[:, :, :at]
                 seen = torch.where(is_kept, exact, torch.where(rows == 0, half, rows))
-                told = (
-                    ((channel_shift(torch.cat([seen, seen], -2)) + 1) / 2).floor() if at == 1 else channel_shift(seen)
-                )
+                told = ((channel_shift(seen, 1) + 1) / 2).floor() if at == 1 else channel_shift(seen)
                 anew = round_rows(torch.where(is_kept, exact, rows), told.expand_as(rows), self.bits)
                 rows = torch.where((told != shift).any(-1, keepdim=True), anew, rows)
                 shift = told

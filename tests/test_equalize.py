@@ -55,6 +55,31 @@ def test_shift_of_what_says_nothing() -> None:
     assert (shift[..., list(OUTLIERS)] >= 4).all() and (shift > 0).sum() == 2 * 2 * len(OUTLIERS)
 
 
+@pytest.mark.parametrize("length", [2, 3, 16, 200])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_zeros_tell_nothing(share: float, length: int) -> None:
+    """Zeros here and there, and next to zeros: any shift stores them, so that it must not hang on where they are."""
+    generator = torch.Generator().manual_seed(length)
+    errors = []
+    for equalize in (False, True):
+        for tiny in (0.0, 1e-9):
+            x = torch.randn(64, 3, length, 16, generator=generator.manual_seed(length))
+            x = torch.where(torch.rand(x.shape, generator=generator) < share, tiny * x, x)
+            assert torch.equal(channel_shift(x), reference.channel_shift(x).to(torch.uint8))
+            errors.append(relative_distance(QuantizedKV.quantize(x, equalize=equalize).dequantize(), x))
+    assert max(errors[2:]) < 1.15 * errors[0]
+
+
+@pytest.mark.parametrize("used", [1, 2, 5, 12])
+def test_outliers_among_channels_that_are_not_used(used: int) -> None:
+    """Most of a head is zeros, as where rows are padded: its other channels are compared with each other."""
+    x = states()
+    x[..., [c for c in range(32) if c > used and c not in OUTLIERS]] = 0
+    shift = channel_shift(x)
+    assert torch.equal(shift, reference.channel_shift(x).to(torch.uint8))
+    assert (shift[..., 3] >= 3).all() and (shift[..., 9] >= 5).all() and (shift > 0).sum() == 2 * 2 * 2
+
+
 def test_one_token_with_a_huge_norm_changes_nothing() -> None:
     """An attention sink has outlier channels of its own; its row has a scale of its own as well."""
     x = states(outliers={})

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 import icw_compile
 from icw_compile import QuantizedKV
 from icw_compile.formats import make_format
-from icw_compile.formats.equalized import MAX_SHIFT, settle_shift
+from icw_compile.formats.equalized import MAX_SHIFT, NEGLIGIBLE, settle_shift
 from icw_compile.formats.evaluate import EAGER
 from icw_compile.kernels import cpu
 
@@ -41,13 +41,12 @@ def operands(x: Tensor, rows: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 def is_near_a_threshold(x: Tensor) -> Tensor:
     """Where rounding to float32 may decide: worked out in float64."""
-    x = x.double().abs()
-    counts = x.isfinite().all(-1, keepdim=True) & (x > 0).any(-1, keepdim=True)
-    logs = x.clamp(min=2.0**-40).log2()
-    logs = logs - logs.mean(-1, keepdim=True)
-    usual = torch.where(counts, logs, 0.0).sum(-2, keepdim=True) / counts.sum(-2, keepdim=True)
-    largest = torch.where(counts, logs, -torch.inf).amax(-2, keepdim=True)
-    above = torch.minimum(*(size - size.median(-1, keepdim=True).values for size in (usual, largest)))
+    part = x.float().double().abs() / x.float().double().abs().amax(-1, keepdim=True)
+    logs = part.where(part >= NEGLIGIBLE, math.nan).log2()
+    logs = logs - logs.nanmean(-1, keepdim=True)
+    usual, largest = logs.nanmean(-2, keepdim=True), logs.nan_to_num(-math.inf).amax(-2, keepdim=True)
+    largest = largest.where(usual.isfinite(), math.nan)
+    above = torch.minimum(*(size - size.nanmedian(-1, keepdim=True).values for size in (usual, largest)))
     thresholds = torch.tensor([math.log2(3.0), *range(2, MAX_SHIFT + 1)], dtype=torch.float64)
     return ((above.unsqueeze(-1) - thresholds).abs() < 1e-4).any(-1)
 
@@ -82,6 +81,16 @@ def test_numbers_that_are_no_ordinary_ones(value: float) -> None:
         x = states(2, 2, 9, 16)
         x[spoil] = value
         check(*operands(x))
+
+
+@needs_kernel
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_scattered_zeros(share: float) -> None:
+    cpu.load()
+    for shape in ((2, 3, 2, 8), (2, 2, 40, 16), (1, 2, 300, 64)):
+        x = states(*shape)
+        for tiny in (0.0, 1e-9, 1e-5):
+            check(*operands(torch.where(torch.rand(x.shape) < share, tiny * x, x)))
 
 
 @needs_kernel

@@ -7,8 +7,8 @@ the stored rows multiplies the query (for keys), or the output (for values), ins
     The shifts that bring outlier channels down to the others: the exponent of the largest power of two, at most 7, by
     which a channel exceeds the median channel, both in its geometric mean over the tokens and in its largest value; 0
     below a factor of three. Sizes are relative to the geometric mean of their row, as each row has a scale of its own:
-    one token of a huge norm, or with outliers of its own, changes little. Rows of zeros, and rows
-    that are not finite, do not count.
+    one token of a huge norm, or with outliers of its own, changes little. Zeros, which any shift stores exactly, count
+    nowhere, and neither does what 8 bits read back as zero whatever is divided, nor a row that is not finite.
 ``settle_shift(x[..., T, D], written[..., S, *], shift[..., 1, D]) -> uint8[..., 1, D]``
     `channel_shift` of each head of which all of ``written`` is zero, ``shift`` for the others. One operation for
     compilers, which would take half as long again to look into it. Plain torch, but on the CPU a C++ kernel, once
@@ -46,6 +46,8 @@ _ops = torch.ops.icw_int8kv
 OUTLIER = math.log2(3.0)
 #: Largest exponent of `channel_shift`.
 MAX_SHIFT = 7
+#: Of the largest of its row, what is below this part is within half a step of zero, whatever is divided.
+NEGLIGIBLE = 2.0 ** -(MAX_SHIFT + 8)
 #: A shift that no more rows than these have settled is settled once more.
 TELLING = 16
 
@@ -54,14 +56,14 @@ def channel_shift(x: Tensor, least: int = 2) -> Tensor:
     if x.shape[-2] < least:  # one token says nothing about the next
         return x.new_zeros((*x.shape[:-2], 1, x.shape[-1]), dtype=torch.uint8)
     magnitude = x.float().abs()
-    row = magnitude.amax(dim=-1, keepdim=True)
-    counts = row.isfinite() & (row > 0)
-    rows = counts.sum(dim=-2, keepdim=True)
-    size = torch.log2(magnitude.clamp(min=2.0**-40))
-    size = size - size.mean(dim=-1, keepdim=True)
-    usual = torch.where(counts, size, 0.0).sum(dim=-2, keepdim=True) / rows.clamp(min=1)
-    largest = torch.where(counts, size, -torch.inf).amax(dim=-2, keepdim=True)
-    above = torch.minimum(_above_median(usual), _above_median(largest))
+    part = magnitude / magnitude.amax(dim=-1, keepdim=True)  # NaN in rows of zeros and those that are not finite, or 0
+    tells = part >= NEGLIGIBLE
+    size = torch.where(tells, torch.log2(part), 0.0)
+    size = size - size.sum(dim=-1, keepdim=True) / tells.sum(dim=-1, keepdim=True).clamp(min=1)
+    rows = tells.sum(dim=-2, keepdim=True)
+    usual = torch.where(tells, size, 0.0).sum(dim=-2, keepdim=True) / rows
+    largest = torch.where(tells, size, -torch.inf).amax(dim=-2, keepdim=True)
+    above = torch.minimum(_above_median(usual, rows > 0), _above_median(largest, rows > 0))
     shifts = (above >= OUTLIER) & (rows >= least)
     return torch.where(shifts, above.floor().clamp(max=MAX_SHIFT), 0.0).to(torch.uint8)
 
@@ -128,9 +130,10 @@ def quantize_divided(x: Tensor, shift: Tensor | None, short_scale: bool) -> tupl
     return qdata.contiguous(), scale.contiguous()
 
 
-def _above_median(x: Tensor) -> Tensor:
-    # Sorted, not `median`, which is not deterministic on CUDA and raises there where that is asked for.
-    return x - x.sort(dim=-1).values[..., (x.shape[-1] - 1) // 2].unsqueeze(-1)
+def _above_median(x: Tensor, counts: Tensor) -> Tensor:
+    # Sorted, not `nanmedian`, which is not deterministic on CUDA and raises there where that is asked for.
+    middle = (counts.sum(dim=-1, keepdim=True) - 1) // 2
+    return x - torch.where(counts, x, torch.inf).sort(dim=-1).values.gather(-1, middle.clamp(min=0))
 
 
 def multiply_channels(x: Tensor, shift: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1800,35 +1800,37 @@ inline float log2_normal(float x) {
   return float(exponent) + s * p;
 }
 
-constexpr float kOutlier = 1.5849625f, kMaxShift = 7.0f;  // OUTLIER and MAX_SHIFT.
+constexpr float kOutlier = 1.5849625f, kMaxShift = 7.0f, kNegligible = 0x1p-15f;  // As their names have it there.
 
 // The statistic of one head: `channel_shift` of icw_compile/formats/equalized.py.
 struct ChannelShift {
   int64_t size;
-  std::vector<float> row, largest, sorted;
+  std::vector<float> row, tells, rows, largest, sorted;
   std::vector<double> usual;
 
-  explicit ChannelShift(int64_t size) : size(size), row(size), largest(size), sorted(size), usual(size) {}
+  explicit ChannelShift(int64_t size)
+      : size(size), row(size), tells(size), rows(size), largest(size), sorted(size), usual(size) {}
 
   // x is [tokens, size] at `offset`; out is contiguous.
   void operator()(const Strided& x, int64_t offset, int64_t tokens, uint8_t* out) {
     std::fill(largest.begin(), largest.end(), -kInf);
     std::fill(usual.begin(), usual.end(), 0.0);
-    int64_t rows = 0;
-    for (int64_t t = 0; t < tokens; ++t) rows += add_row(x, offset + t * x.row);
-    for (int64_t d = 0; d < size; ++d) row[d] = float(usual[d] / double(std::max<int64_t>(rows, 1)));
+    std::fill(rows.begin(), rows.end(), 0.0f);
+    for (int64_t t = 0; t < tokens; ++t) add_row(x, offset + t * x.row);
+    for (int64_t d = 0; d < size; ++d) row[d] = float(usual[d] / double(rows[d]));
     const float usual_median = median(row), largest_median = median(largest);
     for (int64_t d = 0; d < size; ++d) {
       const float above = std::min(row[d] - usual_median, largest[d] - largest_median);
-      out[d] = rows > 1 && above >= kOutlier ? uint8_t(std::min(std::floor(above), kMaxShift)) : 0;
+      out[d] = rows[d] > 1.0f && above >= kOutlier ? uint8_t(std::min(std::floor(above), kMaxShift)) : 0;
     }
   }
 
  private:
-  bool add_row(const Strided& x, int64_t offset) {
+  void add_row(const Strided& x, int64_t offset) {
     float* __restrict values = row.data();
+    float* __restrict counts = tells.data();
     load_run(x.data, offset, x.last, size, x.type, values);
-    float amax = 0.0f, sum = 0.0f;
+    float amax = 0.0f, sum = 0.0f, number = 0.0f;
     int broken = 0;
 #pragma omp simd reduction(max : amax) reduction(+ : broken)
     for (int64_t d = 0; d < size; ++d) {
@@ -1836,26 +1838,34 @@ struct ChannelShift {
       broken += !(values[d] < kInf);
       amax = values[d] > amax ? values[d] : amax;
     }
-    if (broken || amax == 0.0f) return false;
-#pragma omp simd reduction(+ : sum)
+    if (broken || amax == 0.0f) return;
+#pragma omp simd reduction(+ : sum, number)
     for (int64_t d = 0; d < size; ++d) {
-      values[d] = log2_normal(values[d] < 0x1p-40f ? 0x1p-40f : values[d]);
+      const float part = values[d] / amax;
+      counts[d] = part < kNegligible ? 0.0f : 1.0f;
+      values[d] = log2_normal(part < kNegligible ? 1.0f : part);
       sum += values[d];
+      number += counts[d];
     }
-    const float mean = sum / float(size);
+    const float mean = sum / number;
     double* __restrict total = usual.data();
+    float* __restrict seen = rows.data();
     float* __restrict most = largest.data();
     for (int64_t d = 0; d < size; ++d) {
       const float relative = values[d] - mean;
-      total[d] += relative;
-      most[d] = relative > most[d] ? relative : most[d];
+      total[d] += counts[d] * relative;
+      seen[d] += counts[d];
+      most[d] = counts[d] > 0.0f && relative > most[d] ? relative : most[d];
     }
-    return true;
   }
 
+  // Of the channels of which a row tells something.
   float median(const std::vector<float>& values) {
-    sorted = values;
-    const auto middle = sorted.begin() + (size - 1) / 2;
+    sorted.clear();
+    for (int64_t d = 0; d < size; ++d)
+      if (rows[d] > 0.0f) sorted.push_back(values[d]);
+    if (sorted.empty()) return 0.0f;
+    const auto middle = sorted.begin() + (sorted.size() - 1) / 2;
     std::nth_element(sorted.begin(), middle, sorted.end());
     return *middle;
   }

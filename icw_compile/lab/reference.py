@@ -41,13 +41,15 @@ def channel_shift(x: Tensor, least: int = 2) -> Tensor:
     """
     if x.shape[-2] < least:
         return torch.zeros(*x.shape[:-2], 1, x.shape[-1])
-    written = (x != 0).any(dim=-1, keepdim=True)
-    rows = written.sum(dim=-2, keepdim=True)
-    logs = x.float().abs().clamp(min=2.0**-40).log2()
-    logs = logs - logs.mean(dim=-1, keepdim=True)
-    usual = (logs * written).sum(dim=-2, keepdim=True) / rows.clamp(min=1)
-    largest = logs.masked_fill(~written, -math.inf).max(dim=-2, keepdim=True).values
-    above = torch.minimum(*(size - size.median(dim=-1, keepdim=True).values for size in (usual, largest)))
+    sizes = x.float().abs()
+    sizes = sizes / sizes.amax(dim=-1, keepdim=True)
+    # Each number that no shift keeps from being read back as zero tells nothing.
+    logs = sizes.where(sizes >= 2.0**-15, math.nan).log2()
+    logs = logs - logs.nanmean(dim=-1, keepdim=True)
+    rows = logs.isfinite().sum(dim=-2, keepdim=True)
+    usual = logs.nanmean(dim=-2, keepdim=True)
+    largest = logs.nan_to_num(-math.inf).amax(dim=-2, keepdim=True).where(rows > 0, math.nan)
+    above = torch.minimum(*(size - size.nanmedian(dim=-1, keepdim=True).values for size in (usual, largest)))
     return torch.where(
         (above >= math.log2(3.0)) & (rows >= least), above.floor().clamp(max=7.0), torch.zeros_like(above)
     )
