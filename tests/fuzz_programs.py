@@ -59,6 +59,29 @@ def round_rows(x: Tensor, shift: Tensor | None = None, bits: int = 8) -> Tensor:
     return (rows / torch.where(scale > 0, scale, 1.0)).round().clamp(-127, 127) * scale * factor
 
 
+def settle_more(
+    rows: Tensor, shift: Tensor, new: Tensor, bits: int, is_kept: Tensor | None = None, exact: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``rows[B, H, T, D]`` that are stored, and ``shift[B, H, 1, D]``, once it is known that ``new`` rows follow.
+
+    They settle it once more where they were few: one, or up to `TELLING` that are now more. Those that are kept tell
+    what they are, ``exact``, and not what is stored of them.
+    """
+    length, more = rows.shape[2], new.shape[2]
+    if length != 1 and not 0 < length <= TELLING < length + more:
+        return rows, shift
+    # What reads back as zero lies within half a step of it.
+    half = (rows / torch.exp2(shift)).abs().amax(-1, keepdim=True) / 254.0 * torch.exp2(shift)
+    seen, values = torch.where(rows == 0, half, rows), rows
+    if is_kept is not None and exact is not None:
+        seen, values = (torch.where(is_kept, exact, each) for each in (seen, values))
+    if more > 1:
+        seen = torch.cat([seen, new], -2)
+    told = ((channel_shift(seen, 1) + 1) / 2).floor() if seen.shape[2] == 1 else channel_shift(seen)
+    changed = (told != shift).any(-1, keepdim=True)
+    return torch.where(changed, round_rows(values, told.expand_as(values), bits), rows), told
+
+
 # Custom operations: what writes where is known from their schemas alone.
 
 
@@ -140,16 +163,11 @@ class CacheInput:
         shift = channel_shift(first) if self.equalize else torch.zeros_like(self.values[:, :, :1])
         rows = round_rows(first, shift.expand_as(first), self.bits)
         for at in range(first.shape[2], self.values.shape[2]):
-            if self.equalize and at in (1, 16):
-                half = (rows / torch.exp2(shift)).abs().amax(-1, keepdim=True) / 254.0 * torch.exp2(shift)
-                index = torch.arange(at).view(-1, 1)
-                is_kept, exact = (index < self.sinks) | (index >= at - self.recent), self.values[:, :, :at]
-                seen = torch.where(is_kept, exact, torch.where(rows == 0, half, rows))
-                told = ((channel_shift(seen, 1) + 1) / 2).floor() if at == 1 else channel_shift(seen)
-                anew = round_rows(torch.where(is_kept, exact, rows), told.expand_as(rows), self.bits)
-                rows = torch.where((told != shift).any(-1, keepdim=True), anew, rows)
-                shift = told
             row = self.values[:, :, at : at + 1]
+            if self.equalize:
+                index = torch.arange(at).view(-1, 1)
+                is_kept = (index < self.sinks) | (index >= at - self.recent)
+                rows, shift = settle_more(rows, shift, row, self.bits, is_kept, self.values[:, :, :at])
             rows = torch.cat([rows, round_rows(row, shift, self.bits)], -2)
         return rows, shift
 
@@ -343,11 +361,13 @@ class Program:
         """``name = cat(tensors, named)`` of whole rows, where some are of caches: new ones are rounded."""
         values = [self.env[t] for t in tensors]
         shadows = [self.shadows.get(t) for t in tensors]
-        grown = torch.cat(values, dim)
         like = next(shadow for shadow in shadows if shadow is not None)
         length = like.shape[2] if dim == 2 else 0
-        if (length == 1 or 0 < length <= TELLING < grown.shape[2]) and any(c.equalize for c in self.caches.values()):
-            raise ValueError("so few rows settle no exponents that stay: `CacheInput` has that, appended one by one")
+        more = sum(value.shape[2] for value in values) - length if dim == 2 else 0
+        few = length == 1 or 0 < length <= TELLING < length + more
+        if few and any(cache.equalize for cache in self.caches.values()):
+            values[0], like = self._settled(tensors[0], values[0], torch.cat(values[1:], dim), shadows[1:])
+        grown = torch.cat(values, dim)
         parts = []
         for value, shadow in zip(values, shadows, strict=True):
             if dim == 2 and like.shape[2]:  # the first cache's exponents, for each head
@@ -366,6 +386,20 @@ class Program:
         self._round(store)
         store.is_input = False
         self.stores.append(store)
+
+    def _settled(self, name: str, rows: Tensor, new: Tensor, others: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """The few ``rows`` of a cache, and their exponents, when ``new`` ones are appended."""
+        shadow = self.shadows.get(name)
+        if name not in self.caches or any(other is not None for other in others):
+            raise ValueError("whether this appends to a cache is not said: it may settle exponents anew, or not")
+        if not self.caches[name].equalize:
+            return rows, shadow
+        if self.caches[name].sinks or self.caches[name].recent:
+            raise ValueError("what is kept of rows tells more than they do: `CacheInput` has that")
+        if not (rows.ne(0).any(-1).all() and new.ne(0).any(-1).all()):
+            raise ValueError("rows of zeros are rows that are not there")
+        rows, shift = settle_more(rows, shadow[:, :, :1], new, self.bits)
+        return rows, shift.expand_as(rows)
 
     def _write(self, line: str, targets: tuple[str, ...]) -> None:
         """A line that writes into ``targets``."""
