@@ -18,10 +18,10 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from icw_compile.formats.scaled import scale_dtype_for
 
-backend, arch, cases, folder = json.loads(sys.argv[1])
+backend, arch, cases, settled, folder = json.loads(sys.argv[1])
 torch.version.hip = "some" if backend == "hip" else None
 
-from icw_compile.kernels import attention_triton, gpu
+from icw_compile.kernels import attention_triton, gpu, settle, settle_triton
 
 gpu._overlaps = lambda device: backend == "cuda" and arch >= 90
 
@@ -48,6 +48,8 @@ class Compiled:
 triton.runtime.driver.set_active(Driver())
 attention_triton.attend = Compiled(attention_triton.attend)
 attention_triton.merge = Compiled(attention_triton.merge)
+settle_triton.look, settle_triton.settle = Compiled(settle_triton.look), Compiled(settle_triton.settle)
+settle.processors = lambda device: 132
 for dtype, query_heads, heads, tokens, length, sizes, bits, mask, causal, softcap, sinks, splits, *kept in cases:
     dtype = getattr(torch, dtype)
     stored, codes = [], {}
@@ -69,6 +71,10 @@ for dtype, query_heads, heads, tokens, length, sizes, bits, mask, causal, softca
         mask and torch.empty(batch, 1, tokens, length, dtype=getattr(torch, mask)),
         causal, 0.1, softcap, torch.empty(query_heads, dtype=dtype) if sinks else None, splits, **codes,
     )
+for dtype, heads, tokens, length, size, written in settled:
+    x = torch.empty(1, tokens, heads, size, dtype=getattr(torch, dtype)).transpose(1, 2)
+    written = torch.empty(1, heads, length, 1, dtype=getattr(torch, written))
+    settle.settle_shift_triton(x, written, torch.empty(1, heads, 1, size, dtype=torch.uint8))
 """
 
 
@@ -77,7 +83,7 @@ class MachineCode:
     """A compiled kernel.
 
     Attributes:
-        name: of the kernel, ``"attend"`` or ``"merge"``.
+        name: of the kernel: ``"attend"`` or ``"merge"``, ``"look"`` or ``"settle"``.
         path: of its cubin or code object.
         shared: bytes of shared memory.
     """
@@ -115,7 +121,9 @@ class MachineCode:
         return code, found
 
 
-def compile_for(backend: str, arch: Any, cases: list[tuple[Any, ...]], folder: Path) -> list[MachineCode]:
+def compile_for(
+    backend: str, arch: Any, cases: list[tuple[Any, ...]], folder: Path, settled: list[tuple[Any, ...]] | None = None
+) -> list[MachineCode]:
     """Compile what is launched for each case, into ``folder``.
 
     Args:
@@ -125,8 +133,10 @@ def compile_for(backend: str, arch: Any, cases: list[tuple[Any, ...]], folder: P
             mask, ``"ragged"`` (a boolean one for each of two sequences) or ``None``, causal, softcap, whether there are
             sinks, splits; then, if rows are kept, how many, and whether of keys and values, ``"both"``, or of what is
             of 4 bits, ``"packed"``.
+        settled: what else is launched, for settling shifts: dtype of the states, heads, their tokens, cached tokens,
+            channels, dtype of what is written.
     """
-    command = [sys.executable, "-c", COMPILE, json.dumps([backend, arch, cases, str(folder)])]
+    command = [sys.executable, "-c", COMPILE, json.dumps([backend, arch, cases, settled or [], str(folder)])]
     lines = _run(*command, cwd="/", env={**os.environ, "TRITON_INTERPRET": "0"}).splitlines()
     return [MachineCode(name, Path(path), shared) for name, path, shared in map(json.loads, lines)]
 

@@ -684,7 +684,7 @@ def test_programs_by_shares(batch):
 
 def test_which_batches_have_programs_by_shares(monkeypatch):
     """Where sequences may differ, all that a head reads at once is one tile, and there is something to gain."""
-    monkeypatch.setattr(gpu, "_processors", lambda device: 132)
+    monkeypatch.setattr(gpu, "processors", lambda device: 132)
 
     def planned(batch, heads, length, count=1, rows=None, dtype=torch.bool):
         stored = [
@@ -914,7 +914,7 @@ def test_declines(monkeypatch):
 
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
-    gpu._why_not_on.cache_clear()
+    gpu.why_not_on.cache_clear()
     shape_env = ShapeEnv()
     with FakeTensorMode(shape_env=shape_env):
         length, tokens = (shape_env.create_unbacked_symint() for _ in range(2))
@@ -956,10 +956,10 @@ def test_declines(monkeypatch):
         assert "not int4 rows: codes" in declined(value=StoredRows("int4", dict(list(packed.items())[:2])))
         assert "stored as fp8, and the kernel reads int8 and int4" in declined(value=StoredRows("fp8", {}))
         assert "sinks of shape" in declined(sinks=empty(3))
-        gpu._why_not_on.cache_clear()
+        gpu.why_not_on.cache_clear()
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
         assert "needs compute capability 8.0, and a GPU has 7.5" in declined()
-    gpu._why_not_on.cache_clear()
+    gpu.why_not_on.cache_clear()
 
 
 #: What is compiled: `machine_code.compile_for`.

@@ -1,6 +1,6 @@
-"""What decode costs in machine code, for two architectures: it compiles without a device, and nothing is run.
+"""What kernels cost in machine code, for two architectures: they compile without a device, and nothing is run.
 
-The loop that is counted is the one over blocks that are read whole, of one query token in bfloat16.
+The loop of decode that is counted is the one over blocks that are read whole, of one query token in bfloat16.
 """
 
 import pytest
@@ -111,3 +111,21 @@ def test_what_waits_for_the_kernel_ahead(tmp_path):
         assert sum(i < wait for i in loads) == (2 if case[7] == "ragged" else 0), names
         divisions = [i for i, name in enumerate(names) if name.startswith("I2F")]
         assert divisions and divisions[-1] < wait, "what is known before is worked out before"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_settling_shifts(arch, tmp_path):
+    """For prompts: rows are read by wide loads, and nothing goes to memory."""
+    settled = [
+        ("bfloat16", 8, 8192, 32768, 128, "bfloat16"),
+        ("float16", 8, 8192, 32768, 64, "bfloat16"),
+        ("float32", 2, 300, 300, 80, "float32"),
+        ("bfloat16", 1, 8192, 32768, 256, "uint8"),
+    ]
+    for i, code in enumerate(compile_for("cuda", arch, [], tmp_path, settled)):
+        used, names = code.resources(), code.instructions()
+        found = f"sm_{arch}, {code.name} of {settled[i // 2]}: {used}, {len(names)} instructions"
+        assert code.name == ("look", "settle")[i % 2]
+        assert used["REG"] <= 128 and used["STACK"] == used["LOCAL"] == 0, found
+        if code.name == "look":
+            assert any(name.startswith("LDG.E.128") for name in names), found

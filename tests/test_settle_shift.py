@@ -1,8 +1,10 @@
-"""The statistic of the shifts as one operation: its C++ kernel against plain torch, and what compilers see of it."""
+"""The statistic of the shifts as one operation: its kernels against plain torch, and what compilers see of it."""
 
+import importlib.util
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,11 +19,37 @@ from icw_compile.formats import make_format
 from icw_compile.formats.equalized import MAX_SHIFT, NEGLIGIBLE, settle_shift
 from icw_compile.formats.evaluate import EAGER
 from icw_compile.kernels import cpu
+from icw_compile.kernels import settle as gpu
 
 OPERATOR = torch.ops.icw_int8kv.settle_shift.default
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
-needs_kernel = pytest.mark.skipif(not cpu.is_available(), reason="no C++ compiler")
+#: Triton's run in its interpreter where there is no GPU (`conftest.py`).
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+needs_cpp = pytest.mark.skipif(not cpu.is_available(), reason="no C++ compiler")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def triton(*args: Tensor) -> Tensor:
+    call = gpu.settle_shift_triton if DEVICE == "cpu" else OPERATOR
+    return call(*map(there, args)).cpu()
+
+
+@pytest.fixture(params=[pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=needs_triton)])
+def operator(request: pytest.FixtureRequest) -> Operator:
+    """A kernel for ``icw_int8kv::settle_shift``, of tensors on the CPU."""
+    if request.param == "triton":
+        return triton
+    cpu.load()
+    return OPERATOR
+
+
+def there(x: Tensor) -> Tensor:
+    """A tensor on the device, by the same strides."""
+    return x if DEVICE == "cpu" else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
 
 
 def states(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,8 +79,8 @@ def is_near_a_threshold(x: Tensor) -> Tensor:
     return ((above.unsqueeze(-1) - thresholds).abs() < 1e-4).any(-1)
 
 
-def check(*args: Tensor) -> Tensor:
-    actual, expected = OPERATOR(*args), settle_shift(*args)
+def check(operator: Operator, *args: Tensor) -> Tensor:
+    actual, expected = operator(*args), settle_shift(*args)
     assert actual.dtype == torch.uint8 and actual.shape == expected.shape == args[2].shape
     assert actual.is_contiguous() and expected.is_contiguous()
     if not torch.equal(actual, expected):
@@ -60,66 +88,94 @@ def check(*args: Tensor) -> Tensor:
     return actual
 
 
-@needs_kernel
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 @pytest.mark.parametrize(
     "shape",
-    [(2, 2, 64, 32), (1, 4, 300, 128), (2, 3, 7, 13), (1, 2, 2, 1), (1, 2, 1, 8), (1, 2, 0, 8), (0, 2, 3, 8), (9, 17)],
+    [(2, 2, 64, 32), (1, 4, 300, 128), (2, 3, 7, 13), (1, 2, 2, 1), (1, 2, 1, 8), (1, 2, 0, 8), (0, 2, 3, 8)],
 )
-def test_kernel_equals_plain_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    cpu.load()
-    for seed in range(5):
-        shift = check(*operands(states(*shape, seed=seed, dtype=dtype)))
+def test_kernel_equals_plain_torch(operator: Operator, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for seed in range(5 if operator is OPERATOR else 2):
+        shift = check(operator, *operands(states(*shape, seed=seed, dtype=dtype)))
         assert shape[-2] > 1 or not shift.any()
 
 
-@needs_kernel
-@pytest.mark.parametrize("value", [0.0, -0.0, math.nan, math.inf, -math.inf, 1e-30, 3e38])
-def test_numbers_that_are_no_ordinary_ones(value: float) -> None:
+@needs_cpp
+def test_cpp_of_other_dimensions() -> None:
     cpu.load()
+    check(OPERATOR, *operands(states(9, 17)))
+    check(OPERATOR, *operands(states(2, 1, 3, 20, 8)))
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 1, 300, 32), (2, 3, 1000, 16), (1, 2, 700, 200), (1, 2, 2, 16)])
+def test_programs_that_share_a_head(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "processors", lambda device: 132)
+    x, written, shift = operands(states(*shape), rows=5000)
+    settled = check(triton, x, written, shift)
+    assert shape[-2] == 2 or settled.any()
+    for head, row in ((0, 0), (0, 1500), (-1, 4999)):
+        written.zero_()[-1, head, row] = -1e-30
+        held = check(triton, x, written, shift)
+        assert (held[-1, head] == 3).all() and (shape[1] == 1 or torch.equal(held[-1, 1 + head], settled[-1, 1 + head]))
+
+
+@needs_triton
+def test_written_of_two_numbers_a_row() -> None:
+    x, _, shift = operands(states(1, 2, 9, 16))
+    written = torch.zeros(1, 2, 3, 40, dtype=torch.uint8).transpose(2, 3)[..., :2]
+    settled = check(triton, x, written, shift)
+    written[0, 1, 39, 1] = 255
+    held = check(triton, x, written, shift)
+    assert torch.equal(held[:, 0], settled[:, 0]) and (held[:, 1] == 3).all() and not (settled == 3).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("change", [lambda x: x[..., :4], lambda x: x[:, :2], lambda x: x.expand(3, -1, -1, -1)])
+def test_what_does_not_fit_on_a_gpu(change) -> None:
+    x, written, shift = operands(states(1, 3, 4, 8))
+    with pytest.raises(ValueError, match="do not fit"):
+        triton(change(x), written, shift)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, math.nan, math.inf, -math.inf, 1e-42, 1e-30, 3e38])
+def test_numbers_that_are_no_ordinary_ones(operator: Operator, value: float) -> None:
     for spoil in ((..., 3, slice(None)), (..., 4), (..., 2, 5), (..., slice(1, None), slice(None)), ...):
         x = states(2, 2, 9, 16)
         x[spoil] = value
-        check(*operands(x))
+        check(operator, *operands(x))
 
 
-@needs_kernel
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
-def test_scattered_zeros(share: float) -> None:
-    cpu.load()
+def test_scattered_zeros(operator: Operator, share: float) -> None:
     for shape in ((2, 3, 2, 8), (2, 2, 40, 16), (1, 2, 300, 64)):
         x = states(*shape)
         for tiny in (0.0, 1e-9, 1e-5):
-            check(*operands(torch.where(torch.rand(x.shape) < share, tiny * x, x)))
+            check(operator, *operands(torch.where(torch.rand(x.shape) < share, tiny * x, x)))
 
 
-@needs_kernel
-def test_layouts() -> None:
-    cpu.load()
+def test_layouts(operator: Operator) -> None:
     x = states(2, 3, 40, 24)
-    expected = check(*operands(x))
+    expected = check(operator, *operands(x))
     transposed = x.transpose(1, 2).contiguous().transpose(1, 2)
     strided = torch.stack([x, -x], dim=-1).flatten(-2)[..., ::2]
     for same in (transposed, strided, x.transpose(-1, -2).contiguous().transpose(-1, -2)):
-        assert not same.is_contiguous() and torch.equal(check(*operands(same)), expected)
+        assert not same.is_contiguous() and torch.equal(check(operator, *operands(same)), expected)
     _, written, shift = operands(x)
     one = x[:1].expand(2, -1, -1, -1)
-    assert torch.equal(check(x[:1], written, shift), check(one, written, shift))
+    assert torch.equal(check(operator, x[:1], written, shift), check(operator, one, written, shift))
 
 
-@needs_kernel
-def test_only_what_is_empty_is_settled() -> None:
-    cpu.load()
+def test_only_what_is_empty_is_settled(operator: Operator) -> None:
     x, written, shift = operands(states(2, 3, 40, 24), rows=50)
     shift = torch.stack([shift, shift + 1], dim=-1).flatten(-2)[..., ::2]
-    settled = check(x, written, shift)
+    settled = check(operator, x, written, shift)
     written[0, 1, 49], written[1, 2, 0] = 0.5, torch.nan
-    held = check(x, written, shift)
+    held = check(operator, x, written, shift)
     assert (held[0, 1] == 3).all() and (held[1, 2] == 3).all()
     assert torch.equal(held[1, :2], settled[1, :2]) and not torch.equal(settled[0, 1], held[0, 1])
 
 
-@needs_kernel
+@needs_cpp
 def test_threads_do_not_change_the_result() -> None:
     cpu.load()
     args, before = operands(states(2, 5, 300, 64)), torch.get_num_threads()
@@ -133,7 +189,7 @@ def test_threads_do_not_change_the_result() -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@needs_kernel
+@needs_cpp
 @pytest.mark.parametrize(
     ("position", "change", "message"),
     [

@@ -12,7 +12,8 @@ the stored rows multiplies the query (for keys), or the output (for values), ins
 ``settle_shift(x[..., T, D], written[..., S, *], shift[..., 1, D]) -> uint8[..., 1, D]``
     `channel_shift` of each head of which all of ``written`` is zero, ``shift`` for the others. One operation for
     compilers, which would take half as long again to look into it. Plain torch, but on the CPU a C++ kernel, once
-    `icw_compile.kernels.cpu` is loaded, that looks at ``x`` only where it has to.
+    `icw_compile.kernels.cpu` is loaded, that looks at ``x`` only where it has to, and on CUDA devices Triton's
+    (`icw_compile.kernels.settle`).
 ``settle_again(x[..., T, D] or None, rows, written[..., S, *], shift[..., 1, D], kept, length, inner) -> shift, *rows``
     What `settle_shift` gives, or, where too few rows are stored to go by, the shift that they and ``x`` tell, and the
     first `TELLING` of ``rows``, the parts of the format ``inner``, encoded anew with it. One operation.

@@ -5,10 +5,10 @@ The ``lower`` pass asks `find_kernel` and falls back on Inductor, with the reaso
 """
 
 from icw_compile.errors import KernelUnavailableError
-from icw_compile.kernels import cpu, gpu, prompt
+from icw_compile.kernels import cpu, gpu, prompt, settle
 from icw_compile.kernels.interface import AttentionCall, AttentionKernel, StoredRows
 
-__all__ = ["AS_ASKED", "KERNELS", "AttentionCall", "AttentionKernel", "StoredRows", "find_kernel", "prompt"]
+__all__ = ["AS_ASKED", "KERNELS", "AttentionCall", "AttentionKernel", "StoredRows", "find_kernel", "prompt", "settle"]
 
 #: Why there is no kernel where the user wants none.
 AS_ASKED = "as asked"

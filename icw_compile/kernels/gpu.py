@@ -59,10 +59,13 @@ __all__ = [
     "attention_triton",
     "choose_splits",
     "choose_tiles",
+    "expanded",
     "load",
     "mask_spans",
     "padded",
+    "processors",
     "shares",
+    "why_not_on",
 ]
 
 #: Largest head size: beyond it a tile does not fit in the shared memory of a multiprocessor.
@@ -121,11 +124,12 @@ def declines(call: AttentionCall) -> str | None:
             return f"the {name} have {size} channels: the kernel is for at most {MAX_HEAD_DIM}"
         if stored.format == "int4" and size % IN_A_WORD != 0:
             return f"the {name} have {size} channels: the kernel reads packed ones {IN_A_WORD} at a time"
-    return _why_not_on(call.query.device)
+    return why_not_on(call.query.device)
 
 
 @functools.cache
-def _why_not_on(device: torch.device) -> str | None:
+def why_not_on(device: torch.device) -> str | None:
+    """Why Triton's kernels do not run on a CUDA device, or ``None`` if they do."""
     if torch.version.hip is not None:
         return None
     capability = torch.cuda.get_device_capability(device)
@@ -433,18 +437,18 @@ def _plan(layouts: tuple[Any, ...], device: torch.device, is_causal: bool, split
         is_masked = of.attn_mask.dtype == torch.bool
         is_biased = not is_masked
         if is_biased:
-            bias_strides = _expanded(of.attn_mask.shape, of.attn_mask.stride, (batch, query_heads, tokens, length))
+            bias_strides = expanded(of.attn_mask.shape, of.attn_mask.stride, (batch, query_heads, tokens, length))
         else:
             words = SPANS_HEADER + -(-length // 64)
             shape = (*of.attn_mask.shape[:3], words) if of.spans is None else of.spans.shape
             stride = [math.prod(shape[i + 1 :]) for i in range(4)]
-            span_strides = _expanded(shape, stride, (batch, query_heads, tokens))
+            span_strides = expanded(shape, stride, (batch, query_heads, tokens))
     by_share = tiles_of_a_head == 1 and span_strides[0] != 0 and batch > 1
     if splits == 0:
-        blocks, processors, programs = -(-length // chosen.block), _processors(device), chosen.programs()
-        splits = choose_splits(tiles, blocks, processors, programs)
+        blocks, many, programs = -(-length // chosen.block), processors(device), chosen.programs()
+        splits = choose_splits(tiles, blocks, many, programs)
         by_share = by_share and -(-blocks // splits) >= SHARED_FROM
-        if by_share and tiles <= processors * programs:
+        if by_share and tiles <= many * programs:
             splits = max(splits, 2)  # all run at once, and that of a long sequence alone would be the last by far
     by_share = by_share and 1 < splits <= MAX_SHARING // batch
     most = batch * (splits - 1) + 1 if by_share else splits
@@ -522,7 +526,7 @@ def _in_words(of: _Layout, width: int) -> tuple[int, ...]:
     return tuple(stride // width for stride in of.stride[:3])
 
 
-def _expanded(shape: Sequence[int], stride: Sequence[int], full: Sequence[int]) -> tuple[int, ...]:
+def expanded(shape: Sequence[int], stride: Sequence[int], full: Sequence[int]) -> tuple[int, ...]:
     """The strides after ``expand``."""
     return tuple(0 if size != of else step for size, step, of in zip(shape, stride, full))
 
@@ -568,7 +572,7 @@ def _overlaps(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Multiprocessors of the device; 1 where Triton interprets on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 

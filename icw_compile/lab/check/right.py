@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import icw_compile
+from icw_compile.formats.equalized import settle_shift
 from icw_compile.formats.int8 import quantize_per_head
 from icw_compile.formats.scaled import scale_dtype_for
 from icw_compile.frontend.families import FAMILIES
@@ -99,7 +100,10 @@ def environment(target: Target) -> Iterator[Row]:
 
 
 def kernel(target: Target) -> Iterator[Row]:
-    """The operator itself, for every kind of mask, size and dtype: a row for each dtype, and one for large tensors."""
+    """The operators themselves: a row for each dtype, of every kind of mask and size, and one for large tensors.
+
+    And one for the shifts that prompts settle.
+    """
     found = find_kernel(target.device.type)
     assert isinstance(found, AttentionKernel)
     for dtype, limit in TOLERANCE.items():
@@ -120,8 +124,27 @@ def kernel(target: Target) -> Iterator[Row]:
                 yield {"failed": what, "distance": far, "twice_the_same": again}
         row: Row = {"dtype": str(dtype), "calls": count, "worst_distance": worst, "limit": limit}
         yield row | ({"declined": sorted(declined)} if declined else {})
+    yield _settled(target.device)
     if target.device.type == "cuda":
         yield _large(found, target.device)
+
+
+def _settled(device: torch.device) -> Row:
+    """Shifts by the device's kernel and by plain torch, of channels half way between powers of two, and of zeros."""
+    different, calls = [], 0
+    for (_, _, heads, tokens, length, size), dtype in itertools.product(SHAPES, TOLERANCE):
+        torch.manual_seed(length)
+        exponents = torch.arange(size, device=device).sub(size - 7).clamp(min=0)
+        factors = torch.exp2(exponents + 0.5 * (exponents > 0)).to(dtype)
+        x = torch.randn(2, length, heads, size, device=device).to(dtype).mul(factors).transpose(1, 2)
+        x[0] *= torch.rand(x[0].shape, device=device) > 0.3
+        written = x.new_zeros((2, heads, 4000, 1), dtype=torch.bfloat16)
+        written[-1, -1, 4000 - tokens] = 1
+        shift = torch.full((2, heads, 1, size), 3, dtype=torch.uint8, device=device)
+        calls += 1
+        if not torch.equal(torch.ops.icw_int8kv.settle_shift(x, written, shift), settle_shift(x, written, shift)):
+            different.append(f"{list(x.shape)}, {dtype}")
+    return {"shifts": calls} if not different else {"failed": "shifts", "different": different}
 
 
 def _calls(
