@@ -24,6 +24,8 @@ import icw_compile
 from icw_compile.frontend.families import FAMILIES
 from icw_compile.lab.reference import reference_cache
 
+slow = pytest.mark.slow
+
 DECODE = (1,) * 24
 LENGTH = 48
 
@@ -64,17 +66,28 @@ def test_prefill_and_decode(name: str, attention: str, dtype: torch.dtype) -> No
     assert relative_distance(logits, expected) <= (CLOSE_LOGITS if dtype == torch.float32 else rounding)
 
 
-@pytest.mark.parametrize(("name", "attention"), [m for m in SOME_MODEL_ATTENTIONS if m.values[0] in SLIDING])
+AROUND = {
+    "prompt longer than the window": (WINDOW + 7, 1, 1, 1),
+    "prompt that fills the window": (WINDOW, 1, 1, 1),
+    "first step fills the window": (WINDOW - 1, 1, 1, 1),
+    "chunks across the window": (5, 6, 9, 1, 4, 1),
+}
+
+
 @pytest.mark.parametrize(
-    "chunks",
+    ("chunks", "name", "attention"),
     [
-        pytest.param((WINDOW + 7, 1, 1, 1), id="prompt longer than the window"),
-        pytest.param((WINDOW, 1, 1, 1), id="prompt that fills the window"),
-        pytest.param((WINDOW - 1, 1, 1, 1), id="first step fills the window"),
-        pytest.param((5, 6, 9, 1, 4, 1), id="chunks across the window"),
+        # Of attention that is spelled out, the two that differ most are quick; the others are of what is alike in both.
+        pytest.param(
+            chunks, *m.values, id="-".join([what, *m.values]),
+            marks=slow if m.values[1] == "eager" and i in (1, 3) else m.marks,
+        )
+        for i, (what, chunks) in enumerate(AROUND.items())
+        for m in SOME_MODEL_ATTENTIONS
+        if m.values[0] in SLIDING
     ],
-)
-def test_around_the_window(name: str, attention: str, chunks: tuple[int, ...]) -> None:
+)  # fmt: skip
+def test_around_the_window(chunks: tuple[int, ...], name: str, attention: str) -> None:
     model = tiny_model(name, attention=attention)
     ids = tokens(40)
     logits = run(compiled(model), StaticCache(model.config, max_cache_len=LENGTH), ids, chunks)

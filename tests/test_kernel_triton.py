@@ -365,11 +365,22 @@ def calls(draw):
     return tensors, arguments, draw(st.sampled_from(FOUR_BITS)), draw(st.sampled_from([1, 2, 3])), keep
 
 
-@settings(max_examples=60, derandomize=True, database=None, deadline=None)
-@given(calls())
-def test_four_bits_in_any_call(call):
+def check_any_call(call):
     tensors, arguments, four_bits, splits, keep = call
     check(tensors, *arguments, splits=splits, four_bits=four_bits, keep=keep)
+
+
+@settings(max_examples=30, derandomize=True, database=None, deadline=None)
+@given(calls())
+def test_four_bits_in_any_call(call):
+    check_any_call(call)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, database=None, deadline=None)
+@given(calls())
+def test_four_bits_in_many_calls(call):
+    check_any_call(call)
 
 
 def test_every_index_of_every_table():

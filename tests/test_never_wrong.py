@@ -107,7 +107,7 @@ def check(
 
 
 @pytest.mark.parametrize("chunks", [(9, *(1,) * 24), (24, 1, 1, 1), (5, 14, 1, 3, 1), (40,)])
-@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("name", [pytest.param("mistral", marks=pytest.mark.slow), "gemma3_text"])
 def test_window_of_one_head(name: str, chunks: tuple[int, ...]) -> None:
     model, ids = tiny_model(name, kv_heads=1, head_dim=16), tokens(sum(chunks))
     cache, reference = DynamicCache(config=model.config), dynamic_reference_cache(model)

@@ -68,7 +68,7 @@ def make_cache(kind: str, model: Any) -> Cache:
     [
         pytest.param("llama", "dynamic", {}, marks=pytest.mark.slow),
         pytest.param("llama", "static", {"icw.bits": 4}, marks=pytest.mark.slow),
-        ("mistral", "dynamic", {}),
+        pytest.param("mistral", "dynamic", {}, marks=pytest.mark.slow),
         pytest.param("gemma2", "static", {}, marks=pytest.mark.slow),
         pytest.param("phi3", "dynamic", {"icw.sink_tokens": 2, "icw.recent_tokens": 3}, marks=pytest.mark.slow),
         ("qwen2", "beforehand", {}),
