@@ -48,7 +48,8 @@ class Compiled:
 triton.runtime.driver.set_active(Driver())
 attention_triton.attend = Compiled(attention_triton.attend)
 attention_triton.merge = Compiled(attention_triton.merge)
-settle_triton.look, settle_triton.settle = Compiled(settle_triton.look), Compiled(settle_triton.settle)
+for name in settle_triton.__all__:
+    setattr(settle_triton, name, Compiled(getattr(settle_triton, name)))
 settle.processors = lambda device: 132
 for dtype, query_heads, heads, tokens, length, sizes, bits, mask, causal, softcap, sinks, splits, *kept in cases:
     dtype = getattr(torch, dtype)
@@ -74,7 +75,10 @@ for dtype, query_heads, heads, tokens, length, sizes, bits, mask, causal, softca
 for dtype, heads, tokens, length, size, written in settled:
     x = torch.empty(1, tokens, heads, size, dtype=getattr(torch, dtype)).transpose(1, 2)
     written = torch.empty(1, heads, length, 1, dtype=getattr(torch, written))
-    settle.settle_shift_triton(x, written, torch.empty(1, heads, 1, size, dtype=torch.uint8))
+    shift = torch.empty(1, heads, 1, size, dtype=torch.uint8)
+    settle.settle_shift_triton(x, written, shift)
+    if written.is_floating_point():
+        settle.settle_again_triton(x, torch.empty(1, heads, length, size, dtype=torch.int8), written, shift)
 """
 
 
@@ -83,7 +87,7 @@ class MachineCode:
     """A compiled kernel.
 
     Attributes:
-        name: of the kernel: ``"attend"`` or ``"merge"``, ``"look"`` or ``"settle"``.
+        name: of the kernel: ``"attend"`` or ``"merge"``, ``"look"``, ``"settle"`` or ``"settle_again"``.
         path: of its cubin or code object.
         shared: bytes of shared memory.
     """
@@ -134,7 +138,7 @@ def compile_for(
             sinks, splits; then, if rows are kept, how many, and whether of keys and values, ``"both"``, or of what is
             of 4 bits, ``"packed"``.
         settled: what else is launched, for settling shifts: dtype of the states, heads, their tokens, cached tokens,
-            channels, dtype of what is written.
+            channels, dtype of what is written: of rows of 8 bits if it is one of floats.
     """
     command = [sys.executable, "-c", COMPILE, json.dumps([backend, arch, cases, settled or [], str(folder)])]
     lines = _run(*command, cwd="/", env={**os.environ, "TRITON_INTERPRET": "0"}).splitlines()

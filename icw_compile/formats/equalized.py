@@ -78,6 +78,17 @@ def settle_shift(x: Tensor, written: Tensor, shift: Tensor) -> Tensor:
 _inner: dict[str, Format] = {}
 
 
+def name_inner(format_: Format) -> str:
+    """By which `settle_again` is told of a format."""
+    _inner[str(format_)] = format_
+    return str(format_)
+
+
+def inner_format(name: str) -> Format:
+    """What `name_inner` gave this name."""
+    return _inner[name]
+
+
 def settle_again(
     x: Tensor | None,
     rows: Sequence[Tensor],
@@ -87,7 +98,7 @@ def settle_again(
     length: int | None,
     inner: str,
 ) -> list[Tensor]:
-    format_, first = _inner[inner], [part[..., :TELLING, :] for part in rows]
+    format_, first = inner_format(inner), [part[..., :TELLING, :] for part in rows]
     if length is None:
         if x is not None:
             shift = _ops.settle_shift(x, written, shift)
@@ -118,7 +129,8 @@ def settle_again(
     told = _ops.settle_shift(seen, written.new_zeros((1,) * written.dim()), shift)
     # A single row may be an odd one: half of what it tells costs no channel more than half of its bits.
     is_one = seen.ne(0).any(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) == 1
-    told = torch.where(tells, torch.where(is_one, (channel_shift(seen, 1) + 1) // 2, told), shift)
+    of_one = (channel_shift(seen[..., : first[0].shape[-2], :], 1) + 1) // 2  # it is one of those that are stored
+    told = torch.where(tells, torch.where(is_one, of_one, told), shift)
     anew = format_.encode(EAGER, divide_channels(values, told, torch.float32), value)
     changed = is_row & (told != shift).any(dim=-1, keepdim=True)
     encoded = [torch.where(changed, new, old) for new, old in zip(anew.values(), first, strict=True)]
@@ -226,10 +238,9 @@ class Equalized(Wrapper):
         return is_long and super().is_settled(value)
 
     def told(self, run: Evaluator, into: Stored, source: Any, length: Any, kept: Sequence[Any] = ()) -> dict[str, Any]:
-        rows, inner = into.rows, str(self.wrapped)
-        _inner[inner] = self.wrapped
+        rows = into.rows
         stored = (list(rows.values()), self.written(into), into["shift"], list(kept))
-        settled = run.call(_ops.settle_again.default, source, *stored, length, inner)
+        settled = run.call(_ops.settle_again.default, source, *stored, length, name_inner(self.wrapped))
         return {**super().told(run, into, source, length, kept), **dict(zip(("shift", *rows), settled, strict=True))}
 
     def _placed(self, run: Evaluator, into: Stored, told: dict[str, Any]) -> Stored:

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import icw_compile
-from icw_compile.formats.equalized import settle_shift
-from icw_compile.formats.int8 import quantize_per_head
+from icw_compile.formats.equalized import name_inner, settle_again, settle_shift
+from icw_compile.formats.int8 import Int8Rows, quantize_per_head
 from icw_compile.formats.scaled import scale_dtype_for
 from icw_compile.frontend.families import FAMILIES
 from icw_compile.kernels import AttentionCall, AttentionKernel, StoredRows, find_kernel
@@ -141,8 +141,15 @@ def _settled(device: torch.device) -> Row:
         written = x.new_zeros((2, heads, 4000, 1), dtype=torch.bfloat16)
         written[-1, -1, 4000 - tokens] = 1
         shift = torch.full((2, heads, 1, size), 3, dtype=torch.uint8, device=device)
-        calls += 1
-        if not torch.equal(torch.ops.icw_int8kv.settle_shift(x, written, shift), settle_shift(x, written, shift)):
+        rows = [*random_rows((2, heads, 200, size), torch.float32, device)]
+        rows[1][:, :, 8:] = 0
+        again: Any = (x, rows, rows[1], shift, [], None, name_inner(Int8Rows(torch.float32)))
+        pairs = [
+            (torch.ops.icw_int8kv.settle_shift(x, written, shift), settle_shift(x, written, shift)),
+            *zip(torch.ops.icw_int8kv.settle_again(*again), settle_again(*again), strict=True),
+        ]
+        calls += 2
+        if not all(torch.equal(*pair) for pair in pairs):
             different.append(f"{list(x.shape)}, {dtype}")
     return {"shifts": calls} if not different else {"failed": "shifts", "different": different}
 
