@@ -1,7 +1,9 @@
 """Attention kernels of our own, for what Inductor does not generate well.
 
 A kernel computes ``icw_int8kv::attention`` for the devices and calls that it takes (`icw_compile.kernels.interface`).
-The ``lower`` pass asks `find_kernel` and falls back on Inductor, with the reason in the report.
+The ``lower`` pass asks `find_kernel` and falls back on Inductor, with the reason in the report. The C++ file and
+`icw_compile.kernels.settle` have kernels for a few operations of `icw_compile.formats` as well, which graphs hold as
+they are.
 """
 
 from icw_compile.errors import KernelUnavailableError
