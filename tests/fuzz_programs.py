@@ -650,6 +650,12 @@ def step_move(d: Draw) -> None:
 def step_cat(d: Draw) -> None:
     """Rows, sequences or heads put together: with new ones, or with those of another cache."""
     program, x = d.program, d.cachelike(4)
+    few = [name for name, cache in program.caches.items() if cache.equalize and cache.values.shape[2] <= TELLING]
+    if few and d.maybe():  # which settles exponents once more
+        x = d.one_of(*few)
+        batch, heads, _, size = program.env[x].shape
+        program.do("cat", program.new(), (x, d.source((batch, heads, d.one_of(1, 2, TELLING), size))), 2, -2)
+        return
     if x is None or x in program.cut:
         return
     value = program.env[x]
