@@ -1,6 +1,6 @@
 """``settle_shift`` and ``settle_again`` (`icw_compile.formats.equalized`) on CUDA devices: two Triton kernels for each.
 
-Plain torch takes some fifty kernels for one, and a hundred for the other, many of which go through the states of a
+Plain torch takes some fifty kernels for one, and two hundred for the other, many of which go through the states of a
 prompt once more, for the keys and the values of each layer. These read them once. The kernels are in
 `icw_compile.kernels.settle_triton`, which is imported at the first call; what they do not take, as rows of 4 bits and
 those that are kept, and where there is no Triton, plain torch computes.
