@@ -109,13 +109,10 @@ def _look(
     seen = torch.empty((3, batch * heads, splits, channels), dtype=torch.float32, device=x.device)
     filled = torch.empty((batch * heads, splits), dtype=torch.int32, device=x.device)
     sizes = {"CHANNELS": channels, "PADDED": padded(channels)}
-    strides = [
-        stride for each in (x, written) for stride in (*expanded(each.shape[:2], each.stride()[:2], (batch, heads)),
-                                                       *each.stride()[2:])
-    ]  # fmt: skip
+    strides = [expanded(each.shape, each.stride(), (batch, heads, *each.shape[2:])) for each in (x, written)]
     with torch.cuda.device_of(x):
         look[(batch * heads, splits)](
-            x, written, seen, filled, *strides, heads, tokens, stored,
+            x, written, seen, filled, *strides[0], *strides[1], heads, tokens, stored,
             **sizes, WIDTH=width, BLOCK=block, WRITTEN=WRITTEN, FROM=first,
         )  # fmt: skip
     one_for_a_head = {"SPLITS": 1 << (splits - 1).bit_length(), "num_warps": max(4, padded(channels) // 32)}
