@@ -178,9 +178,9 @@ def plan(
         device: where it will be, which decides what ``icw.recent_tokens="auto"`` is. Taken from the model if left out,
             else the CPU.
 
-    Layers that share another one's cache keep nothing, and what a model keeps elsewhere is not counted. Latent caches
-    (MLA) and recurrent states stay float, and are named in the notes. Where tensor parallelism splits the keys by
-    heads, each rank has ``heads / ranks`` of them; where it does not, all. Each has all recurrent states.
+    Layers that share another one's cache keep nothing, and what a model keeps elsewhere is not counted. Recurrent
+    states and the keys of an indexer stay float, and are named in the notes. Where tensor parallelism splits the keys
+    by heads, each rank has ``heads / ranks`` of them; where it does not, all. Each has all recurrent states.
 
     Raises:
         ValueError: an unknown option, a model whose cache cannot be known beforehand (it has an encoder, cache layers
@@ -281,9 +281,10 @@ class _Counted:
         if (keys := getattr(layer, "keys", None)) is not None:
             window = getattr(layer, "sliding_window", None)
             is_latent = keys.shape[1] == 1 and keys.shape[-1] == self.latent[index]
-            reason = "a latent cache" if is_latent else "icw.skip_layers" if skipped else ""
+            splits = self.splits and not is_latent  # all heads share it
+            reason = "icw.skip_layers" if skipped else ""
             states: tuple[tuple[Literal["key", "value"], Tensor], ...] = (("key", keys), ("value", layer.values))
-            kept = [self._states(role, each, window, reason, in_eight_bits) for role, each in states]
+            kept = [self._states(role, each, window, reason, in_eight_bits, splits) for role, each in states]
         for name, state in other_states(layer):  # [B, ...], but indexer_keys [B, T, D]; seen with one token
             per_token = state.numel() * self._dtype_of(state).itemsize
             bytes_ = BATCH * per_token * (TOKENS if name == "indexer_keys" else 1)
@@ -291,11 +292,16 @@ class _Counted:
         return kept
 
     def _states(
-        self, role: Literal["key", "value"], states: Tensor, window: int | None, reason: str, in_eight_bits: bool
+        self,
+        role: Literal["key", "value"],
+        states: Tensor,
+        window: int | None,
+        reason: str,
+        in_eight_bits: bool,
+        splits: bool,
     ) -> _Kept:
         """Keys or values, seen as ``[1, H, 1, D]``; they stay float if there is a reason."""
         heads, channels, dtype = states.shape[1], states.shape[-1], self._dtype_of(states)
-        splits = self.splits and reason != "a latent cache"
         mine = heads / RANKS if splits else sympy.Integer(heads)
         rows = self._rows(window)
         as_float = dtype.itemsize * BATCH * mine * rows * channels

@@ -4,6 +4,7 @@ from icw_compile.passes.base import Pass, PassResult, run_passes
 from icw_compile.passes.canonicalize import canonicalize
 from icw_compile.passes.encode import encode_at_once
 from icw_compile.passes.graph import Input, KVGraph, Output, Site, Skipped
+from icw_compile.passes.latent import absorb
 from icw_compile.passes.lower import lower
 from icw_compile.passes.place import place_rows
 from icw_compile.passes.prompt import read_prompts
@@ -17,6 +18,7 @@ __all__ = ["PASSES", "Input", "KVGraph", "Output", "Pass", "PassResult", "Site",
 #: Every pass, in the order in which they run.
 PASSES: tuple[Pass, ...] = (
     Pass("canonicalize", canonicalize),
+    Pass("latent", absorb),
     Pass("storage", find_storage),
     Pass("propagate", propagate),
     Pass("reads", fuse_reads),

@@ -32,6 +32,7 @@ __all__ = [
     "Input",
     "KVGraph",
     "Kept",
+    "Latent",
     "Output",
     "Site",
     "Skipped",
@@ -180,6 +181,24 @@ class FusedAttention:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """What latent attention (MLA) caches of each token: one vector for the keys and values of all heads, and one for
+    where it stands.
+
+    Attributes:
+        states: ``[B, 1, S, R]``, which the model caches as keys.
+        positions: ``[B, 1, S, P]``, the rotary channels of all heads' keys, which it caches as values.
+        readers: what reads them besides attention.
+        is_absorbed: whether attention reads the states themselves, and not keys and values that are made of them.
+    """
+
+    states: Node
+    positions: Node
+    readers: tuple[Node, ...]
+    is_absorbed: bool
+
+
+@dataclass(frozen=True)
 class Kept:
     """What is known of a node that stands in the graph as Dynamo spelled it (``meta["kept"]``): no operator of ATen.
 
@@ -251,6 +270,7 @@ class KVGraph:
         decoded: made by ``propagate`` for ``reads``: the node that decodes a stored value -> what it decodes.
         came: made by the same: a node that computes a stored value as it came -> what it is as it is stored.
         attentions: made by ``reads`` for ``lower``.
+        latents: found by ``latent``: an attention -> the `Latent` that it reads, or that its keys and values are of.
     """
 
     view = torch.ops.aten.reshape.default
@@ -293,6 +313,7 @@ class KVGraph:
         self.decoded: dict[Node, Storage] = {}
         self.came: dict[Node, Storage] = {}
         self.attentions: list[FusedAttention] = []
+        self.latents: dict[Node, Latent] = {}
         self._results: dict[Any, Any] = {}
 
     @property

@@ -223,6 +223,11 @@ def _report_dequantized(graph: KVGraph, node: Node, users: list[Node], value: St
     """What no rule fused keeps its decoded value: correct, slow, and said."""
     site = value.site
     readers = ", ".join(sorted({called(user) for user in users}))
+    latent = next((each for each in graph.latents.values() if set(each.readers).issuperset(users)), None)
+    if latent is not None:  # that is how it is read, stored or not
+        site.reads.append("added to the scores" if latent.is_absorbed else "expanded")
+        site.lowering = site.lowering or ("product" if latent.is_absorbed else "dequantize")
+        return
     site.reads.append(f"dequantized for {readers}")
     site.lowering = site.lowering or "dequantize"
     layer = site.layer or layer_of(node)

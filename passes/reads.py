@@ -30,7 +30,7 @@ from icw_compile.passes.attention import (
 )
 from icw_compile.passes.graph import FusedAttention, KVGraph, Storage, args_of, first_write, root_of
 
-__all__ = ["fuse_reads"]
+__all__ = ["fuse_reads", "in_layout_of", "one_mask"]
 
 aten = torch.ops.aten
 _ops = torch.ops.icw_int8kv
@@ -63,8 +63,9 @@ def fuse_reads(graph: KVGraph) -> int:
             heads = _heads(graph, repeated[0].stored.parts[0])
             made, replacement = _fuse(graph, found, graph.decode(key), graph.decode(value), heads)
         form = found.form + (" + repeat_kv" if repeats_heads(repeated[0].stored.parts[0]) else "")
-        for each in repeated:
-            each.site.reads.append(form)
+        form += ", latent" if node in graph.latents else ""
+        for site in {id(each.site): each.site for each in repeated}.values():  # of latents it is one
+            site.reads.append(form)
         node.replace_all_uses_with(replacement)
         graph.attentions.append(FusedAttention(made, key, value))
         fused += 1
@@ -125,17 +126,17 @@ def _fuse(graph: KVGraph, found: Attention, key: Node, value: Node, heads: int) 
     if found.merged:
         query = graph.call(aten.unflatten.int, query, 0, [-1, heads])
     sinks = () if found.sinks is None else (found.sinks,)
-    mask = _one_mask(graph, found, heads)
+    mask = one_mask(graph, found, heads)
     operands = (query, key, value, mask)
     fused = graph.call(_ops.attention.default, *operands, found.is_causal, found.scale, found.softcap, *sinks)
     dtype = found.node.meta["val"].dtype
     result = fused if graph.tensor(fused).dtype == dtype else graph.call(aten.to.dtype, fused, dtype)
     if found.merged:
         return fused, graph.call(aten.flatten.using_ints, result, 0, 1)
-    return fused, _in_layout_of(graph, found.node, result)
+    return fused, in_layout_of(graph, found.node, result)
 
 
-def _one_mask(graph: KVGraph, found: Attention, heads: int) -> Node | None:
+def one_mask(graph: KVGraph, found: Attention, heads: int) -> Node | None:
     """All that is added to the scores, in one tensor of four dimensions."""
     total = None
     for bias in found.biases:
@@ -157,7 +158,7 @@ def _one_mask(graph: KVGraph, found: Attention, heads: int) -> Node | None:
     return total
 
 
-def _in_layout_of(graph: KVGraph, node: Node, fused: Node) -> Node:
+def in_layout_of(graph: KVGraph, node: Node, fused: Node) -> Node:
     """``fused`` in the memory layout that ``node`` has where the two can differ: ``[B, T, heads, size]``.
 
     torch's kernels return their heads behind the tokens, and what was captured after them may ``view`` that.

@@ -79,7 +79,7 @@ _SAME_VALUES = (
     aten._to_copy.default,
     operator.getitem,
 )
-_UNREAD = "no attention was found that reads it, as a latent cache is not read as keys and values; it stays float"
+_UNREAD = "no attention was found that reads it; it stays float"
 #: What an attention that `match_attention` does not know is made of.
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
@@ -219,6 +219,8 @@ class _AttentionUses:
         self._ancestors: list[tuple[Attention, Role, list[Node]]] = []
         for attention in self.attentions:
             operands: tuple[tuple[Role, Node], ...] = (("key", attention.key), ("value", attention.value))
+            if (latent := graph.latents.get(attention.node)) is not None:
+                operands = (("key", latent.states), ("value", latent.positions))
             for role, operand in operands:
                 ancestors = list(_same_values(operand))
                 self._ancestors.append((attention, role, ancestors))

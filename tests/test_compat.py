@@ -1303,7 +1303,10 @@ def test_a_model_without_storage_shows_what_it_caches():
     assert hf.latent_ranks(llama) == [None, None]
     for layer in hf.example_cache(model).layers:
         assert layer.keys.shape == layer.values.shape == (1, 2, 1, 16) and list(hf.other_states(layer)) == []
-    assert hf.latent_ranks(DeepseekV3Config(**sizes, kv_lora_rank=32)) == [32, 32]
+    latent = DeepseekV3Config(**{**sizes, "num_key_value_heads": 4}, kv_lora_rank=32)
+    assert hf.latent_ranks(latent) == [32, 32]
+    for layer, shape in zip(hf.example_cache(hf.meta_model(latent)).layers, hf.layer_sizes(latent), strict=True):
+        assert [(each.shape[1], each.shape[3]) for each in (layer.keys, layer.values)] == list(shape)
     with pytest.raises(ValueError, match="t5 is no model that writes text"):
         hf.meta_model(T5Config())
     model.forward = lambda **kwargs: torch.ones(1).item()

@@ -12,7 +12,7 @@ from icw_compile.lab.reference import quantize_dequantize
 from icw_compile.passes import PASSES, run_passes
 from icw_compile.passes.propagate import propagate
 
-PROPAGATE = PASSES[1:3]
+PROPAGATE = PASSES[2:4]
 POSITION = torch.tensor([3])
 
 

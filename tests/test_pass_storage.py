@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from icw_compile.passes import PASSES, Input, KVGraph, run_passes
 from icw_compile.passes.storage import find_storage
 
-STORAGE = PASSES[1:2]
+STORAGE = PASSES[2:3]
 POSITION = torch.tensor([3])
 
 
@@ -156,7 +156,7 @@ def test_growing_int8_cache_is_taken_as_an_input() -> None:
     graph = trace(grow, kv(), kv(), query(), kv(1), kv(1), quantized=[0, 1])
     assert run_passes(graph, STORAGE)[0].matches == 2
     assert [s.cache for s in graph.sites] == ["dynamic", "dynamic"]
-    run_passes(graph, PASSES[1:])
+    run_passes(graph, PASSES[2:])
     quantized = [n for n in graph.graph.nodes if n.target is torch.ops.icw_int8kv.quantize_per_head.default]
     assert [n.args[0].meta["val"].shape[2] for n in quantized] == [1, 1], "only the new rows"
     assert counts(graph)["cat"] == 4

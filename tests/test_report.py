@@ -64,7 +64,7 @@ def test_explain() -> None:
     cache = icw_compile.static_cache(model, 1, 16)
     for _ in range(10):  # more often than Dynamo compiles one function anew
         (graph,) = icw_compile.explain(model, tokens(1), past_key_values=cache).graphs
-    names = ["canonicalize", "storage", "propagate", "reads", "lower", "ring", "prompt", "place", "encode"]
+    names = ["canonicalize", "latent", "storage", "propagate", "reads", "lower", "ring", "prompt", "place", "encode"]
     assert [p.name for p in graph.passes] == names
     assert "torch.ops.aten.scaled_dot_product_attention" in graph.captured
     assert "torch.ops.icw_int8kv_cpu.attention" in graph.rewritten

@@ -59,19 +59,19 @@ def initialize(layer: CacheLayerMixin, keys: Tensor, values: Tensor) -> None:
 
 
 def layer_sizes(config: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Of each layer of a decoder, ``(heads, channels)`` of its keys and of its values.
+    """Of each layer of a decoder, ``(heads, channels)`` of the keys and of the values that it caches.
 
-    Layers may differ, and latent attention, once expanded, has other channels in its keys than in its values.
-    ``PreTrainedConfig.per_layer_config``, since 5.19; before, all layers of a configuration are alike.
+    Layers may differ. Latent attention (MLA) caches as keys one vector for all heads, and as values their rotary
+    channels. ``PreTrainedConfig.per_layer_config``, since 5.19; before, all layers of a configuration are alike.
     """
     found = []
-    for layer in _configs_of_layers(config):
+    for layer, rank in zip(_configs_of_layers(config), latent_ranks(config), strict=True):
+        if rank is not None:
+            found.append(((1, rank), (1, layer.qk_rope_head_dim)))
+            continue
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-        if (key_size := getattr(layer, "qk_head_dim", None)) and getattr(layer, "v_head_dim", None):
-            found.append(((heads, key_size), (heads, layer.v_head_dim)))
-        else:
-            found.append(((heads, size), (heads, size)))
+        found.append(((heads, size), (heads, size)))
     return found
 
 
@@ -105,7 +105,7 @@ _KEY_PROJECTIONS = (".k_proj", ".qkv_proj", ".query_key_value")
 
 
 def latent_ranks(config: Any) -> list[int | None]:
-    """Of each layer of a decoder, the channels of its compressed keys and values, if it has latent attention (MLA).
+    """Of each layer of a decoder, the channels of the vector that its keys and values are made of, if it caches that.
 
     ``PreTrainedConfig.per_layer_config``, as in `layer_sizes`.
     """

@@ -28,7 +28,7 @@ from icw_compile.cache.static import cache_bytes, static_cache
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat.dynamo import recompile_limit
 from icw_compile.compat.inductor import CudaGraphs, counted_cuda_graphs
-from icw_compile.compat.transformers import leaves_heads_grouped
+from icw_compile.compat.transformers import layer_sizes, leaves_heads_grouped
 from icw_compile.lab.bench.measure import (
     OtherLoad,
     Spread,
@@ -369,15 +369,16 @@ class Session:
         int8_static = self.contender.is_int8 and self.contender.cache == "static"
         length = self.settings.cache_len(context)
         cache = static_cache(self.model, self.settings.batch, length) if int8_static else self._empty_cache(context)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        size = (self.settings.batch, heads, context, head_dim)
-        for i in range(config.num_hidden_layers):
-            states, layer = torch.randn(size, dtype=self.model.dtype, device=self.device), cache.layers[i]
+        for i, sizes in enumerate(layer_sizes(config)):
+            states = [
+                torch.randn(self.settings.batch, heads, context, size, dtype=self.model.dtype, device=self.device)
+                for heads, size in sizes
+            ]
+            layer = cache.layers[i]
             if int8_static and self.contender.options:
                 for name, layout in layouts.items():
                     setattr(layer, name, QuantizedKV.empty(getattr(layer, name).shape, layout, self.device))
-            cache.update(states, states.flip(-1), i)
+            cache.update(*states, i)
             if self.contender.is_int8 and not int8_static:
                 for name, layout in layouts.items():
                     setattr(layer, name, QuantizedKV.growing(QuantizedKV.encode(getattr(layer, name), layout).value))

@@ -76,6 +76,11 @@ SHAPES: dict[str, Shape] = {
         intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
         max_position_embeddings=131_072,
     ),
+    "minicpm3-4b": _shape(
+        "openbmb/MiniCPM3-4B", "minicpm3", 10_000.0, vocab_size=73_448, hidden_size=2560, intermediate_size=6400,
+        num_hidden_layers=62, num_attention_heads=40, num_key_value_heads=40, q_lora_rank=768, kv_lora_rank=256,
+        qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, max_position_embeddings=32_768,
+    ),
 }  # fmt: skip
 
 

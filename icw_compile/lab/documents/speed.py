@@ -22,6 +22,7 @@ RESULTS = "icw_compile/lab/bench/results/"
 DECODE = tuple(f"{RESULTS}tinyllama-decode-{which}.json" for which in ("512-2048", "8192", "32768"))
 MEMORY, LONG_PROMPT = f"{RESULTS}tinyllama-memory.json", f"{RESULTS}tinyllama-4-layers-memory-16384.json"
 PREFILL, DYNAMIC = f"{RESULTS}tinyllama-prefill-2048.json", f"{RESULTS}llama-3-8b-4-layers-dynamic.json"
+LATENT = f"{RESULTS}minicpm3-8-layers.json"
 OPTIONS, WEIGHTS = f"{RESULTS}tinyllama-options.json", f"{RESULTS}tinyllama-int8-weights.json"
 MODEL_ON_GPU = f"{RESULTS}llama-3-8b-h200-batch-8-32768.json"
 ON_GPU = f"{RESULTS}attention-h200.json", f"{RESULTS}attention-h200-batch-16.json"
@@ -55,7 +56,10 @@ def setup(file: Data) -> str:
         sizes = SHAPES[settings["model"]].sizes
         heads = sizes["num_attention_heads"]
         head_dim = sizes.get("head_dim", sizes["hidden_size"] // heads)
-        shape = f"the shape of {shape} ({heads} heads on {sizes['num_key_value_heads']}, head_dim {head_dim})"
+        on = f"{sizes['num_key_value_heads']}, head_dim {head_dim}"
+        if "kv_lora_rank" in sizes:
+            on = f"latents of {sizes['kv_lora_rank']} and {sizes['qk_rope_head_dim']} channels"
+        shape = f"the shape of {shape} ({heads} heads on {on})"
     return f"{shape}, {layers}, {settings['dtype']}, batch {settings['batch']}, on {device}, {versions(file)}"
 
 
@@ -152,6 +156,17 @@ def dynamic(file: Data) -> str:
     return (
         f"A decode step with an int8 `DynamicCache` takes {_listed(ratios)} of the stock compiled one, which copies "
         f"its cache at each step: {setup(file)}."
+    )
+
+
+def latent(file: Data) -> str:
+    ratios = [
+        f"{result.decode_ratio('int8-static', 'stock-static').median:.2f}x at {result.context:,} tokens"
+        for result in contexts(file)
+    ]
+    return (
+        f"A decode step takes {_listed(ratios)} of the stock compiled one, which makes the keys and values of all cached "
+        f"tokens: {setup(file)}."
     )
 
 
@@ -367,6 +382,8 @@ REGIONS = {
     "speed-prefill-full": Region((PREFILL,), full_tables),
     "speed-dynamic": Region((DYNAMIC,), dynamic),
     "speed-dynamic-full": Region((DYNAMIC,), full_tables),
+    "speed-latent": Region((LATENT,), latent),
+    "speed-latent-full": Region((LATENT,), full_tables),
     "speed-decode-gpu": Region((MODEL_ON_GPU,), decode_on_gpu),
     "speed-decode-gpu-full": Region((MODEL_ON_GPU,), full_tables),
     "speed-options": Region((OPTIONS,), options),
