@@ -130,7 +130,9 @@ def _compile_graph(
         if _is_on_cpu(graph):
             inductor_options = rounded_as_eager(inductor_options)
         compiled = _compile(graph.module, example_inputs(graph), ours, inductor_options)
-        compiled = watch.counted(bind(graph, copied(compiled, apart) if apart else compiled))
+        if apart is not None:
+            compiled = copied(compiled, *apart)
+        compiled = watch.counted(bind(graph, compiled))
     else:
         compiled = _compile_captured(dynamo_graph, inputs, ours, inductor_options)
     done = time.perf_counter()
@@ -208,23 +210,24 @@ def _is_on_cpu(graph: KVGraph) -> bool:
 
 def _with_cuda_graphs(
     graph: KVGraph, options: Options, inductor_options: dict[str, Any]
-) -> tuple[dict[str, Any], str, list[int]]:
-    """Inductor's options for a graph, why it does not run as a CUDA graph, and which outputs are to be copied out.
+) -> tuple[dict[str, Any], str, tuple[list[int], torch.device] | None]:
+    """Inductor's options for a graph, why it is no CUDA graph, and what `copied` takes besides if it is by default.
 
     It does where the user asks for that, by Inductor's option or its mode, and otherwise, where the user says nothing
     of CUDA graphs, if it is a decode step on a CUDA device. Who asks knows that what a call returns is overwritten by
     the next one. Who does not keeps what was returned: it is copied.
     """
     if options.compiler == "eager":
-        return inductor_options, "", []
+        return inductor_options, "", None
     if uses_cuda_graphs(options.mode, inductor_options):
         reason = _why_no_cuda_graphs(graph)
-        return {**inductor_options, CUDA_GRAPHS: False} if reason else inductor_options, reason, []
-    if not _has_cuda_graphs(_device_of_cache(graph)) or not leaves_cuda_graphs_open(options.mode, inductor_options):
-        return inductor_options, "", []
+        return {**inductor_options, CUDA_GRAPHS: False} if reason else inductor_options, reason, None
+    device = _device_of_cache(graph)
+    if not _has_cuda_graphs(device) or not leaves_cuda_graphs_open(options.mode, inductor_options):
+        return inductor_options, "", None
     if reason := _why_no_cuda_graphs(graph) or _why_none_by_default(graph):
-        return inductor_options, reason, []
-    return {**inductor_options, CUDA_GRAPHS: True}, "", _made_outputs(graph)
+        return inductor_options, reason, None
+    return {**inductor_options, CUDA_GRAPHS: True}, "", (_made_outputs(graph), device)
 
 
 def _has_cuda_graphs(device: torch.device) -> bool:

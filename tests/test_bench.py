@@ -53,6 +53,7 @@ PARAMETERS = {
     "phi-3-mini": 3821,
     "qwen2-1.5b": 1544,
     "llama-3.1-70b": 70554,
+    "minicpm3-4b": 4074,
 }
 
 

@@ -1,6 +1,8 @@
 """CUDA graphs, asked for or by default: what Inductor must know, which graphs go without, and what is copied out."""
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -189,7 +191,7 @@ def test_outputs_that_are_copied() -> None:
         memory.copy_(torch.arange(12) + given.sum())
         return given, memory[2:].view(2, 5).t(), None, memory.narrow(0, 3, 4), given[1:], 7
 
-    call = copied(compiled, [1, 3])
+    call = copied(compiled, [1, 3], torch.device("cpu"))
     inputs = [torch.tensor([1.0, 2.0]), torch.tensor([5.0, 5.0])]
     first, second = (call(each) for each in inputs)
     for given, (same, across, none, part, view, number) in zip(inputs, (first, second), strict=True):
@@ -199,6 +201,39 @@ def test_outputs_that_are_copied() -> None:
         across[1, 0] = -1  # which is made[3]
         assert part[0] == -1 and memory[3] != -1
         assert same is given and view.data_ptr() == given[1:].data_ptr() and none is None and number == 7
+
+
+def test_threads_take_turns() -> None:
+    """What one thread is about to copy is not overwritten by another."""
+    memory = torch.zeros(4)
+
+    def compiled(given: Tensor) -> tuple[Tensor]:
+        memory.copy_(given)
+        time.sleep(1e-3)  # another thread's turn
+        return (memory,)
+
+    calls = [copied(compiled, [0], torch.device("cpu")) for _ in range(2)]  # of two graphs, whose memory is the same
+
+    def repeat(number: int) -> bool:
+        given = torch.full((4,), float(number))
+        return all(torch.equal(calls[i % 2](given)[0], given) for i in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(repeat, range(4)))
+
+
+def test_every_thread_may_be_the_first() -> None:
+    """Inductor finds what it keeps of CUDA graphs for each thread, in one that did not import it."""
+    from torch._inductor import cudagraph_trees
+
+    def first() -> tuple[Any, ...]:
+        copied(lambda: (), [], torch.device("cpu"))()
+        names = ("tree_manager_containers", "tree_manager_locks")
+        return tuple(cudagraph_trees.get_obj(cudagraph_trees.local, name) for name in names)
+
+    with ThreadPoolExecutor(1) as pool:
+        containers, locks = pool.submit(first).result()
+    assert containers == {} and locks[0].acquire(blocking=False)
 
 
 def overwriting(mode: str | None, options: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import icw_compile
 from icw_compile import QuantizedKV, UnquantizedCacheWarning
-from icw_compile.formats.equalized import channel_shift, divide_channels, multiply_channels
+from icw_compile.formats.equalized import Equalized, channel_shift, divide_channels, multiply_channels
 from icw_compile.formats.int8 import dequantize_per_head, quantize_per_head
 from icw_compile.lab import reference
 from icw_compile.lab.reference import dynamic_reference_cache, quantize_dequantize, reference_cache
@@ -243,6 +243,32 @@ def test_a_shift_is_settled_anew_once() -> None:
         cache.index_copy_(2, torch.tensor([row]), states(1, outliers={20: 60.0}, batch=1))
     cache.index_copy_(2, torch.arange(24, 40), states(16, outliers={20: 60.0}, batch=1))
     assert torch.equal(cache.shift, shift) and torch.equal(cache.dequantize()[:, :, :20], before)
+
+
+def test_a_head_of_zeros_is_settled_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a pruned one stores: until then, each step looks at what is stored."""
+    model = tiny_model(num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[:64] = 0
+    looked: list[int] = []
+    settle = Equalized.settle_stored
+    monkeypatch.setattr(Equalized, "settle_stored", lambda *a: (looked.append(len(steps)), settle(*a))[1])
+    cache, step, steps = StaticCache(model.config, max_cache_len=40), compiled(model), []
+    for piece in (5, *(1,) * 16):
+        run(step, cache, tokens(piece, batch=2), (piece,))
+        steps.append(piece)
+    values = cache.layers[0].values
+    assert not values.qdata[:, 0].any() and values.qdata[:, 1, :21].any()
+    assert looked and max(looked) == 12, "rows 5 to 15 are there, and row 16"
+
+
+def test_slots_of_a_batch_are_settled_each() -> None:
+    """One that is filled later than another."""
+    cache = QuantizedKV.zeros((2, 2, 40, 32), torch.float32, equalize=True)
+    cache[0].index_copy_(1, torch.arange(20), states(20, batch=1)[0])
+    assert not cache.value.format.is_settled(cache.value)
+    cache[1].index_copy_(1, torch.arange(20), states(20, batch=1)[0])
+    assert cache.value.format.is_settled(cache.value)
 
 
 def test_what_is_at_stake() -> None:

@@ -196,6 +196,24 @@ def test_rows_that_are_not_finite_are_settled_again_on_a_gpu() -> None:
     assert anew[:, :, [5, *range(7, 13)]].isfinite().all() and not anew[:, :, [*range(5), 13, 14, 15]].any()
 
 
+@needs_triton
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("count", [1, 16])
+def test_settled_again_by_rows_that_tell_nothing(count: int, value: float) -> None:
+    """The one row that is stored is the only one that tells: half of what it says, on a GPU as in plain torch."""
+    qdata, scale, shift = stored_rows([count], size=16, dtype=torch.float32)
+    x = states(1, 1, 20, 16, seed=1)
+    x[..., 3] = value
+    if value == 0:
+        x.zero_()
+    inner = equalized.name_inner(Int8Rows(torch.float32))
+    expected = equalized.settle_again(x, [qdata, scale], scale, shift, [], None, inner)
+    actual = gpu.settle_again_triton(*map(there, (x, qdata, scale, shift)))
+    for found, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(found.cpu(), wanted)
+    assert count == 16 or expected[0].any()
+
+
 @pytest.mark.parametrize("value", [0.0, -0.0, math.nan, math.inf, -math.inf, 1e-42, 1e-30, 3e38])
 def test_numbers_that_are_no_ordinary_ones(operator: Operator, value: float) -> None:
     for spoil in ((..., 3, slice(None)), (..., 4), (..., 2, 5), (..., slice(1, None), slice(None)), ...):

@@ -3,6 +3,8 @@
 Read and run in torch 2.11, 2.13 and 2.14, unless a function says otherwise.
 """
 
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -71,28 +73,64 @@ def _asked(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     return asked | {name.replace("-", "_"): value for name, value in options.items()}
 
 
-def copied(compiled: Callable[..., Sequence[Any]], positions: Sequence[int]) -> Callable[..., list[Any]]:
-    """``compiled``, of whose outputs those at ``positions`` are tensors that the next call does not overwrite.
+def copied(
+    compiled: Callable[..., Sequence[Any]], positions: Sequence[int], device: torch.device
+) -> Callable[..., list[Any]]:
+    """``compiled``, of whose outputs those at ``positions`` are tensors that no other call overwrites.
 
-    What a CUDA graph returns lies in its memory, and each replay writes there anew. The copies are made behind the
-    replay on the same stream, and what was copied is let go: the next call may replay whatever the caller keeps. They
-    have the layout of what they copy, and share memory with each other where that did.
+    What a CUDA graph returns lies in its memory, and each replay writes there anew; all that are recorded on a
+    ``device`` share that memory, which Inductor leaves to one thread to use. So there is one call at a time, up to the
+    copies, which are made behind the replay on the same stream; a call on another stream waits for them. What was
+    copied is let go: the next call may replay whatever the caller keeps. The copies have the layout of what they copy,
+    and share memory with each other where that did.
     """
 
     def call(*args: Any) -> list[Any]:
-        returned = list(compiled(*args))
-        copies: dict[int, Any] = {}
-        for position in positions:
-            output = returned[position]
-            storage = output.untyped_storage()
-            at = storage.data_ptr()
-            if at not in copies:
-                copies[at] = storage.clone()
-            made = torch.empty(0, dtype=output.dtype, device=output.device)
-            returned[position] = made.set_(copies[at], output.storage_offset(), output.size(), output.stride())
-        return returned
+        with _TURN:
+            _set_up_thread()
+            _wait_for_other_stream(device)
+            returned = list(compiled(*args))
+            copies: dict[int, Any] = {}
+            for position in positions:
+                output = returned[position]
+                storage = output.untyped_storage()
+                at = storage.data_ptr()
+                if at not in copies:
+                    copies[at] = storage.clone()
+                made = torch.empty(0, dtype=output.dtype, device=output.device)
+                returned[position] = made.set_(copies[at], output.storage_offset(), output.size(), output.stride())
+            return returned
 
     return call
+
+
+_TURN = threading.RLock()
+_last_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _wait_for_other_stream(device: torch.device) -> None:
+    """Let what follows wait for the last call, if that was on another stream."""
+    if device.type != "cuda":
+        return
+    stream = torch.cuda.current_stream(device)
+    if (last := _last_streams.get(device, stream)) != stream:
+        stream.wait_stream(last)
+    _last_streams[device] = stream
+
+
+def _set_up_thread() -> None:
+    """Give this thread what Inductor's CUDA graphs keep for each: torch 2.11 has it in that which imported them alone.
+
+    ``torch._inductor.cudagraph_trees.local``, and ``_initialize_tls``, which later releases call themselves.
+    """
+    from torch._inductor import cudagraph_trees
+
+    local: Any = cudagraph_trees.local
+    if hasattr(cudagraph_trees, "_initialize_tls") or hasattr(local, "tree_manager_containers"):
+        return
+    if not torch._C._is_key_in_tls("tree_manager_containers"):
+        local.tree_manager_containers = {}
+        local.tree_manager_locks = defaultdict(threading.Lock)
 
 
 @dataclass

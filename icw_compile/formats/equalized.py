@@ -113,7 +113,7 @@ def settle_again(
         stored = is_row.sum(dim=-2, keepdim=True).clamp(max=length)
         few = torch.full_like(stored, length <= TELLING, dtype=torch.bool)
     tells = few & ((stored == 1) | ((stored > 0) & (stored + (1 if x is None else x.shape[-2]) > TELLING)))
-    if shift.device.type == "cpu" and not tells.any():
+    if (x is None or shift.device.type == "cpu") and not tells.any():  # of no graph that a GPU would have to wait in
         return [shift.clone(), *(part.clone() for part in first)]
     value = Stored(format_, tuple(first), "." * (shift.dim() - 2) + "TD")
     divided = format_.decode(EAGER, value, torch.float32)
@@ -128,7 +128,10 @@ def settle_again(
         seen = torch.cat([seen, x.float().expand(*seen.shape[:-2], -1, -1)], dim=-2)
     told = _ops.settle_shift(seen, written.new_zeros((1,) * written.dim()), shift)
     # A single row may be an odd one: half of what it tells costs no channel more than half of its bits.
-    is_one = seen.ne(0).any(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) == 1
+    is_one = stored == 1
+    if x is not None:
+        most = x.float().abs().amax(dim=-1, keepdim=True)
+        is_one = is_one & ~((most > 0) & (most < torch.inf)).any(dim=-2, keepdim=True)
     of_one = (channel_shift(seen[..., : first[0].shape[-2], :], 1) + 1) // 2  # it is one of those that are stored
     told = torch.where(tells, torch.where(is_one, of_one, told), shift)
     anew = format_.encode(EAGER, divide_channels(values, told, torch.float32), value)
@@ -234,8 +237,11 @@ class Equalized(Wrapper):
 
     def is_settled(self, value: Stored) -> bool:
         written = self.written(value)
-        is_long = written.shape[-2] <= TELLING or bool(written[..., TELLING, :].ne(0).all())
-        return is_long and super().is_settled(value)
+        if written.shape[-2] <= TELLING:
+            return super().is_settled(value)
+        # Of every sequence, but not of every head: one that stores zeros, such as a pruned one, would never be.
+        is_long = written[..., TELLING, :].ne(0).flatten(1).any(dim=1).all()
+        return bool(is_long) and super().is_settled(value)
 
     def told(self, run: Evaluator, into: Stored, source: Any, length: Any, kept: Sequence[Any] = ()) -> dict[str, Any]:
         rows = into.rows

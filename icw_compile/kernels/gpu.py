@@ -153,8 +153,8 @@ def load() -> None:
 
 
 #: Head size, rounded up -> the tiles for it, by rows. Chosen by what the compiled kernels of sm_80 and sm_90 need: no
-#: register goes to memory, and all are within the 99 KiB of shared memory that every device from sm_80 on has. Not by
-#: timing: that takes a GPU.
+#: register goes to memory but in those of 64 rows where some are kept besides, and all are within the 99 KiB of shared
+#: memory that every device from sm_80 on has. Not by timing: that takes a GPU.
 _TILES = {
     64: (
         Tiles(8, 64, 4, 3, 128),

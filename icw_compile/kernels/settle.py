@@ -115,7 +115,8 @@ def _look(
             x, written, seen, filled, *strides[0], *strides[1], heads, tokens, stored,
             **sizes, WIDTH=width, BLOCK=block, WRITTEN=WRITTEN, FROM=first,
         )  # fmt: skip
-    one_for_a_head = {"SPLITS": 1 << (splits - 1).bit_length(), "num_warps": max(4, padded(channels) // 32)}
+    # One variant for prompts of all lengths: what is not there is not loaded.
+    one_for_a_head = {"SPLITS": MAX_SPLITS, "num_warps": max(4, padded(channels) // 32)}
     return seen, filled, (batch * heads,), {**sizes, **one_for_a_head}
 
 

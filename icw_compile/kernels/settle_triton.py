@@ -213,8 +213,8 @@ def settle_again(
     changed = tells & is_row & (most < float("inf")) & (step == step) & (tl.max((told != held).to(tl.int32), 0) > 0)
     step_anew = tl.div_rn(most, tl.full([FIRST], QMAX, tl.float32)).to(scale_anew.dtype.element_ty)
     steps = tl.div_rn(divided, tl.broadcast_to(step_anew.to(tl.float32)[:, None], [FIRST, PADDED]))
-    steps = tl.minimum(tl.maximum(steps, -QMAX), QMAX)
-    steps = tl.where(steps == steps, steps + ORIGIN - ORIGIN, 0.0).to(tl.int8)
+    steps = tl.where(steps == steps, steps, 0.0)  # before a limit, which takes NaN for none on a GPU
+    steps = (tl.minimum(tl.maximum(steps, -QMAX), QMAX) + ORIGIN - ORIGIN).to(tl.int8)
     first = tl.program_id(0).to(tl.int64) * FIRST + row
     tl.store(scale_anew + first, tl.where(changed, step_anew, tl.load(scale)))
     at = first[:, None] * CHANNELS + channel[None, :]

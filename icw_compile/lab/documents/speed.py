@@ -165,8 +165,8 @@ def latent(file: Data) -> str:
         for result in contexts(file)
     ]
     return (
-        f"A decode step takes {_listed(ratios)} of the stock compiled one, which makes the keys and values of all cached "
-        f"tokens: {setup(file)}."
+        f"A decode step takes {_listed(ratios)} of the stock compiled one, which makes the keys and values of all "
+        f"cached tokens: {setup(file)}."
     )
 
 
