@@ -184,7 +184,9 @@ def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
         return _match_scores(args[0], factor)
     if target is aten.add.Tensor and not node.kwargs:
         for inner, bias in (args, args[::-1]):
-            if isinstance(inner, Node) and isinstance(bias, Node) and (found := _match_scores(inner, factor)):
+            if not isinstance(inner, Node) or not isinstance(bias, Node) or _is_boolean(bias):
+                continue  # added, a truth is a one: no mask
+            if (found := _match_scores(inner, factor)) is not None:
                 return replace(found, biases=(*found.biases, Bias(bias, factor)))
         return None
     if target in (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
@@ -295,6 +297,11 @@ def is_whole_slice(node: Node) -> bool:
         statically_known_true(a == b)
         for a, b in zip(node.meta["val"].shape, args_of(node)[0].meta["val"].shape, strict=True)
     )
+
+
+def _is_boolean(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
 
 
 def _rank(node: Node) -> int:

@@ -29,7 +29,7 @@ from icw_compile.formats.moves import END
 from icw_compile.kernels.interface import FEW_TOKENS
 from icw_compile.passes.attention import Attention, Bias, match_attention
 from icw_compile.passes.graph import KVGraph, Latent, aliases, args_of, arguments, first_write, is_mutation, root_of
-from icw_compile.passes.reads import in_layout_of, one_mask
+from icw_compile.passes.reads import changes_meanwhile, in_layout_of, one_mask
 
 __all__ = ["absorb"]
 
@@ -58,7 +58,7 @@ def absorb(graph: KVGraph) -> int:
             graph.latents[node] = Latent(expanded.latents, expanded.positions, expanded.readers, is_absorbed=False)
     if keys:
         eliminate_dead_code(graph.graph, keep_random=False, keep=lambda node: "kept" in node.meta)
-    for key in keys:
+    for key in dict.fromkeys(keys):
         _erase_unread(graph, key)
     return len(graph.latents)
 
@@ -89,39 +89,56 @@ def _match(attention: Attention) -> _Expanded | None:
     if attention.merged or rows != rows_of_values or (parts := _parts_of(key)) is None:
         return None
     nope, rotary, placed = parts
-    if not placed < attention.node:
+    if not max(placed) < attention.node:
         return None
     if not (_is_piece(nope, 0) and _is_piece(value, 1)) or args_of(nope)[0] is not args_of(value)[0]:
         return None
     states, sizes, dim = (*args_of(args_of(nope)[0]), 0)[:3]
-    if len(sizes) != 2 or dim not in (-1, 3) or states.target is not aten.transpose.int:
+    if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes) or dim not in (-1, 3):
+        return None
+    if states.target is not aten.transpose.int:
         return None
     viewed, *swapped = args_of(states)
     if {each % 4 for each in swapped} != {1, 2} or viewed.target not in (aten.view.default, aten.reshape.default):
         return None
     made = args_of(viewed)[0]
-    latents = _source(made)
-    if latents is None or rotary.target is not aten.expand.default:
+    source = _source(made)
+    if source is None or rotary.target is not aten.expand.default:
         return None
-    positions = args_of(rotary)[0]
+    (latents, readers), positions = source, args_of(rotary)[0]
+    if not all(_is_latent(each.meta.get("val")) for each in (latents, positions)):
+        return None
     is_one = made.target is aten.linear.default and args_of(made)[0] is latents and len(args_of(made)) == 2
     weight = args_of(made)[1] if is_one and not made.kwargs else None
     heads = states.meta["val"].shape[1]
     expected = (*latents.meta["val"].shape[:1], heads, latents.meta["val"].shape[2], sum(sizes))
-    if not all(_is_latent(each.meta.get("val")) for each in (latents, positions)) or not isinstance(heads, int):
+    if not isinstance(heads, int) or not all(
+        map(statically_known_true, map(_same, states.meta["val"].shape, expected))
+    ):
         return None
-    if not all(map(statically_known_true, map(_same, states.meta["val"].shape, expected))):
-        return None
-    readers = tuple(user for user in latents.users if user.target in _MAKING)
-    return _Expanded(latents, positions, weight, heads, sizes[0], rows, (*readers, placed), made, key)
+    return _Expanded(latents, positions, weight, heads, sizes[0], rows, (*readers, *placed), made, key)
 
 
-def _source(node: Node) -> Node | None:
-    """What keys and values are made of by a projection, to which others may be added (LoRA); ``None`` if by no one."""
-    if node.target not in _MAKING:
-        return node
-    sources = {_source(each) for each in node.all_input_nodes[: 1 if node.target is aten.linear.default else None]}
-    return sources.pop() if len(sources) == 1 else None
+def _source(node: Node) -> tuple[Node, tuple[Node, ...]] | None:
+    """What ``node`` is made of by a projection, to which others may be added (LoRA), and what reads that on the way.
+
+    ``None`` if it is made of several, or by no projection.
+    """
+    pending, seen = [node], {node}
+    sources: set[Node] = set()
+    readers: list[Node] = []
+    while pending and len(sources) < 2:
+        each = pending.pop()
+        if each.target not in _MAKING:
+            return None
+        for operand in each.all_input_nodes[: 1 if each.target is aten.linear.default else None]:
+            if operand.target not in _MAKING:
+                sources.add(operand)
+                readers.append(each)
+            elif operand not in seen:
+                seen.add(operand)
+                pending.append(operand)
+    return (sources.pop(), tuple(readers)) if len(sources) == 1 else None
 
 
 def _whole(node: Node) -> tuple[Node, tuple[Any, ...]]:
@@ -146,20 +163,19 @@ def _is_piece(node: Node, index: int) -> bool:
     return len(args) == 2 and args[1] == index and getattr(args[0], "target", None) is aten.split_with_sizes.default
 
 
-def _parts_of(key: Node) -> tuple[Node, Node, Node] | None:
-    """The two that lie side by side in the keys' channels, and the operation that has put them there."""
+def _parts_of(key: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
+    """The two that lie side by side in the keys' channels, and what puts them there."""
     if key.target is aten.cat.default:
         parts, dim = (*args_of(key), 0)[:2]
-        return (parts[0], parts[1], key) if len(parts) == 2 and dim in (-1, 3) else None
+        return (parts[0], parts[1], (key,)) if len(parts) == 2 and dim in (-1, 3) else None
     if key.target not in _EMPTY:
         return None
     placed = []
     for copy in filter(is_mutation, aliases(key)):
-        view = args_of(copy)[0]
-        if copy.target is not aten.copy_.default or view.target is not aten.slice.Tensor:
+        if copy.target is not aten.copy_.default or (view := args_of(copy)[0]).target is not aten.slice.Tensor:
             return None
         a = arguments(view)
-        if a["self"] is not key or a["dim"] not in (-1, 3) or a["step"] != 1:
+        if a["self"] is not key or a["dim"] not in (-1, 3) or a["step"] != 1 or isinstance(a["start"], Node):
             return None
         placed.append((a["start"] or 0, view.meta["val"].shape[3], copy))
     placed.sort(key=lambda each: each[0])
@@ -168,7 +184,7 @@ def _parts_of(key: Node) -> tuple[Node, Node, Node] | None:
     if sum(size for _, size, _ in placed) != key.meta["val"].shape[3]:
         return None
     first, second = (copy for *_, copy in placed)
-    return args_of(first)[1], args_of(second)[1], max(first, second)
+    return args_of(first)[1], args_of(second)[1], (first, second)
 
 
 def _can_absorb(attention: Attention, found: _Expanded) -> bool:
@@ -176,12 +192,26 @@ def _can_absorb(attention: Attention, found: _Expanded) -> bool:
     query, weight = attention.query.meta["val"], found.weight
     if weight is None or is_wrapper_subclass(weight.meta["val"]) or not true_here(query.shape[2] <= FEW_TOKENS):
         return False
+    if statically_known_true(query.shape[2] == 0):
+        return False
     if attention.is_causal or attention.softcap is not None or attention.sinks is not None:
         return False
     if any(each.meta["val"].dtype != query.dtype for each in (found.key, found.latents, found.positions, weight)):
         return False
-    roots = {root_of(each) for each in (found.latents, found.positions, found.made, weight, attention.query)}
-    return first_write(roots, min(found.readers), attention.node) is None
+    latents, positions = (each.meta["val"].shape for each in (found.latents, found.positions))
+    rotary = found.key.meta["val"].shape[3] - found.nope
+    sizes = (*query.shape[:2], *positions), (latents[0], found.heads, latents[0], 1, latents[2], rotary)
+    if not all(map(statically_known_true, map(_same, *sizes))):  # something is broadcast
+        return False
+    if torch.float64 in (query.dtype, *(bias.node.meta["val"].dtype for bias in attention.biases)):
+        return False
+    if changes_meanwhile(attention):
+        return False
+    roots = {root_of(each) for each in (found.latents, found.positions, found.made, found.key, weight)}
+    written = first_write(roots, min(found.readers), attention.node)
+    while written in found.readers:
+        written = first_write(roots, written.next, attention.node)
+    return written is None
 
 
 def _absorb(graph: KVGraph, attention: Attention, found: _Expanded) -> None:

@@ -30,7 +30,7 @@ from icw_compile.passes.attention import (
 )
 from icw_compile.passes.graph import FusedAttention, KVGraph, Storage, args_of, first_write, root_of
 
-__all__ = ["fuse_reads", "in_layout_of", "one_mask"]
+__all__ = ["changes_meanwhile", "fuse_reads", "in_layout_of", "one_mask"]
 
 aten = torch.ops.aten
 _ops = torch.ops.icw_int8kv
@@ -41,7 +41,7 @@ def fuse_reads(graph: KVGraph) -> int:
     fused = 0
     for node in list(graph.graph.nodes):
         found = match_attention(node)
-        if found is None or _changes_meanwhile(found):
+        if found is None or changes_meanwhile(found):
             continue
         operands = [strip_casts(operand) for operand in (found.key, found.value)]
         if all(operand in graph.came for operand in operands):
@@ -181,7 +181,7 @@ def _written_since(reader: Node, decoded: Node, repeated: Storage, unrepeated: S
     return first_write(roots, node, reader) is not None
 
 
-def _changes_meanwhile(found: Attention) -> bool:
+def changes_meanwhile(found: Attention) -> bool:
     """Whether something that the attention is made of is written before its end, where one operation would read it."""
     ends = {found.query, strip_casts(found.key), strip_casts(found.value), *(bias.node for bias in found.biases)}
     if found.sinks is not None:

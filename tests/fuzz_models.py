@@ -27,7 +27,7 @@ __all__ = ["Case", "cases"]
 
 MOST_TOKENS = 40
 SLIDING = ("mistral", "gemma2", "gemma3_text", "gpt_oss")
-FAMILIES = ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "qwen2", "gpt_oss")
+FAMILIES = ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "qwen2", "gpt_oss", "deepseek_v3")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Case:
     """A model, a cache, and what is done with them; every field's default is the plainest choice.
 
     Attributes:
-        family, attention, layers, kv_heads, groups, head_dim: the model; ``groups`` query heads for each of keys.
+        family, attention, layers, kv_heads, groups, head_dim: the model; ``groups`` query heads for each of keys, but
+            for latent attention, whose heads share one latent.
         window: of its sliding layers, where it has some.
         outliers: some channels of keys and values are much larger than the others.
         batch, padding: sequences, and how many tokens of the first are padding on the left.
@@ -76,6 +77,11 @@ class Case:
             "head_dim": self.head_dim,
             "eos_token_id": None,
         }
+        if self.family == "deepseek_v3":
+            del sizes["head_dim"]
+            sizes |= {"num_key_value_heads": heads, "first_k_dense_replace": 3, "q_lora_rank": None}
+            sizes |= {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
+            sizes |= {"qk_nope_head_dim": self.head_dim, "v_head_dim": 2 * self.head_dim}
         if self.family == "phi3":
             sizes["hidden_size"] = heads * self.head_dim
         if self.family in SLIDING:
@@ -86,7 +92,7 @@ class Case:
         if self.outliers:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    if ".k_proj." in name or ".v_proj." in name:
+                    if any(part in name for part in (".k_proj.", ".v_proj.", ".kv_a_layernorm.")):
                         parameter[:: self.head_dim] *= 30.0
         return model
 

@@ -214,9 +214,84 @@ def positions_of_each_head(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor
     return sdpa(q, joined(nope, p.repeat(1, HEADS, 1, 1).cumsum(dim=1)), values)
 
 
+def joined_and_written(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    keys, values = expanded(c, p, w, joined)
+    keys[:, :, :5] = 0.0
+    return sdpa(q, keys, values)
+
+
+def spelled_out(q: Tensor, c: Tensor, p: Tensor, w: Tensor, change: Callable[[str, Tensor, Tensor], None]) -> Tensor:
+    """``change`` is called between the operations of an attention, with the keys and what was made last."""
+    keys, values = expanded(c, p, w)
+    mask = torch.linspace(-1.0, 1.0, CACHED).expand(1, 1, 1, -1).clone()
+    scores = q @ keys.transpose(2, 3) * SCALE + mask
+    change("mask", keys, mask)
+    change("scores", keys, scores)
+    weights = softmax(scores, dim=-1)
+    change("weights", keys, weights)
+    return weights @ values
+
+
+def mask_written(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    return spelled_out(q, c, p, w, lambda what, keys, made: made.zero_() if what == "mask" else None)
+
+
+def scores_written(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    return spelled_out(q, c, p, w, lambda what, keys, made: made[..., :5].fill_(-1e9) if what == "scores" else None)
+
+
+def weights_written(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    return spelled_out(q, c, p, w, lambda what, keys, made: made[..., :5].zero_() if what == "weights" else None)
+
+
+def keys_written_late(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    return spelled_out(q, c, p, w, lambda what, keys, made: keys.mul_(2.0) if what == "scores" else None)
+
+
+def positions_first(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    """And written as soon as they are copied."""
+    keys = q.new_empty(*q.shape[:2], CACHED, NOPE + ROTARY)
+    keys[..., NOPE:].copy_(p.expand(-1, HEADS, -1, -1))
+    p.mul_(2.0)
+    nope, values = torch.split(projected(c, w), [NOPE, VALUES], dim=-1)
+    keys[..., :NOPE].copy_(nope)
+    return sdpa(q, keys, values)
+
+
+def a_truth_is_added(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    keys, values = expanded(c, p, w)
+    mask = torch.arange(CACHED) % 2 == 0
+    return softmax(q @ keys.transpose(2, 3) + mask.expand(1, 1, 1, -1), dim=-1) @ values
+
+
+def wider_mask(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    keys, values = expanded(c, p, w)
+    mask = torch.linspace(-1.0, 1.0, CACHED, dtype=torch.float64).expand(1, 1, 1, -1)
+    return softmax(q @ keys.transpose(2, 3) + mask, dim=-1).to(q.dtype) @ values
+
+
+def one_batch_of_positions(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    nope, values = torch.split(projected(c, w), [NOPE, VALUES], dim=-1)
+    return sdpa(q, joined(nope, p[:1].expand(nope.shape[0], HEADS, -1, -1)), values)
+
+
+def more_query_heads(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    return sdpa(torch.cat([q, q + 1.0], dim=1), *expanded(c, p, w), enable_gqa=True)
+
+
+def flat_tokens(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+    def project(latents: Tensor, weight: Tensor) -> Tensor:
+        made = linear(latents.reshape(-1, RANK), weight)
+        return made.view(*latents.shape[:1], CACHED, -1, NOPE + VALUES).transpose(1, 2)
+
+    return sdpa(q, *expanded(c, p, w, project=project))
+
+
 STAY = (
     *(with_bias, adapted, scaled_latents, causal, written_meanwhile, written_values, written_keys, late_copy),
-    *(turned_round, other_values, other_rows, positions_of_each_head),
+    *(turned_round, other_values, other_rows, positions_of_each_head, joined_and_written, mask_written),
+    *(scores_written, weights_written, keys_written_late, positions_first, a_truth_is_added, wider_mask),
+    *(one_batch_of_positions, more_query_heads, flat_tokens),
 )
 
 
@@ -229,6 +304,40 @@ def test_others_stay_as_they_are(function: Attend) -> None:
     (found,) = run(graph, *(each.clone() for each in given))
     assert torch.equal(found, expected)
     assert not any(latent.is_absorbed for latent in graph.latents.values())
+
+
+def test_float64_and_no_tokens_stay_as_they_are() -> None:
+    for given in (inputs(dtype=torch.float64), inputs(tokens=0)):
+        graph = trace(plain, *given)
+        run_passes(graph, [Pass("latent", absorb)])
+        assert torch.equal(*run(graph, *given), plain(*given))
+
+
+def test_deep_projections_are_looked_through_once() -> None:
+    """Layers of a model without a cache, with sums of two branches: in no more steps than there are operations."""
+
+    def function(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> Tensor:
+        for _ in range(60):
+            c = c + linear(c, w[:RANK]) * (c + 1.0)
+        return sdpa(q, *expanded(c, p, w))
+
+    given = inputs()
+    graph = trace(function, *given)
+    run_passes(graph, [Pass("latent", absorb)])
+    assert graph.latents
+
+
+def test_other_readers_are_said() -> None:
+    """Of latents that are expanded: what else reads them is complained of."""
+
+    def function(q: Tensor, c: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return causal(q, c, p, w), linear(c, w[:8])
+
+    graph = trace(function, *inputs(tokens=2), quantized=[1, 2])
+    run_passes(graph, PASSES)
+    assert [(each.what, each.reason) for each in graph.skipped] == [
+        ("keys", "read by aten.linear.default, which no rule fuses")
+    ]
 
 
 def test_prompts_stay_as_they_are() -> None:
@@ -276,6 +385,22 @@ def test_stored(tokens: int) -> None:
         (found,) = run(graph, q, stored[0], stored[1], w, mask)
         expected = masked(q, stored[0].dequantize(), stored[1].dequantize(), w, mask)
         assert relative_distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_stored_in_half_precision(tokens: int) -> None:
+    """Where positions decide, in bfloat16: one more rounding, of what goes through the weight, and no more."""
+    q, c, p, w = inputs(tokens=tokens)
+    q[..., NOPE:] *= 8
+    mask = boolean_mask(2, tokens)
+    given = [each.bfloat16() for each in (q, c, p, w)]
+    stored = [QuantizedKV.quantize(each) for each in given[1:3]]
+    decoded = [each.dequantize() for each in stored]
+    exact = masked(given[0].double(), *(each.double() for each in (*decoded, given[3])), mask)
+    graph = trace(masked, *given, mask, quantized=[1, 2])
+    run_passes(graph, PASSES)
+    (found,) = run(graph, given[0], *stored, given[3], mask)
+    assert relative_distance(found, exact) < 1.5 * relative_distance(masked(given[0], *decoded, given[3], mask), exact)
 
 
 def test_text() -> None:

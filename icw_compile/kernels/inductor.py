@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icw_compile.kernels.interface import FEW_TOKENS
+
 __all__ = [
     "ATTENTION_ARGUMENTS",
     "attention",
@@ -74,9 +76,14 @@ def attention(
     softcap: float | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    key, value = key.to(query.dtype), value.to(query.dtype)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
+        tokens = query.shape[2]
+        if attn_mask.dtype.itemsize > query.dtype.itemsize and isinstance(tokens, int) and tokens <= FEW_TOKENS:
+            # Of a few tokens it may be a part of the scores that was computed before, and not only a mask.
+            q, k, v = (each.to(attn_mask.dtype) for each in (query, key, value))
+            return grouped_attention(q, k, v, attn_mask, is_causal, scale, softcap, sinks).to(query.dtype)
         attn_mask = attn_mask.to(query.dtype)
+    key, value = key.to(query.dtype), value.to(query.dtype)
     if softcap is not None or sinks is not None or key.shape[-1] != value.shape[-1]:
         # torch's fused kernels have none of these, and outside them it expands grouped heads.
         return grouped_attention(query, key, value, attn_mask, is_causal, scale, softcap, sinks)
