@@ -90,6 +90,13 @@ print(drawings["captured"])
 print(set(drawings["canonicalize"].calls("read")) - set(drawings["captured"].calls("read")))
 
 # %% [markdown]
+# ## `latent`: latents as they are cached
+#
+# There are none here. A model with latent attention (MLA) caches one vector for the keys and values of all heads, and
+# expands all of them at each step. That is linear, so a decode step takes its query through the weight instead, and
+# reads the latents as the keys and the values of one head.
+
+# %% [markdown]
 # ## `storage`: what is the cache?
 #
 # Each placeholder that is a `QuantizedKV` becomes its parts: int8 rows, one scale for each head and token, and the

@@ -42,7 +42,7 @@ def packed_model(folder: Path) -> PreTrainedModel:
     return loaded.eval()
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_int8_cache(kind: str, tmp_path: Path) -> None:
     """Its layers compare addresses of memory, which ends the graph at each of them, compiled by any backend."""
     model = packed_model(tmp_path)

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
     [
         pytest.param("dynamic", "triton", "8", marks=pytest.mark.slow),
         ("dynamic", "triton", "4"),  # which keeps rows
-        ("window", "triton", "8"),  # a full one, static
+        pytest.param("window", "triton", "8", marks=pytest.mark.slow),  # a full one, static
         pytest.param("window", "triton", "4", marks=pytest.mark.slow),
         pytest.param("dynamic", "inductor", "8", marks=pytest.mark.slow),
         pytest.param("static", "inductor", "8", marks=pytest.mark.slow),

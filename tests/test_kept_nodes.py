@@ -166,7 +166,7 @@ def test_mask_under_vmap() -> None:
     check_model(model, DynamicCache(config=model.config))
 
 
-@pytest.mark.parametrize("name", ["subclass", "cond", "vmap"])
+@pytest.mark.parametrize("name", ["subclass", "cond", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_symbolic_sizes(name: str) -> None:
     model = MAKERS[name]()
     check_model(model, DynamicCache(config=model.config), dynamic=True)

@@ -115,7 +115,7 @@ def test_what_waits_for_the_kernel_ahead(tmp_path):
         assert divisions and divisions[-1] < wait, "what is known before is worked out before"
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_settling_shifts(arch, tmp_path):
     """For prompts: rows are read by wide loads, and nothing goes to memory."""
     settled = [

@@ -1099,8 +1099,15 @@ def test_grown_cache_that_is_viewed(function: Callable[[Tensor], Tensor], equali
         assert relative_distance(way(function)(x), expected) <= CLOSE
 
 
-@pytest.mark.parametrize("kept", [{"icw.sink_tokens": 3}, {"icw.recent_tokens": 2}])
-@pytest.mark.parametrize("attention", ["inductor", "auto"])
+@pytest.mark.parametrize(
+    ("attention", "kept"),
+    [
+        ("inductor", {"icw.sink_tokens": 3}),
+        ("auto", {"icw.recent_tokens": 2}),
+        pytest.param("inductor", {"icw.recent_tokens": 2}, marks=pytest.mark.slow),
+        pytest.param("auto", {"icw.sink_tokens": 3}, marks=pytest.mark.slow),
+    ],
+)
 def test_kept_rows_of_a_symbolic_batch(attention: str, kept: dict[str, int]) -> None:
     """The first token alone, of several sequences, with ``dynamic=True``."""
     model, ids = tiny_model(head_dim=16), tokens(3, batch=2)

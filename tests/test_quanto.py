@@ -22,7 +22,7 @@ def quantized_model(bits: int) -> PreTrainedModel:
     ("bits", "kind"),
     [
         (8, "static"),
-        (4, "dynamic"),
+        pytest.param(4, "dynamic", marks=pytest.mark.slow),
         pytest.param(8, "dynamic", marks=pytest.mark.slow),
         pytest.param(4, "static", marks=pytest.mark.slow),
     ],
