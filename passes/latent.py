@@ -18,6 +18,7 @@ A prompt, of which each token is read by many, stays as it is.
 Every latent attention is recorded in ``graph.latents``, for ``storage`` to know what it reads.
 """
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,7 +90,7 @@ def _match(attention: Attention) -> _Expanded | None:
     if attention.merged or rows != rows_of_values or (parts := _parts_of(key)) is None:
         return None
     nope, rotary, placed = parts
-    if not max(placed) < attention.node:
+    if max(placed) > attention.node:
         return None
     if not (_is_piece(nope, 0) and _is_piece(value, 1)) or args_of(nope)[0] is not args_of(value)[0]:
         return None
@@ -111,10 +112,9 @@ def _match(attention: Attention) -> _Expanded | None:
     is_one = made.target is aten.linear.default and args_of(made)[0] is latents and len(args_of(made)) == 2
     weight = args_of(made)[1] if is_one and not made.kwargs else None
     heads = states.meta["val"].shape[1]
-    expected = (*latents.meta["val"].shape[:1], heads, latents.meta["val"].shape[2], sum(sizes))
-    if not isinstance(heads, int) or not all(
-        map(statically_known_true, map(_same, states.meta["val"].shape, expected))
-    ):
+    batch, _, length, _ = latents.meta["val"].shape
+    shapes = states.meta["val"].shape, (batch, heads, length, sum(sizes))
+    if not isinstance(heads, int) or not all(map(statically_known_true, map(operator.eq, *shapes))):
         return None
     return _Expanded(latents, positions, weight, heads, sizes[0], rows, (*readers, *placed), made, key)
 
@@ -146,10 +146,6 @@ def _whole(node: Node) -> tuple[Node, tuple[Any, ...]]:
     if node.target is not aten.slice.Tensor or (a := arguments(node))["dim"] not in (2, -2):
         return node, ()
     return a["self"], (a["start"], a["end"], a["step"])
-
-
-def _same(a: Any, b: Any) -> Any:
-    return a == b
 
 
 def _is_latent(value: Any) -> bool:
@@ -198,10 +194,10 @@ def _can_absorb(attention: Attention, found: _Expanded) -> bool:
         return False
     if any(each.meta["val"].dtype != query.dtype for each in (found.key, found.latents, found.positions, weight)):
         return False
-    latents, positions = (each.meta["val"].shape for each in (found.latents, found.positions))
+    (batch, one, length, _), positions = (each.meta["val"].shape for each in (found.latents, found.positions))
     rotary = found.key.meta["val"].shape[3] - found.nope
-    sizes = (*query.shape[:2], *positions), (latents[0], found.heads, latents[0], 1, latents[2], rotary)
-    if not all(map(statically_known_true, map(_same, *sizes))):  # something is broadcast
+    shapes = (*query.shape[:2], *positions), (batch, found.heads, batch, one, length, rotary)
+    if not all(map(statically_known_true, map(operator.eq, *shapes))):  # something is broadcast
         return False
     if torch.float64 in (query.dtype, *(bias.node.meta["val"].dtype for bias in attention.biases)):
         return False
