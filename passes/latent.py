@@ -36,9 +36,10 @@ __all__ = ["absorb"]
 
 aten = torch.ops.aten
 
-#: What keys and values are made by, of latents.
+#: What keys and values are made by, of latents: with quantized weights, what Dynamo calls `linear` stays so.
+_PROJECTIONS = (aten.linear.default, torch.nn.functional.linear)
 _MAKING = (
-    *(aten.linear.default, aten.add.Tensor, aten.mul.Tensor, aten.dropout.default),
+    *(*_PROJECTIONS, aten.add.Tensor, aten.mul.Tensor, aten.dropout.default),
     *(aten.to.dtype, aten._to_copy.default),
 )
 _EMPTY = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default, aten.new_zeros.default)
@@ -131,7 +132,7 @@ def _source(node: Node) -> tuple[Node, tuple[Node, ...]] | None:
         each = pending.pop()
         if each.target not in _MAKING:
             return None
-        for operand in each.all_input_nodes[: 1 if each.target is aten.linear.default else None]:
+        for operand in each.all_input_nodes[: 1 if each.target in _PROJECTIONS else None]:
             if operand.target not in _MAKING:
                 sources.add(operand)
                 readers.append(each)

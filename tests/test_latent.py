@@ -1,5 +1,6 @@
 """Models with latent attention (MLA): the reference's numbers, in every cache and format, and its bytes."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -103,3 +104,28 @@ def test_layer_that_stays_float() -> None:
     logits = run(compiled(model, **{"icw.skip_layers": "first"}), cache, ids, chunks)
     assert [type(layer.keys) for layer in cache.layers] == [Tensor, QuantizedKV]
     assert relative_distance(logits, run(model, made(model, "dynamic"), ids, chunks)) < 2e-2
+
+
+def with_int8_weights(model: PreTrainedModel) -> PreTrainedModel:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao has no build for this platform")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    return model
+
+
+def adapted(model: PreTrainedModel) -> PreTrainedModel:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["kv_b_proj", "o_proj"], r=4, init_lora_weights=False)
+    return peft.get_peft_model(model, config).eval().get_base_model()
+
+
+@pytest.mark.parametrize("change", [with_int8_weights, slow(adapted)])
+def test_expanded_by_more_than_a_weight(change: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+    """Each step expands the latents, as in the stock model: they are int8 all the same."""
+    model = change(model_of())
+    ids, chunks = tokens(19, batch=2), (17, 1, 1)
+    cache = made(model, "static")
+    logits = run(compiled(model), cache, ids, chunks)
+    assert relative_distance(logits, run(model, reference(model, "static"), ids, chunks)) <= CLOSE_LOGITS
+    assert all(len(graph.sites) == 4 and not graph.skipped for graph in graphs())
+    assert {read for site in graphs()[-1].sites for read in site.reads} == {"expanded"}
+    assert all(isinstance(part, QuantizedKV) for layer in cache.layers for part in (layer.keys, layer.values))
