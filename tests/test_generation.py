@@ -132,7 +132,7 @@ CASES = [
         recent,
         marks=()
         if (bits == 8 and ((name, kind) == ("llama", "dynamic") or (name, mode) == ("mistral", "assisted")))
-        or (name, kind, mode, bits) == ("mistral", "dynamic", "beams", 4)
+        or (name, kind, mode, bits, recent) == ("mistral", "dynamic", "beams", 4, 128)
         else pytest.mark.slow,
     )
     # 128 is what 4 bits keep where nobody says, and as many as there are here.

@@ -166,7 +166,9 @@ def test_mask_under_vmap() -> None:
     check_model(model, DynamicCache(config=model.config))
 
 
-@pytest.mark.parametrize("name", ["subclass", "cond", pytest.param("vmap", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["cond", *(pytest.param(name, marks=pytest.mark.slow) for name in ("subclass", "vmap"))]
+)
 def test_symbolic_sizes(name: str) -> None:
     model = MAKERS[name]()
     check_model(model, DynamicCache(config=model.config), dynamic=True)

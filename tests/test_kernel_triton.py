@@ -873,7 +873,7 @@ def padded_by(*pads, length=14):
     ("name", "heads", "padding"),
     [
         ("llama", 2, None),
-        ("llama", 2, padded_by(0, 5, 3)),
+        pytest.param("llama", 2, padded_by(0, 5, 3), marks=pytest.mark.slow),  # as those below
         ("llama", 1, padded_by(4)),
         ("llama", 2, padded_by(0, 14)),  # a sequence of padding alone reads nothing
         ("llama", 2, padded_by(0, 5).index_fill(1, torch.tensor([7]), 0)),  # holes
