@@ -148,25 +148,25 @@ def prefill(file: Data) -> str:
     )
 
 
-def dynamic(file: Data) -> str:
+def _steps_over(file: Data, ours: str, stock: str) -> str:
+    """What a decode step takes at each context."""
     ratios = [
-        f"{result.decode_ratio('int8-dynamic', 'stock-dynamic').median:.2f}x at {result.context:,} tokens"
-        for result in contexts(file)
+        f"{result.decode_ratio(ours, stock).median:.2f}x at {result.context:,} tokens" for result in contexts(file)
     ]
+    return _listed(ratios)
+
+
+def dynamic(file: Data) -> str:
     return (
-        f"A decode step with an int8 `DynamicCache` takes {_listed(ratios)} of the stock compiled one, which copies "
-        f"its cache at each step: {setup(file)}."
+        f"A decode step with an int8 `DynamicCache` takes {_steps_over(file, 'int8-dynamic', 'stock-dynamic')} of the "
+        f"stock compiled one, which copies its cache at each step: {setup(file)}."
     )
 
 
 def latent(file: Data) -> str:
-    ratios = [
-        f"{result.decode_ratio('int8-static', 'stock-static').median:.2f}x at {result.context:,} tokens"
-        for result in contexts(file)
-    ]
     return (
-        f"A decode step takes {_listed(ratios)} of the stock compiled one, which makes the keys and values of all "
-        f"cached tokens: {setup(file)}."
+        f"A decode step takes {_steps_over(file, 'int8-static', 'stock-static')} of the stock compiled one, which "
+        f"makes the keys and values of all cached tokens: {setup(file)}."
     )
 
 
