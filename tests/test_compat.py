@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.fx.traceback
+import transformers
 from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
@@ -26,6 +27,7 @@ from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat import attention, dynamo, flex, functorch, fx, inductor, watch
 from icw_compile.compat import transformers as hf
 from icw_compile.compat import triton as compat_triton
+from icw_compile.lab.tiny import model_types, tiny_causal_lm
 
 aten = torch.ops.aten
 
@@ -1291,6 +1293,29 @@ def test_heads_of_a_rank_are_those_of_transformers(plan):
     assert hf.heads_of_rank(model, 4) == tensor_parallel.get_kv_heads_per_rank(plan, 4, 2)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("deepseek_v3", {}),
+        ("falcon", {"multi_query": True, "new_decoder_architecture": False}),  # one head
+        ("falcon", {"multi_query": False, "new_decoder_architecture": False}),
+        ("gemma3_text", {}),
+        ("longcat_flash", {}),  # cannot be run without storage
+        ("mimo_v2_flash", {}),  # twice the heads in its windows, other channels of values
+    ],
+)
+@pytest.mark.parametrize("given", ["model", "configuration"])
+def test_sizes_are_those_that_the_model_stores(model_type, overrides, given):
+    if model_type not in model_types():
+        pytest.skip(f"no {model_type} in this version of transformers")
+    model = tiny_causal_lm(model_type, **overrides)
+    cache = transformers.StaticCache(model.config, max_cache_len=4)
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    stored = [tuple((each.shape[1], each.shape[3]) for each in (layer.keys, layer.values)) for layer in cache.layers]
+    assert hf.layer_sizes(model if given == "model" else model.config) == stored
+
+
 def test_a_model_without_storage_shows_what_it_caches():
     from transformers import DeepseekV3Config, LlamaConfig, T5Config
 
@@ -1305,8 +1330,7 @@ def test_a_model_without_storage_shows_what_it_caches():
         assert layer.keys.shape == layer.values.shape == (1, 2, 1, 16) and list(hf.other_states(layer)) == []
     latent = DeepseekV3Config(**{**sizes, "num_key_value_heads": 4}, kv_lora_rank=32)
     assert hf.latent_ranks(latent) == [32, 32]
-    for layer, shape in zip(hf.example_cache(hf.meta_model(latent)).layers, hf.layer_sizes(latent), strict=True):
-        assert [(each.shape[1], each.shape[3]) for each in (layer.keys, layer.values)] == list(shape)
+    assert hf.layer_sizes(latent) == [((1, 32), (1, latent.qk_rope_head_dim))] * 2
     with pytest.raises(ValueError, match="t5 is no model that writes text"):
         hf.meta_model(T5Config())
     model.forward = lambda **kwargs: torch.ones(1).item()

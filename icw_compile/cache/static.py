@@ -78,7 +78,7 @@ def static_cache(
     if not own:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
         raise ValueError(f"{config.model_type} keeps keys and values in no layer: its cache is of {kinds}")
-    sizes = layer_sizes(config)
+    sizes = layer_sizes(model_or_config)
     for i, layer in own.items():
         states = [
             torch.empty(batch_size, heads_of_rank(model_or_config, heads), 0, size, dtype=dtype, device=device)

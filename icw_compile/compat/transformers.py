@@ -58,12 +58,16 @@ def initialize(layer: CacheLayerMixin, keys: Tensor, values: Tensor) -> None:
     layer.lazy_initialization(keys, values)
 
 
-def layer_sizes(config: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def layer_sizes(model_or_config: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Of each layer of a decoder, ``(heads, channels)`` of the keys and of the values that it caches.
 
     Layers may differ. Latent attention (MLA) caches as keys one vector for all heads, and as values their rotary
-    channels. ``PreTrainedConfig.per_layer_config``, since 5.19; before, all layers of a configuration are alike.
+    channels. As `example_cache` shows them; what cannot be run without storage, and a layer that then keeps nothing,
+    are as the configuration says: ``PreTrainedConfig.per_layer_config``, since 5.19; before, all layers of a
+    configuration are alike.
     """
+    whole = model_or_config.config if isinstance(model_or_config, PreTrainedModel) else model_or_config
+    config = whole.get_text_config(decoder=True)
     found = []
     for layer, rank in zip(_configs_of_layers(config), latent_ranks(config), strict=True):
         if rank is not None:
@@ -72,6 +76,14 @@ def layer_sizes(config: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         found.append(((heads, size), (heads, size)))
+    try:
+        seen = example_cache(meta_model(model_or_config)).layers
+    except ValueError:
+        return found
+    for i, layer in enumerate(seen):
+        if getattr(layer, "keys", None) is not None:
+            (_, heads, _, size), (_, value_heads, _, value_size) = layer.keys.shape, layer.values.shape
+            found[i] = ((heads, size), (value_heads, value_size))
     return found
 
 
@@ -150,7 +162,7 @@ def example_cache(model: PreTrainedModel) -> DynamicCache:
         token = torch.zeros(1, 1, dtype=torch.long)
         try:
             model(input_ids=token, attention_mask=torch.ones_like(token), past_key_values=cache, use_cache=True)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             kind = model.config.model_type
             raise ValueError(f"{kind} cannot be run without storage, to see what it caches: {error}") from error
     return cache

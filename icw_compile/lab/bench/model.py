@@ -365,11 +365,10 @@ class Session:
         if any(options.layers(option) for option in LAYER_OPTIONS):
             raise ValueError("only a prompt that runs through the model tells layers apart: see --max-prefill")
         layouts = {f"{role}s": options.format_for(self.model.dtype, role, self.device) for role in ("key", "value")}
-        config = self.model.config.get_text_config(decoder=True)
         int8_static = self.contender.is_int8 and self.contender.cache == "static"
         length = self.settings.cache_len(context)
         cache = static_cache(self.model, self.settings.batch, length) if int8_static else self._empty_cache(context)
-        for i, sizes in enumerate(layer_sizes(config)):
+        for i, sizes in enumerate(layer_sizes(self.model)):
             states = [
                 torch.randn(self.settings.batch, heads, context, size, dtype=self.model.dtype, device=self.device)
                 for heads, size in sizes
