@@ -6,9 +6,12 @@ form    spelling
 sdpa    ``scaled_dot_product_attention(query, key, value, mask, ...)``
 eager   ``matmul(dropout(softmax(scores)), value)``, where ``scores`` is ``matmul(query, key^T)``, multiplied by
         numbers, soft-capped (``cap * tanh(x / cap)``), added to masks and position biases (ALiBi), filled with a very
-        negative number where a boolean mask says so, in any order that softmax does not tell apart; with GPT-OSS's
-        sinks, ``matmul(softmax(cat([scores, sinks], -1))[..., :-1], value)``
-merged  the same with ``bmm`` and ``baddbmm``, on tensors ``[B * heads, length, size]`` (BLOOM)
+        negative number where a boolean mask says so, or of no less than one, in any order that softmax does not tell
+        apart, less their largest or not; with GPT-OSS's sinks,
+        ``matmul(softmax(cat([scores, sinks], -1))[..., :-1], value)``, or with those of Granite,
+        ``matmul(softmax(scores), value) * sigmoid(logsumexp(scores) - sinks)``, which is the same
+merged  the same with ``bmm`` and ``baddbmm``, on tensors ``[B * heads, length, size]`` (BLOOM), or of the scores alone
+        (GPT-NeoX Japanese)
 ======  ============================================================================================
 
 In all, key and value may have been through ``repeat_kv``: ``unsqueeze, expand, reshape`` of ``[B, H, S, D]`` to
@@ -24,7 +27,7 @@ import torch
 from torch.fx import Node
 
 from icw_compile.compat.fx import statically_known_true
-from icw_compile.passes.graph import args_of, arguments
+from icw_compile.passes.graph import args_of, arguments, first_write
 
 __all__ = [
     "Attention",
@@ -63,7 +66,8 @@ class Bias(NamedTuple):
 class Attention:
     """One attention: ``node`` computes it from ``query``, ``key`` and ``value``, each ``[B, heads, length, size]``.
 
-    ``merged``: they are ``[B * heads, length, size]``, and so is ``node``. ``sinks`` is ``[heads]``.
+    ``merged``: they are ``[B * heads, length, size]``, and so is ``node``; the key alone may be so. ``sinks`` is
+    ``[heads]``.
     """
 
     node: Node
@@ -84,22 +88,22 @@ def match_attention(node: Node) -> Attention | None:
     if node.target is aten.scaled_dot_product_attention.default:
         found = _match_sdpa(node)
     elif node.target in (aten.matmul.default, aten.bmm.default):
-        found = _match_eager(node)
+        found = None if _rescaled(node) else _match_eager(node)
+    elif node.target is aten.mul.Tensor:
+        found = _match_rescaled(node)
     else:
         return None
     if found is None:
         return None
     rank = 3 if found.merged else 4
-    if any(_rank(operand) != rank for operand in (found.query, found.key, found.value)):
+    if any(_rank(operand) != rank for operand in (found.query, found.value)):
         return None
     return found if all(_rank(bias.node) <= 4 for bias in found.biases) else None
 
 
 def strip_casts(node: Node) -> Node:
     """What ``node`` is a conversion to another dtype of, or ``node`` itself."""
-    while node.target in _CASTS:
-        node = args_of(node)[0]
-    return node
+    return _stripped(node, *_CASTS)
 
 
 def strip_merge(node: Node) -> Node:
@@ -144,34 +148,96 @@ def repeats_heads(node: Node) -> bool:
 def _match_sdpa(node: Node) -> Attention | None:
     a = arguments(node)
     scale = _number(a["scale"]) if a["scale"] is not None else _default_scale(a["query"])
-    if scale is None or (a["attn_mask"] is not None and _rank(a["attn_mask"]) != 4):
+    if scale is None or _rank(a["key"]) != 4 or (a["attn_mask"] is not None and _rank(a["attn_mask"]) != 4):
         return None
     biases = () if a["attn_mask"] is None else (Bias(a["attn_mask"]),)
     return Attention(node, "sdpa", a["query"], a["key"], a["value"], scale, biases, a["is_causal"])
 
 
 def _match_eager(node: Node) -> Attention | None:
-    weights, value = args_of(node)
-    dropped = False
+    dropped, scores = _normalized(node)
+    if scores is None:
+        return None
+    scores, sinks = _strip_shift(scores), None
+    if dropped:
+        scores, sinks = _split_sinks(scores)
+        if sinks is None:
+            return None
+    found = _match_scores(scores)
+    if found is not None and found.merged and node.target is aten.matmul.default:
+        found = _unmerged(found, args_of(node)[1])
+    if found is None or found.merged != (node.target is aten.bmm.default):
+        return None
+    form = "eager" + (", softcap" if found.softcap is not None else "") + (", sinks" if sinks is not None else "")
+    return replace(found, node=node, form=form, value=args_of(node)[1], sinks=sinks)
+
+
+def _normalized(node: Node) -> tuple[bool, Node | None]:
+    """What ``matmul(softmax(scores), value)`` takes the softmax of, and whether the last of its columns is dropped."""
+    weights, dropped = args_of(node)[0], False
     while weights.target in (aten.dropout.default, aten.slice.Tensor, *_CASTS, *_RESHAPES):
         if weights.target is aten.slice.Tensor:
             if dropped or not _drops_last(weights):
-                return None
+                return False, None
             dropped = True
         weights = args_of(weights)[0]
     last = _rank(weights) - 1
     if weights.target not in (aten.softmax.int, aten._softmax.default) or args_of(weights)[1] not in (-1, last):
-        return None
-    scores, sinks = args_of(weights)[0], None
-    if dropped:
-        scores, sinks = _split_sinks(_strip_shift(scores))
-        if sinks is None:
-            return None
-    found = _match_scores(scores)
-    if found is None or found.merged != (node.target is aten.bmm.default):
-        return None
-    form = "eager" + (", softcap" if found.softcap is not None else "") + (", sinks" if sinks is not None else "")
-    return replace(found, node=node, form=form, value=value, sinks=sinks)
+        return False, None
+    return dropped, args_of(weights)[0]
+
+
+def _unmerged(found: Attention, value: Node) -> Attention | None:
+    """The same with the heads of the query apart, where the scores alone were of heads and batch in one dimension."""
+    query = strip_merge(found.query)
+    if any(_rank(bias.node) == 3 for bias in found.biases):
+        return None  # of merged heads, or of heads: that is not known here
+    apart = _rank(query) == 4 and _has_shape(query, (*value.meta["val"].shape[:2], *query.meta["val"].shape[2:]))
+    return replace(found, query=query, merged=False) if apart else None
+
+
+def _match_rescaled(node: Node) -> Attention | None:
+    """``output * sigmoid(logsumexp(scores) - sinks)``, where ``output`` is an attention of the same scores."""
+    for output, factor in (args_of(node), args_of(node)[::-1]):
+        if not isinstance(output, Node) or not isinstance(factor, Node) or output.target is not aten.matmul.default:
+            continue
+        found = _match_eager(output)
+        if found is None or found.sinks is not None or len(output.users) > 1:
+            continue
+        scores, sinks = _split_share(factor)
+        if sinks is not None and scores is _normalized(output)[1]:
+            return replace(found, node=node, form=f"{found.form}, sinks", sinks=sinks)
+    return None
+
+
+def _split_share(node: Node) -> tuple[Node, Node | None]:
+    """``sigmoid(logsumexp(scores, -1) - sinks)``, ``[B, heads, T, 1]``, as the scores and the sinks ``[heads]``.
+
+    It is what sinks leave of an attention without them: ``sum(exp(scores)) / (sum(exp(scores)) + exp(sinks))``.
+    """
+    share = _stripped(node, *_CASTS)
+    if share.target is not aten.unsqueeze.default or args_of(share)[1] not in (-1, 3):
+        return node, None
+    share = _stripped(args_of(share)[0], *_CASTS)
+    if share.target is not aten.sigmoid.default:
+        return node, None
+    difference = _stripped(args_of(share)[0], *_CASTS)
+    if difference.target is not aten.sub.Tensor or difference.kwargs or _rank(difference) != 3:
+        return node, None
+    total, sinks = args_of(difference)
+    total = _stripped(total, *_CASTS)
+    if total.target is not aten.logsumexp.default or args_of(total)[1] not in ([-1], [3]) or args_of(total)[2:]:
+        return node, None
+    shape = (1, total.meta["val"].shape[1], 1)
+    if not isinstance(sinks, Node) or not _has_shape(sinks, shape):
+        return node, None
+    sinks = _stripped(sinks, aten.unsqueeze.default, *_CASTS, *_RESHAPES)
+    return args_of(total)[0], sinks if _has_shape(sinks, shape[1:2]) else None
+
+
+def _rescaled(node: Node) -> bool:
+    """Whether ``node`` is an attention that is multiplied by the share that its sinks leave it, and nothing else."""
+    return any(user.target is aten.mul.Tensor and _match_rescaled(user) is not None for user in node.users)
 
 
 def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
@@ -187,7 +253,12 @@ def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
             if not isinstance(inner, Node) or not isinstance(bias, Node) or _is_boolean(bias):
                 continue  # added, a truth is a one: no mask
             if (found := _match_scores(inner, factor)) is not None:
-                return replace(found, biases=(*found.biases, Bias(bias, factor)))
+                return replace(found, biases=(*found.biases, *_added(bias, factor, inner)))
+        return None
+    if target in (aten.maximum.default, aten.max.other):
+        for inner, least in (args, args[::-1]):
+            if (floor := _number(least)) is not None and floor * factor <= _MASKED and factor > 0:
+                return _match_scores(inner, factor)
         return None
     if target in (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         keeps = target in (aten.where.self, aten.where.ScalarOther)
@@ -216,14 +287,14 @@ def _match_product(node: Node, factor: float) -> Attention | None:
         alpha, beta = _number(a["alpha"]), _number(a["beta"])
         if alpha is None or beta is None:
             return None
-        biases = (Bias(a["self"], beta * factor),) if beta else ()
+        biases = _added(a["self"], beta * factor, node) if beta else ()
         query, transposed, factor = a["batch1"], a["batch2"], alpha * factor
     elif node.target in (aten.matmul.default, aten.bmm.default):
         query, transposed = args_of(node)
     else:
         return None
-    rank = _rank(transposed)
-    if transposed.target is not aten.transpose.int:
+    rank = _rank(query)
+    if transposed.target is not aten.transpose.int or _rank(transposed) != rank:
         return None
     key, *dims = args_of(transposed)
     if {dim % rank for dim in dims} != {rank - 2, rank - 1}:
@@ -231,16 +302,20 @@ def _match_product(node: Node, factor: float) -> Attention | None:
     return Attention(node, "eager", query, key, key, factor, biases, merged=merged)
 
 
+def _added(bias: Node, factor: float, scores: Node) -> tuple[Bias, ...]:
+    """``factor * bias`` as a bias of ``scores``, unless it is zeros, which some models make in the place of one."""
+    zeros = bias.target is aten.zeros.default and first_write({bias}, bias.next) is None
+    return () if zeros and _has_shape(bias, scores.meta["val"].shape) else (Bias(bias, factor),)
+
+
 def _split_sinks(node: Node) -> tuple[Node, Node | None]:
     """``cat([scores, sinks], -1)``, with one sink for each head, as the scores and the sinks ``[heads]``."""
     if node.target is not aten.cat.default or len(args_of(node)[0]) != 2 or args_of(node)[1:] not in ((-1,), (3,)):
         return node, None
     scores, sinks = list(args_of(node)[0])
-    while sinks.target in (aten.expand.default, aten.unsqueeze.default, *_CASTS, *_RESHAPES):
-        sinks = args_of(sinks)[0]
-    heads = scores.meta["val"].shape[1] if _rank(scores) == 4 else None
-    of_each_head = _rank(sinks) == 1 and statically_known_true(sinks.meta["val"].shape[0] == heads)
-    return scores, sinks if of_each_head else None
+    sinks = _stripped(sinks, aten.expand.default, aten.unsqueeze.default, *_CASTS, *_RESHAPES)
+    heads = scores.meta["val"].shape[1:2] if _rank(scores) == 4 else ()
+    return scores, sinks if heads and _has_shape(sinks, heads) else None
 
 
 def _strip_shift(node: Node) -> Node:
@@ -276,6 +351,8 @@ def _number(value: Any) -> float | None:
         if constant.op == "get_attr":  # torch.tensor(number)
             value = getattr(constant.graph.owning_module, str(constant.target))
             return float(value) if value.numel() == 1 else None
+        elif constant.target is aten.full.default and not args_of(constant)[0]:
+            return _number(args_of(constant)[1])
         value = value.meta.get("val")
     return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
 
@@ -297,6 +374,18 @@ def is_whole_slice(node: Node) -> bool:
         statically_known_true(a == b)
         for a, b in zip(node.meta["val"].shape, args_of(node)[0].meta["val"].shape, strict=True)
     )
+
+
+def _stripped(node: Node, *targets: Any) -> Node:
+    """What ``node`` is made of by operations of these kinds alone, or ``node`` itself."""
+    while node.target in targets:
+        node = args_of(node)[0]
+    return node
+
+
+def _has_shape(node: Node, shape: tuple[Any, ...]) -> bool:
+    given = node.meta["val"].shape
+    return len(given) == len(shape) and all(map(statically_known_true, map(operator.eq, given, shape)))
 
 
 def _is_boolean(node: Node) -> bool:

@@ -10,6 +10,7 @@
     b = reshape(a, [...])      # a has gaps    c = clone(a, memory_format=contiguous_format); b = reshape(c, [...])
     s = einsum("bhtd,bhsd->bhts", [q, k])      t = transpose(k, -1, -2); s = matmul(q, t)
     o = einsum("bhts,bhsd->bhtd", [w, v])      o = matmul(w, v)
+    b = slice(repeat_kv(a), 2, 0, 9)           b = repeat_interleave(slice(a, 2, 0, 9), groups, 1)
 
 What else has another spelling is the caller's to say: ``graph.idioms`` are asked first, about every operation.
 
@@ -26,7 +27,8 @@ import torch
 from torch.fx import Node
 
 from icw_compile.compat.fx import statically_known_true, storage_of
-from icw_compile.passes.graph import KVGraph, args_of
+from icw_compile.passes.attention import strip_repeat_kv
+from icw_compile.passes.graph import KVGraph, args_of, first_write, root_of
 
 __all__ = ["canonicalize"]
 
@@ -64,6 +66,8 @@ def _canonical(graph: KVGraph, node: Node) -> Node | None:
             return _checked(node, by, idiom)
     if node.target is aten.einsum.default:
         return _product(graph, node)
+    if node.target is aten.slice.Tensor:
+        return _repeated_slice(graph, node)
     if node.target not in _MAY_COPY or "kept" in node.meta:
         return None
     source: Node = args_of(node)[0]
@@ -111,6 +115,25 @@ def _product(graph: KVGraph, node: Node) -> Node | None:
             right = graph.call(aten.transpose.int, right, -1, -2)
         product: Node = graph.call(aten.matmul.default, left, right)
     return product
+
+
+def _repeated_slice(graph: KVGraph, node: Node) -> Node | None:
+    """Some tokens of repeated heads, as the repeated heads of some tokens: attention then finds them so."""
+    repeated, dim, *rest = args_of(node)
+    heads = strip_repeat_kv(repeated)
+    sizes = [graph.tensor(each).shape[1] for each in (repeated, heads)]
+    if heads is repeated or dim not in (2, -2) or not all(isinstance(size, int) for size in sizes):
+        return None
+    first = repeated  # of all that it is made by
+    while args_of(first)[0] is not heads:
+        first = args_of(first)[0]
+    # The heads are a copy: it is written by nothing, and what it is of is the same still.
+    if first_write({root_of(repeated)}, first) or first_write({root_of(heads)}, first, node):
+        return None
+    with graph.before(node):
+        tokens = graph.call(aten.slice.Tensor, heads, dim, *rest)
+        repeats: Node = graph.call(aten.repeat_interleave.self_int, tokens, sizes[0] // sizes[1], 1)
+        return repeats
 
 
 def _copy(graph: KVGraph, node: Node) -> Node:

@@ -52,6 +52,12 @@ def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, repeat_kv(k), repeat_kv(v), scale=SCALE)
 
 
+def repeated_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads of more than 256 channels: repeated, and then as many of the tokens as the prompt has."""
+    length = q.shape[2]
+    return sdpa(q, repeat_kv(k)[:, :, :length], repeat_kv(v)[:, :, :length], is_causal=length > 1, scale=SCALE)
+
+
 def interleaved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return sdpa(q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1))
 
@@ -101,6 +107,36 @@ def eager_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.matmul(dropout(weights, 0.0, False), repeat_kv(v))
 
 
+def eager_shifted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """MiMo V2: less their largest."""
+    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3)) * SCALE + mask
+    return torch.matmul(softmax(scores - scores.max(dim=-1, keepdim=True).values, dim=-1), repeat_kv(v))
+
+
+def eager_sinks_behind(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Granite with windows: what the sinks leave of an attention without them."""
+    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3)) * SCALE + mask
+    share = (scores.logsumexp(dim=-1) - SINKS.view(1, -1, 1)).to(torch.float32).sigmoid()
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v)) * share.unsqueeze(-1).to(q.dtype)
+
+
+def eager_at_least(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """XGLM: masked scores no less than the least number, heads and batch in one dimension but for the mask."""
+    q, k, v = (x.reshape(BATCH * QUERY_HEADS, -1, HEAD_DIM) for x in (q * SCALE, repeat_kv(k), repeat_kv(v)))
+    scores = torch.bmm(q, k.transpose(1, 2)).view(BATCH, QUERY_HEADS, -1, TOKENS) + mask
+    scores = torch.max(scores, torch.full((), torch.finfo(q.dtype).min))
+    weights = softmax(scores.view(BATCH * QUERY_HEADS, -1, TOKENS), dim=-1)
+    return torch.bmm(weights, v).view(BATCH, QUERY_HEADS, -1, HEAD_DIM)
+
+
+def eager_merged_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """GPT-NeoX Japanese: heads and batch in one dimension, for the scores alone, which are added to zeros."""
+    merged_q, merged_k = (x.reshape(BATCH * QUERY_HEADS, -1, HEAD_DIM) for x in (q, repeat_kv(k)))
+    zeros = torch.zeros(BATCH * QUERY_HEADS, q.shape[2], TOKENS)
+    scores = torch.baddbmm(zeros, merged_q, merged_k.transpose(1, 2), beta=1.0, alpha=SCALE)
+    return torch.matmul(softmax(scores.view(BATCH, QUERY_HEADS, -1, TOKENS) + mask, dim=-1), repeat_kv(v))
+
+
 def eager_merged(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """BLOOM: ALiBi, heads and batch in one dimension."""
     q, k, v = (x.reshape(BATCH * QUERY_HEADS, -1, HEAD_DIM) for x in (q, repeat_kv(k), repeat_kv(v)))
@@ -128,6 +164,7 @@ def rewritten(function: Callable[..., Any], *inputs: Tensor) -> KVGraph:
         (gqa, None),
         (causal, None),
         (repeated, None),
+        (repeated_causal, None),
         (interleaved, None),
         (eager, None),
         (masked, boolean_mask),
@@ -138,6 +175,10 @@ def rewritten(function: Callable[..., Any], *inputs: Tensor) -> KVGraph:
         (eager_filled, boolean_mask),
         (eager_late_scale, additive_mask),
         (eager_sinks, additive_mask),
+        (eager_sinks_behind, additive_mask),
+        (eager_shifted, additive_mask),
+        (eager_at_least, additive_mask),
+        (eager_merged_scores, additive_mask),
         (eager_merged, additive_mask),
         (eager_einsum, additive_mask),
     ],
@@ -198,6 +239,32 @@ def sink_per_sequence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(softmax(scores, dim=-1)[..., :-1], repeat_kv(v))
 
 
+def at_least_little(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A floor that softmax notices."""
+    scores = torch.maximum(torch.matmul(q, repeat_kv(k).transpose(2, 3)), torch.full((), -1.0))
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v))
+
+
+def at_most_little(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """With its sign turned, what is far below is a ceiling far above, and no floor."""
+    scores = torch.maximum(torch.matmul(q, repeat_kv(k).transpose(2, 3)), torch.full((), 2e4)) * -1.0
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v))
+
+
+def sinks_of_each_sequence_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    sinks = torch.linspace(-1.0, 1.0, BATCH * QUERY_HEADS).view(BATCH, QUERY_HEADS, 1)
+    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3))
+    share = (scores.logsumexp(dim=-1) - sinks).sigmoid().unsqueeze(-1)
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v)) * share
+
+
+def sinks_behind_other_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The share of a softmax that is taken of something else."""
+    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3))
+    share = ((scores * SCALE).logsumexp(dim=-1) - SINKS.view(1, -1, 1)).sigmoid().unsqueeze(-1)
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v)) * share
+
+
 def filled_with_little(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What is masked still counts: its own score does not."""
     scores = torch.matmul(q, repeat_kv(k).transpose(2, 3)).masked_fill(~boolean_mask(1), -3.0)
@@ -210,7 +277,16 @@ def bias_inside_the_softcap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "function", [other_norm, sinks_kept, sink_per_sequence, filled_with_little, bias_inside_the_softcap]
+    "function",
+    [
+        other_norm,
+        sinks_kept,
+        sink_per_sequence,
+        filled_with_little,
+        at_least_little,
+        at_most_little,
+        bias_inside_the_softcap,
+    ],
 )
 def test_what_is_not_recognised_stays_right_and_is_named(function: Callable[..., Any]) -> None:
     q, k, v = query(), kv(), kv()
@@ -230,6 +306,53 @@ def test_attention_weights_that_are_returned() -> None:
     for a, e in zip(actual, expected, strict=True):
         assert relative_distance(a, e) < 1e-5
     assert [s.what for s in graph.skipped] == ["keys"]
+
+
+def sinks_behind_a_part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What has no sinks yet is needed as well."""
+    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3))
+    output = torch.matmul(softmax(scores, dim=-1), repeat_kv(v))
+    return output * (scores.logsumexp(dim=-1) - SINKS.view(1, -1, 1)).sigmoid().unsqueeze(-1), output
+
+
+def zeros_that_are_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(BATCH, QUERY_HEADS, 1, TOKENS)
+    bias[..., 3] = 2.0
+    return torch.matmul(softmax(torch.matmul(q, repeat_kv(k).transpose(2, 3)) + bias, dim=-1), repeat_kv(v))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [sinks_behind_other_scores, sinks_of_each_sequence_behind, sinks_behind_a_part, zeros_that_are_written],
+)
+def test_what_looks_like_another_form_is_read_as_what_it_is(function: Callable[..., Any]) -> None:
+    q, k, v = query(), kv(), kv()
+    graph = rewritten(function, q, k, v)
+    assert counts(graph).get("attention_decode") == 1, "the attention that it holds"
+    expected = function(q, quantize_dequantize(k), quantize_dequantize(v))
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for a, e in zip(run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v)), expected, strict=True):
+        assert relative_distance(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("late", ["heads", "copy"])
+def test_tokens_of_repeated_heads_that_are_written_meanwhile(late: str) -> None:
+    """The copy of the heads is of what was there before, and a view of it shows what is written into it."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, new: Tensor) -> Tensor:
+        keys, values = repeat_kv(k), repeat_kv(v)
+        tokens = keys[:, :, :3]
+        if late == "heads":
+            k.index_copy_(2, torch.tensor([0]), new)
+            tokens = keys[:, :, :3]
+        else:
+            keys.mul_(2.0)
+        return sdpa(q, tokens, values[:, :, :3], is_causal=True)
+
+    q, k, v, new = query(3), kv(), kv(), 5 * kv(1)
+    graph = rewritten(function, q, k, v, new)
+    (actual,) = run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v), new)
+    assert relative_distance(actual, function(q, quantize_dequantize(k), quantize_dequantize(v), new)) < 1e-5
 
 
 def test_a_write_after_repeat_kv_blocks_the_fusion() -> None:
