@@ -28,7 +28,7 @@ from torch.fx import Node
 
 from icw_compile.compat.fx import statically_known_true, storage_of
 from icw_compile.passes.attention import strip_repeat_kv
-from icw_compile.passes.graph import KVGraph, args_of, first_write, root_of
+from icw_compile.passes.graph import KVGraph, args_of, arguments, first_write, root_of
 
 __all__ = ["canonicalize"]
 
@@ -119,10 +119,13 @@ def _product(graph: KVGraph, node: Node) -> Node | None:
 
 def _repeated_slice(graph: KVGraph, node: Node) -> Node | None:
     """Some tokens of repeated heads, as the repeated heads of some tokens: attention then finds them so."""
-    repeated, dim, *rest = args_of(node)
+    a = arguments(node)
+    repeated = a["self"]
     heads = strip_repeat_kv(repeated)
+    if heads is repeated or a["dim"] not in (2, -2):
+        return None
     sizes = [graph.tensor(each).shape[1] for each in (repeated, heads)]
-    if heads is repeated or dim not in (2, -2) or not all(isinstance(size, int) for size in sizes):
+    if not all(isinstance(size, int) for size in sizes):
         return None
     first = repeated  # of all that it is made by
     while args_of(first)[0] is not heads:
@@ -131,7 +134,7 @@ def _repeated_slice(graph: KVGraph, node: Node) -> Node | None:
     if first_write({root_of(repeated)}, first) or first_write({root_of(heads)}, first, node):
         return None
     with graph.before(node):
-        tokens = graph.call(aten.slice.Tensor, heads, dim, *rest)
+        tokens = graph.call(aten.slice.Tensor, heads, a["dim"], a["start"], a["end"], a["step"])
         repeats: Node = graph.call(aten.repeat_interleave.self_int, tokens, sizes[0] // sizes[1], 1)
         return repeats
 
