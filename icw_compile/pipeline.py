@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from icw_compile.compat.transformers import KEY_PROJECTIONS
 from icw_compile.frontend.capture import capture, forward_dynamo_metadata
 from icw_compile.frontend.families import family_of
 from icw_compile.kernels import AttentionKernel, find_kernel
@@ -115,17 +116,24 @@ def rewrite(
 
 
 def _family(graph: KVGraph) -> tuple[str, int | None]:
-    """The model type that the graph's modules belong to, and the number of sites that it should have."""
+    """The model type that the graph's modules belong to, and the number of sites that it should have.
+
+    An attention that makes no keys reads those of another layer.
+    """
     attentions: dict[str, str] = {}
+    own: set[str] = set()
     for node in graph.graph.nodes:
         for path, class_path in _modules(node):
+            module, _, name = path.rpartition(".")
             if class_path.endswith("Attention"):
                 attentions[path] = class_path
+            elif name in KEY_PROJECTIONS:
+                own.add(module)
     families = {family for class_path in attentions.values() if (family := family_of(class_path))}
     if len(families) != 1:
         return "", None
     family = families.pop()
-    return family.model_type, family.sites_per_layer * len(attentions)
+    return family.model_type, family.sites_per_layer * len(attentions.keys() & own)
 
 
 def _modules(node: Node) -> list[tuple[str, str]]:

@@ -51,7 +51,7 @@ LATER = tuple(name for name in FAMILIES if name not in _CONFIGS)
 #: Every tiny model: each family, and Mistral once more without its window.
 MODELS = (*_CONFIGS, *LATER)
 #: Those whose layers slide.
-SLIDING = ("mistral", "gemma2", "gemma3_text", "mixtral", "cohere2", "gpt_oss")
+SLIDING = ("mistral", "gemma2", "gemma3_text", "gemma4_text", "mixtral", "cohere2", "gpt_oss")
 #: (model, attn_implementation) for every form that transformers offers.
 MODEL_ATTENTIONS = [
     (name, attention) for name in MODELS for attention in FAMILIES[name.removesuffix("-full")].attentions
@@ -78,6 +78,9 @@ def tiny_model(
             sizes["sliding_window"] = WINDOW
         if name != "bloom":
             sizes["head_dim"] = head_dim
+        if name == "gemma4_text":
+            layers = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+            sizes |= {**layers, "num_kv_shared_layers": 0, "global_head_dim": 2 * head_dim}
         return tiny_causal_lm(name, attention=attention, **{**sizes, **overrides}).to(dtype)
     config_class, family = _CONFIGS[name]
     sizes = {

@@ -18,11 +18,12 @@ from support import (
     tokens,
 )
 from torch._dynamo.utils import counters
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import icw_compile
 from icw_compile.frontend.families import FAMILIES
-from icw_compile.lab.reference import reference_cache
+from icw_compile.lab.reference import dynamic_reference_cache, reference_cache
+from icw_compile.lab.tiny import tiny_causal_lm
 
 slow = pytest.mark.slow
 
@@ -81,6 +82,19 @@ def test_prefill_and_decode(name: str, attention: str, dtype: torch.dtype) -> No
     # The random weights of the later families are wider, and so are the steps of their bfloat16 states.
     rounding = 4e-2 if name in LATER else 2e-2
     assert relative_distance(logits, expected) <= (CLOSE_LOGITS if dtype == torch.float32 else rounding)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_layers_that_read_the_cache_of_another(kind: str) -> None:
+    """Gemma 4: the last two of four layers, which have heads of two sizes."""
+    model = tiny_causal_lm("gemma4_text", num_kv_shared_layers=2, sliding_window=WINDOW)
+    ids, chunks = tokens(40), (9, *DECODE)
+    cache = StaticCache(model.config, max_cache_len=LENGTH) if kind == "static" else DynamicCache(config=model.config)
+    expected = reference_cache(model, LENGTH) if kind == "static" else dynamic_reference_cache(model)
+    logits = run(compiled(model), cache, ids, chunks)
+    assert relative_distance(logits, run(model, expected, ids, chunks)) <= CLOSE_LOGITS
+    assert [isinstance(layer.keys, icw_compile.QuantizedKV) for layer in cache.layers[:2]] == [True, True]
+    assert all(len(graph.sites) == graph.expected_sites == 4 and not graph.skipped for graph in graphs())
 
 
 AROUND = {

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer, StaticSlidingWindowLayer
 
 __all__ = [
+    "KEY_PROJECTIONS",
     "CacheLayerMixin",
     "DynamicLayer",
     "StaticLayer",
@@ -109,11 +110,12 @@ def heads_of_rank(model: Any, heads: int) -> int:
 
 def splits_heads(model: Any) -> bool:
     """Whether tensor parallelism splits the heads of keys and values; each rank has all of them if not."""
-    return any(name.endswith(_KEY_PROJECTIONS) and how == "colwise" for name, how in model.tp_plan.items())
+    plan = model.tp_plan.items()
+    return any(name.rpartition(".")[2] in KEY_PROJECTIONS and how == "colwise" for name, how in plan)
 
 
-#: What makes the keys, in a plan for tensor parallelism.
-_KEY_PROJECTIONS = (".k_proj", ".qkv_proj", ".query_key_value")
+#: What makes the keys, in an attention and in a plan for tensor parallelism.
+KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 def latent_ranks(config: Any) -> list[int | None]:

@@ -37,6 +37,7 @@ FAMILIES: dict[str, Family] = {
         # Its softcap has no counterpart in torch's fused attention.
         Family("gemma2", "gemma2", _BOTH, attentions=("eager",)),
         Family("gemma3_text", "gemma3", _BOTH),
+        Family("gemma4_text", "gemma4", _BOTH),
         Family("phi3", "phi3", _BOTH),
         Family("qwen2", "qwen2", _BOTH),
         Family("qwen3", "qwen3", _BOTH),
