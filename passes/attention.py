@@ -27,7 +27,7 @@ import torch
 from torch.fx import Node
 
 from icw_compile.compat.fx import statically_known_true
-from icw_compile.passes.graph import args_of, arguments, first_write
+from icw_compile.passes.graph import args_of, arguments, first_write, root_of
 
 __all__ = [
     "Attention",
@@ -44,6 +44,8 @@ aten = torch.ops.aten
 
 _CASTS = (aten.to.dtype, aten._to_copy.default)
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+#: To which a conversion rounds, and no more. The 8-bit floats have no infinity, or too few numbers.
+_ROUNDED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 #: A score at or below this is masked: whatever it was added to or replaces does not count.
 _MASKED = -1e4
 
@@ -66,8 +68,8 @@ class Bias(NamedTuple):
 class Attention:
     """One attention: ``node`` computes it from ``query``, ``key`` and ``value``, each ``[B, heads, length, size]``.
 
-    ``merged``: they are ``[B * heads, length, size]``, and so is ``node``; the key alone may be so. ``sinks`` is
-    ``[heads]``.
+    ``merged``: they are ``[B * heads, length, size]``, and so is ``node``; the key alone may be so. ``apart`` is
+    ``[B, heads]`` where their scores were taken apart, as for a mask. ``sinks`` is ``[heads]``.
     """
 
     node: Node
@@ -81,6 +83,7 @@ class Attention:
     softcap: float | None = None
     sinks: Node | None = None
     merged: bool = False
+    apart: tuple[Any, ...] | None = None
 
 
 def match_attention(node: Node) -> Attention | None:
@@ -98,12 +101,17 @@ def match_attention(node: Node) -> Attention | None:
     rank = 3 if found.merged else 4
     if any(_rank(operand) != rank for operand in (found.query, found.value)):
         return None
+    query, value = found.query.meta["val"].shape, found.value.meta["val"].shape
+    if not _has_shape(node, (*query[:-1], value[-1])) or not statically_known_true(query[0] == value[0]):
+        return None  # something is broadcast, or heads are not where they seem
     return found if all(_rank(bias.node) <= 4 for bias in found.biases) else None
 
 
 def strip_casts(node: Node) -> Node:
-    """What ``node`` is a conversion to another dtype of, or ``node`` itself."""
-    return _stripped(node, *_CASTS)
+    """What ``node`` is rounded from, to another dtype of floating point, or ``node`` itself."""
+    while node.target in _CASTS and node.meta["val"].dtype in _ROUNDED:
+        node = args_of(node)[0]
+    return node
 
 
 def strip_merge(node: Node) -> Node:
@@ -174,13 +182,15 @@ def _match_eager(node: Node) -> Attention | None:
 
 def _normalized(node: Node) -> tuple[bool, Node | None]:
     """What ``matmul(softmax(scores), value)`` takes the softmax of, and whether the last of its columns is dropped."""
-    weights, dropped = args_of(node)[0], False
-    while weights.target in (aten.dropout.default, aten.slice.Tensor, *_CASTS, *_RESHAPES):
+    weights, dropped = strip_casts(args_of(node)[0]), False
+    while weights.target in (aten.dropout.default, aten.slice.Tensor, *_RESHAPES):
         if weights.target is aten.slice.Tensor:
             if dropped or not _drops_last(weights):
                 return False, None
             dropped = True
-        weights = args_of(weights)[0]
+        elif weights.target in _RESHAPES and not _keeps_tokens(weights):
+            return False, None
+        weights = strip_casts(args_of(weights)[0])
     last = _rank(weights) - 1
     if weights.target not in (aten.softmax.int, aten._softmax.default) or args_of(weights)[1] not in (-1, last):
         return False, None
@@ -190,10 +200,10 @@ def _normalized(node: Node) -> tuple[bool, Node | None]:
 def _unmerged(found: Attention, value: Node) -> Attention | None:
     """The same with the heads of the query apart, where the scores alone were of heads and batch in one dimension."""
     query = strip_merge(found.query)
-    if any(_rank(bias.node) == 3 for bias in found.biases):
+    if found.apart is None or any(_rank(bias.node) == 3 for bias in found.biases):
         return None  # of merged heads, or of heads: that is not known here
-    apart = _rank(query) == 4 and _has_shape(query, (*value.meta["val"].shape[:2], *query.meta["val"].shape[2:]))
-    return replace(found, query=query, merged=False) if apart else None
+    same = all(_rank(x) == 4 and _has_shape(x, (*found.apart, *x.meta["val"].shape[2:])) for x in (query, value))
+    return replace(found, query=query, merged=False, apart=None) if same else None
 
 
 def _match_rescaled(node: Node) -> Attention | None:
@@ -205,7 +215,9 @@ def _match_rescaled(node: Node) -> Attention | None:
         if found is None or found.sinks is not None or len(output.users) > 1:
             continue
         scores, sinks = _split_share(factor)
-        if sinks is not None and scores is _normalized(output)[1]:
+        normalized = _normalized(output)[1]
+        assert normalized is not None
+        if sinks is not None and scores is _strip_shift(normalized):
             return replace(found, node=node, form=f"{found.form}, sinks", sinks=sinks)
     return None
 
@@ -215,24 +227,20 @@ def _split_share(node: Node) -> tuple[Node, Node | None]:
 
     It is what sinks leave of an attention without them: ``sum(exp(scores)) / (sum(exp(scores)) + exp(sinks))``.
     """
-    share = _stripped(node, *_CASTS)
+    share = strip_casts(node)
     if share.target is not aten.unsqueeze.default or args_of(share)[1] not in (-1, 3):
         return node, None
-    share = _stripped(args_of(share)[0], *_CASTS)
+    share = strip_casts(args_of(share)[0])
     if share.target is not aten.sigmoid.default:
         return node, None
-    difference = _stripped(args_of(share)[0], *_CASTS)
+    difference = strip_casts(args_of(share)[0])
     if difference.target is not aten.sub.Tensor or difference.kwargs or _rank(difference) != 3:
         return node, None
     total, sinks = args_of(difference)
-    total = _stripped(total, *_CASTS)
+    total = strip_casts(total)
     if total.target is not aten.logsumexp.default or args_of(total)[1] not in ([-1], [3]) or args_of(total)[2:]:
         return node, None
-    shape = (1, total.meta["val"].shape[1], 1)
-    if not isinstance(sinks, Node) or not _has_shape(sinks, shape):
-        return node, None
-    sinks = _stripped(sinks, aten.unsqueeze.default, *_CASTS, *_RESHAPES)
-    return args_of(total)[0], sinks if _has_shape(sinks, shape[1:2]) else None
+    return args_of(total)[0], _of_each_head(sinks, total.meta["val"]) if isinstance(sinks, Node) else None
 
 
 def _rescaled(node: Node) -> bool:
@@ -246,25 +254,37 @@ def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
     if inner is not node:
         return _match_scores(inner, factor * number)
     target, args = node.target, args_of(node)
-    if target in (*_CASTS, *_RESHAPES):
-        return _match_scores(args[0], factor)
+    if (rounded := strip_casts(node)) is not node:
+        return _match_scores(rounded, factor)
+    if target in _RESHAPES:
+        found = _match_scores(args[0], factor) if _keeps_tokens(node) else None
+        if found is None or not found.merged:
+            return found if found is not None and _rank(node) == 4 else None
+        apart = found.apart or tuple(node.meta["val"].shape[:-2])
+        same = _rank(node) == 3 or all(map(statically_known_true, map(operator.eq, apart, node.meta["val"].shape)))
+        return (replace(found, apart=apart) if _rank(node) == 4 else found) if same else None
     if target is aten.add.Tensor and not node.kwargs:
         for inner, bias in (args, args[::-1]):
             if not isinstance(inner, Node) or not isinstance(bias, Node) or _is_boolean(bias):
                 continue  # added, a truth is a one: no mask
+            if not _has_shape(inner, node.meta["val"].shape):
+                continue  # it is scores that are broadcast, or the bias
             if (found := _match_scores(inner, factor)) is not None:
                 return replace(found, biases=(*found.biases, *_added(bias, factor, inner)))
         return None
     if target in (aten.maximum.default, aten.max.other):
         for inner, least in (args, args[::-1]):
-            if (floor := _number(least)) is not None and floor * factor <= _MASKED and factor > 0:
-                return _match_scores(inner, factor)
+            floor = _number(least)
+            if floor is not None and floor <= torch.finfo(node.meta["val"].dtype).min / 2 and floor * factor <= _MASKED:
+                return _match_scores(inner, factor)  # with which softmax has all that it had
         return None
     if target in (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         keeps = target in (aten.where.self, aten.where.ScalarOther)
         (condition, inner) = args[:2] if keeps else args[1::-1]
         filler = _number(args[2])
         if filler is None or filler * factor > _MASKED or not isinstance(inner, Node):
+            return None
+        if not _has_shape(inner, node.meta["val"].shape):
             return None
         found = _match_scores(inner, factor)
         return found and replace(
@@ -313,9 +333,21 @@ def _split_sinks(node: Node) -> tuple[Node, Node | None]:
     if node.target is not aten.cat.default or len(args_of(node)[0]) != 2 or args_of(node)[1:] not in ((-1,), (3,)):
         return node, None
     scores, sinks = list(args_of(node)[0])
-    sinks = _stripped(sinks, aten.expand.default, aten.unsqueeze.default, *_CASTS, *_RESHAPES)
-    heads = scores.meta["val"].shape[1:2] if _rank(scores) == 4 else ()
-    return scores, sinks if heads and _has_shape(sinks, heads) else None
+    return scores, _of_each_head(sinks, scores.meta["val"]) if _rank(scores) == 4 else None
+
+
+def _of_each_head(node: Node, scores: torch.Tensor) -> Node | None:
+    """The ``[heads]`` numbers of which ``node`` is those of each head, for ``scores``, ``[B, heads, ...]``."""
+    node = strip_casts(node)
+    while node.target is aten.expand.default:
+        node = strip_casts(args_of(node)[0])
+    heads = scores.shape[1]
+    alone = (heads, *[1] * (scores.dim() - 2))
+    if not _has_shape(node, alone) and not _has_shape(node, (1, *alone)):
+        return None
+    while node.target in (aten.unsqueeze.default, *_RESHAPES):
+        node = strip_casts(args_of(node)[0])
+    return node if _has_shape(node, (heads,)) else None
 
 
 def _strip_shift(node: Node) -> Node:
@@ -326,7 +358,7 @@ def _strip_shift(node: Node) -> Node:
     if largest.target is operator.getitem and args_of(largest)[1] == 0:
         largest = args_of(largest)[0]
     own = largest.target in (aten.max.dim, aten.amax.default) and args_of(largest)[0] is inner
-    return inner if own and args_of(largest)[1] in (-1, [-1]) and args_of(largest)[2:] == (True,) else node
+    return inner if own and args_of(largest)[1:] in ((-1, True), ([-1], True)) else node
 
 
 def _drops_last(node: Node) -> bool:
@@ -339,12 +371,16 @@ def _times_number(node: Node) -> tuple[Node, float]:
     """``node`` as ``(inner, factor)`` where it is ``inner * factor`` or ``inner / divisor`` with a plain number."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or (number := _number(args_of(node)[1])) is None:
         return node, 1.0
-    return args_of(node)[0], number if node.target is aten.mul.Tensor else 1.0 / number
+    if node.target is aten.mul.Tensor:
+        return args_of(node)[0], number
+    return (args_of(node)[0], 1.0 / number) if number else (node, 1.0)
 
 
 def _number(value: Any) -> float | None:
     """A plain number; a symbolic one (``dynamic=True``) is taken as the constant that it is, with a guard."""
     if isinstance(value, Node):
+        if first_write({root_of(value)}, value.next) is not None:
+            return None  # through a view
         constant = value
         while constant.target in (aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default):
             constant = args_of(constant)[0]
@@ -376,11 +412,12 @@ def is_whole_slice(node: Node) -> bool:
     )
 
 
-def _stripped(node: Node, *targets: Any) -> Node:
-    """What ``node`` is made of by operations of these kinds alone, or ``node`` itself."""
-    while node.target in targets:
-        node = args_of(node)[0]
-    return node
+def _keeps_tokens(node: Node) -> bool:
+    """Whether a reshape of scores leaves each ``[T, S]`` of them as it is, and numbers heads and batch alone anew."""
+    inner, shape = args_of(node)[0], node.meta["val"].shape
+    return _has_shape(inner, shape) or (
+        {_rank(inner), len(shape)} == {3, 4} and _has_shape(inner, (*inner.meta["val"].shape[:-2], *shape[-2:]))
+    )
 
 
 def _has_shape(node: Node, shape: tuple[Any, ...]) -> bool:

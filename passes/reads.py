@@ -59,8 +59,10 @@ def fuse_reads(graph: KVGraph) -> int:
             or any(map(partial(_written_since, node), operands, repeated, (key, value)))
         ):
             continue
+        heads = _heads(graph, repeated[0].stored.parts[0])
+        if found.apart is not None and not statically_known_true(found.apart[1] == heads):
+            continue
         with graph.before(node):
-            heads = _heads(graph, repeated[0].stored.parts[0])
             made, replacement = _fuse(graph, found, graph.decode(key), graph.decode(value), heads)
         form = found.form + (" + repeat_kv" if repeats_heads(repeated[0].stored.parts[0]) else "")
         form += ", latent" if node in graph.latents else ""
@@ -84,8 +86,11 @@ def _share_heads(graph: KVGraph, found: Attention, operands: list[Node]) -> bool
             first = args_of(first)[0]
         if first_write({root_of(each), root_of(operand)}, first, found.node) is not None:
             return False
+    shared = _heads(graph, operands[0])
+    if found.apart is not None and not statically_known_true(found.apart[1] == shared):
+        return False
     with graph.before(found.node):
-        replacement = _fuse(graph, found, key, value, _heads(graph, operands[0]))[1]
+        replacement = _fuse(graph, found, key, value, shared)[1]
     found.node.replace_all_uses_with(replacement)
     return True
 

@@ -120,6 +120,13 @@ def eager_sinks_behind(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.matmul(softmax(scores, dim=-1), repeat_kv(v)) * share.unsqueeze(-1).to(q.dtype)
 
 
+def eager_sinks_behind_a_shift(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Scores less their largest, of which the sinks are told by what they were before."""
+    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3)) * SCALE + mask
+    share = (scores.logsumexp(dim=-1) - SINKS.view(1, -1, 1)).sigmoid().unsqueeze(-1)
+    return torch.matmul(softmax(scores - scores.amax(-1, keepdim=True), dim=-1), repeat_kv(v)) * share
+
+
 def eager_at_least(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """XGLM: masked scores no less than the least number, heads and batch in one dimension but for the mask."""
     q, k, v = (x.reshape(BATCH * QUERY_HEADS, -1, HEAD_DIM) for x in (q * SCALE, repeat_kv(k), repeat_kv(v)))
@@ -176,6 +183,7 @@ def rewritten(function: Callable[..., Any], *inputs: Tensor) -> KVGraph:
         (eager_late_scale, additive_mask),
         (eager_sinks, additive_mask),
         (eager_sinks_behind, additive_mask),
+        (eager_sinks_behind_a_shift, additive_mask),
         (eager_shifted, additive_mask),
         (eager_at_least, additive_mask),
         (eager_merged_scores, additive_mask),
@@ -333,6 +341,115 @@ def test_what_looks_like_another_form_is_read_as_what_it_is(function: Callable[.
     expected = expected if isinstance(expected, tuple) else (expected,)
     for a, e in zip(run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v)), expected, strict=True):
         assert relative_distance(a, e) < 1e-5
+
+
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
+    return torch.matmul(q, repeat_kv(k).transpose(2, 3))
+
+
+def shifted_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Sinks beside scores that are less their largest."""
+    scores = scores_of(q, k)
+    scores = scores - scores.amax(-1, keepdim=True)
+    share = (scores.logsumexp(-1) - SINKS.view(1, -1, 1)).sigmoid().unsqueeze(-1)
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v)) * share
+
+
+def shifted_by_one_number(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = scores_of(q, k)
+    return torch.matmul(softmax(scores - scores.amax(), dim=-1), repeat_kv(v))
+
+
+def merged_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each group of query heads as more tokens of its head, taken apart for a bias of each query head."""
+    q, k, v = (x.reshape(BATCH * HEADS, -1, HEAD_DIM) for x in (q, k, v))
+    scores = torch.bmm(q, k.transpose(1, 2)).view(BATCH, QUERY_HEADS, -1, TOKENS) + ALIBI.square()
+    weights = softmax(scores, dim=-1).view(BATCH * HEADS, -1, TOKENS)
+    return torch.bmm(weights, v).view(BATCH, QUERY_HEADS, -1, HEAD_DIM)
+
+
+def grouped_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same of the scores alone."""
+    scores = torch.matmul(q.view(BATCH, HEADS, -1, HEAD_DIM), k.transpose(2, 3)).view(BATCH, QUERY_HEADS, -1, TOKENS)
+    return torch.matmul(softmax(scores + ALIBI[:1], dim=-1), repeat_kv(v)).transpose(1, 2).flatten(2)
+
+
+def grouped_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = softmax(scores_of(q, k), dim=-1).view(BATCH, HEADS, -1, TOKENS)
+    return torch.matmul(weights, v).sum(1)
+
+
+def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A softmax of each two tokens."""
+    scores = scores_of(q, k)
+    return torch.matmul(softmax(scores.view(*scores.shape[:-1], -1, 2), dim=-1).view(scores.shape), repeat_kv(v))
+
+
+def jointly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One softmax of the scores of all tokens."""
+    scores = scores_of(q, k)
+    return torch.matmul(softmax(scores.view(BATCH, QUERY_HEADS, -1), dim=-1).view(scores.shape), repeat_kv(v))
+
+
+def broadcast_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q[:, :1], k, v)
+
+
+def broadcast_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A mask of two sequences, on one query."""
+    mask = torch.linspace(-3, 3, BATCH * TOKENS).view(BATCH, 1, 1, TOKENS)
+    scores = torch.matmul(q[:1, :HEADS], k[:1].transpose(2, 3)) + mask
+    return torch.matmul(softmax(scores, dim=-1), v[:1])
+
+
+def a_number_that_is_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    number = torch.full((), 3.0)
+    number.view(1).fill_(0.1)
+    return torch.matmul(softmax(scores_of(q, k) * number, dim=-1), repeat_kv(v))
+
+
+def sinks_of_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As many tokens as heads."""
+    sinks = torch.linspace(-2, 2, q.shape[2]).view(1, 1, -1, 1).expand(BATCH, QUERY_HEADS, -1, -1)
+    return torch.matmul(softmax(torch.cat([scores_of(q, k), sinks], dim=-1), dim=-1)[..., :-1], repeat_kv(v))
+
+
+def no_rounding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Weights that are one, or zero."""
+    return torch.matmul(softmax(scores_of(q, k), dim=-1).to(torch.bool).float(), repeat_kv(v))
+
+
+def a_high_floor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Some rows have no score above it."""
+    scores = torch.maximum(scores_of(q, k) + torch.full((1,), -2e4), torch.full((), -2e4))
+    return torch.matmul(softmax(scores, dim=-1), repeat_kv(v))
+
+
+@pytest.mark.parametrize("length", [1, QUERY_HEADS])
+@pytest.mark.parametrize(
+    "function",
+    [
+        shifted_behind,
+        shifted_by_one_number,
+        merged_groups,
+        grouped_scores,
+        grouped_weights,
+        in_blocks,
+        jointly,
+        broadcast_heads,
+        broadcast_batch,
+        a_number_that_is_written,
+        sinks_of_tokens,
+        no_rounding,
+        a_high_floor,
+    ],
+)
+def test_what_looks_like_attention_is_right(function: Callable[..., Any], length: int) -> None:
+    q, k, v = query(length), kv(), kv()
+    graph = rewritten(function, q, k, v)
+    (actual,) = run(graph, q, QuantizedKV.quantize(k), QuantizedKV.quantize(v))
+    expected = function(q, quantize_dequantize(k), quantize_dequantize(v))
+    assert actual.shape == expected.shape and relative_distance(actual, expected) < 1e-5
 
 
 @pytest.mark.parametrize("late", ["heads", "copy"])
