@@ -50,6 +50,7 @@ BACKEND_ONLY: dict[str, dict[str, Any]] = {
 AROUND = (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW)
 #: Families with a layout of their own: one head, heads of several sizes, layers that share a cache, latents.
 OTHERS = ("falcon", "gemma4_text", "gemma3n_text", "mimo_v2_flash", "llama4_text", "deepseek_v3")
+EVERY = tuple(dict.fromkeys((*MODELS, *OTHERS)))
 
 
 def float_bytes(cache: Cache) -> int:
@@ -80,7 +81,7 @@ def model_of(name: str, **overrides: Any) -> PreTrainedModel:
     return tiny_model(name, attention="eager", dtype=torch.bfloat16, **overrides)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16), torch.float16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_static_caches_made_beforehand(name: str, dtype: torch.dtype) -> None:
     model = tiny_model(name, attention="eager", dtype=dtype)
@@ -92,7 +93,7 @@ def test_static_caches_made_beforehand(name: str, dtype: torch.dtype) -> None:
                 assert planned.evaluate(tokens=length, batch=batch).bytes == cache_bytes(ours)
 
 
-@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
+@pytest.mark.parametrize("name", EVERY)
 def test_float_caches(name: str) -> None:
     model = model_of(name)
     window = getattr(model.config, "sliding_window", None) or WINDOW
@@ -129,14 +130,12 @@ WIDE = {**{name: options for name, (options, _) in FORMATS.items()}, **BACKEND_O
 #: Every family in the formats that differ most, and two of them in all.
 WIDELY = [
     (name, options)
-    for name in (*MODELS, *OTHERS)
+    for name in EVERY
     for options in (WIDE if name in ("mistral", "gemma2") else ("equalized", "plain", "keeps rows", "first float"))
 ]
 
 
 @pytest.mark.slow
-# Stored as int8, and dequantized for an attention that no rule fuses: mimo_v2_flash.
-@pytest.mark.filterwarnings("ignore:icw_int8kv. a key/value cache is not read:icw_compile.UnquantizedCacheWarning")
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize(("name", "options"), WIDELY)
 def test_compiled_widely(name: str, options: str, kind: Any) -> None:
