@@ -258,11 +258,7 @@ def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
         return _match_scores(rounded, factor)
     if target in _RESHAPES:
         found = _match_scores(args[0], factor) if _keeps_tokens(node) else None
-        if found is None or not found.merged:
-            return found if found is not None and _rank(node) == 4 else None
-        apart = found.apart or tuple(node.meta["val"].shape[:-2])
-        same = _rank(node) == 3 or all(map(statically_known_true, map(operator.eq, apart, node.meta["val"].shape)))
-        return (replace(found, apart=apart) if _rank(node) == 4 else found) if same else None
+        return found and _reshaped(found, node)
     if target is aten.add.Tensor and not node.kwargs:
         for inner, bias in (args, args[::-1]):
             if not isinstance(inner, Node) or not isinstance(bias, Node) or _is_boolean(bias):
@@ -273,10 +269,11 @@ def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
                 return replace(found, biases=(*found.biases, *_added(bias, factor, inner)))
         return None
     if target in (aten.maximum.default, aten.max.other):
+        dtype = node.meta["val"].dtype
         for inner, least in (args, args[::-1]):
-            floor = _number(least)
-            if floor is not None and floor <= torch.finfo(node.meta["val"].dtype).min / 2 and floor * factor <= _MASKED:
-                return _match_scores(inner, factor)  # with which softmax has all that it had
+            floor = _number(least) if dtype in _ROUNDED else None
+            if floor is not None and floor <= torch.finfo(dtype).min / 2 and floor * factor <= _MASKED:
+                return _match_scores(inner, factor)  # to softmax it is nothing, with or without
         return None
     if target in (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         keeps = target in (aten.where.self, aten.where.ScalarOther)
@@ -296,6 +293,18 @@ def _match_scores(node: Node, factor: float = 1.0) -> Attention | None:
             return None
         return replace(found, scale=found.scale * factor, softcap=factor)
     return _match_product(node, factor)
+
+
+def _reshaped(found: Attention, node: Node) -> Attention | None:
+    """The same, whose scores are taken apart in ``node``, or put together again."""
+    if _rank(node) == 3:
+        return found if found.merged else None
+    if not found.merged:
+        return found
+    shape = node.meta["val"].shape
+    if found.apart is None:
+        return replace(found, apart=tuple(shape[:2]))
+    return found if _has_shape(node, (*found.apart, *shape[2:])) else None
 
 
 def _match_product(node: Node, factor: float) -> Attention | None:
