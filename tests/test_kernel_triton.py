@@ -38,6 +38,10 @@ if DEVICE == "cpu":
 #: bfloat16 off where a GPU rounds it.
 TOLERANCE = {torch.bfloat16: 2.5e-3 if DEVICE == "cuda" else 2**-7, torch.float16: 4e-4, torch.float32: 3e-6}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+#: Of plain decode and prompts float16 is alike; masks, 4 bits and tensors of other layouts have it as well.
+FEWER_DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 #: What is stored in 4 bits. The rest of the file is about rows of 8 where it says nothing else.
 FOUR_BITS = (("key", "value"), ("key",), ("value",))
 BITS = pytest.mark.parametrize("four_bits", FOUR_BITS, ids=("44", "48", "84"))
@@ -90,7 +94,7 @@ def check(tensors, *args, tolerance=None, splits=0, four_bits=(), keep=None, **k
     assert error <= (tolerance or TOLERANCE[tensors[0].dtype]), error.item()
 
 
-@DTYPES
+@FEWER_DTYPES
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (128, 64), (40, 72), (30, 13)]
 )
@@ -100,7 +104,7 @@ def test_decode(dtype, head_dim, value_dim):
     check(make(1, 4, 1, 16, 70, head_dim, value_dim, dtype), splits=2)  # 64 rows in the tile
 
 
-@DTYPES
+@FEWER_DTYPES
 @pytest.mark.parametrize("head_dim", [64, 80, 128, pytest.param(256, marks=pytest.mark.slow)])
 def test_prefill(dtype, head_dim):
     check(make(1, 6, 2, 83, 83, head_dim, head_dim, dtype), is_causal=True)
@@ -479,7 +483,7 @@ def test_kept_rows_under_masks(roles):
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("length", [1, 64, 300, pytest.param(700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [1, 300, *(pytest.param(each, marks=pytest.mark.slow) for each in (64, 700))])
 def test_sinks_and_recent_rows_are_kept(length, splits):
     """As a cache has them: the first ones and the last, more than there are rows, or so many places and no row yet."""
     for four_bits, (first, last) in zip(FOUR_BITS, ((0, 128), (4, 128), (5, 70)), strict=True):
@@ -841,7 +845,12 @@ def test_programs_of_a_multiprocessor():
 
 @pytest.mark.parametrize(
     ("dtype", "bits"),
-    [(torch.bfloat16, (8, 8)), (torch.float32, (8, 8)), (torch.float32, (8, 4)), (torch.float32, (4, 4))],
+    [
+        (torch.bfloat16, (8, 8)),
+        pytest.param(torch.float32, (8, 8), marks=pytest.mark.slow),
+        (torch.float32, (8, 4)),
+        (torch.float32, (4, 4)),
+    ],
     ids=str,
 )
 def test_whole_model(dtype, bits, everywhere):
@@ -872,7 +881,7 @@ def padded_by(*pads, length=14):
 @pytest.mark.parametrize(
     ("name", "heads", "padding"),
     [
-        ("llama", 2, None),
+        pytest.param("llama", 2, None, marks=pytest.mark.slow),  # as `test_whole_model`
         pytest.param("llama", 2, padded_by(0, 5, 3), marks=pytest.mark.slow),  # as those below
         ("llama", 1, padded_by(4)),
         ("llama", 2, padded_by(0, 14)),  # a sequence of padding alone reads nothing
