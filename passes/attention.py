@@ -118,9 +118,8 @@ def strip_merge(node: Node) -> Node:
     """The ``[B, H, S, D]`` tensor that was reshaped to ``node``, ``[B * H, S, D]``, or ``node`` itself."""
     if node.target not in _RESHAPES or _rank(node) != 3 or _rank(args_of(node)[0]) != 4:
         return node
-    shape, base_shape = node.meta["val"].shape, args_of(node)[0].meta["val"].shape
-    same = (statically_known_true(a == b) for a, b in zip(shape[1:], base_shape[2:], strict=True))
-    return args_of(node)[0] if all(same) else node
+    base = args_of(node)[0]
+    return base if _has_shape(node, (node.meta["val"].shape[0], *base.meta["val"].shape[2:])) else node
 
 
 def strip_repeat_kv(node: Node) -> Node:
@@ -139,12 +138,9 @@ def strip_repeat_kv(node: Node) -> Node:
     if unsqueezed is None or unsqueezed.target is not aten.unsqueeze.default or args_of(unsqueezed)[1] != 2:
         return node
     base = args_of(unsqueezed)[0]
-    shape, base_shape = node.meta["val"].shape, base.meta["val"].shape
     assert expanded is not None
-    groups = expanded.meta["val"].shape[2]
-    expected = (base_shape[0], base_shape[1] * groups, *base_shape[2:])
-    same = len(shape) == 4 and all(statically_known_true(a == b) for a, b in zip(shape, expected, strict=True))
-    return base if same else node
+    (batch, heads, *rest), groups = base.meta["val"].shape, expanded.meta["val"].shape[2]
+    return base if _has_shape(node, (batch, heads * groups, *rest)) else node
 
 
 def repeats_heads(node: Node) -> bool:
@@ -211,13 +207,12 @@ def _match_rescaled(node: Node) -> Attention | None:
     for output, factor in (args_of(node), args_of(node)[::-1]):
         if not isinstance(output, Node) or not isinstance(factor, Node) or output.target is not aten.matmul.default:
             continue
-        found = _match_eager(output)
-        if found is None or found.sinks is not None or len(output.users) > 1:
-            continue
         scores, sinks = _split_share(factor)
         normalized = _normalized(output)[1]
-        assert normalized is not None
-        if sinks is not None and scores is _strip_shift(normalized):
+        if sinks is None or normalized is None or scores is not _strip_shift(normalized) or len(output.users) > 1:
+            continue
+        found = _match_eager(output)
+        if found is not None and found.sinks is None:
             return replace(found, node=node, form=f"{found.form}, sinks", sinks=sinks)
     return None
 
@@ -388,15 +383,16 @@ def _times_number(node: Node) -> tuple[Node, float]:
 def _number(value: Any) -> float | None:
     """A plain number; a symbolic one (``dynamic=True``) is taken as the constant that it is, with a guard."""
     if isinstance(value, Node):
-        if first_write({root_of(value)}, value.next) is not None:
-            return None  # through a view
         constant = value
         while constant.target in (aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default):
             constant = args_of(constant)[0]
+        is_full = constant.target is aten.full.default and not args_of(constant)[0]
+        if (constant.op == "get_attr" or is_full) and first_write({root_of(value)}, value.next) is not None:
+            return None  # through a view
         if constant.op == "get_attr":  # torch.tensor(number)
             value = getattr(constant.graph.owning_module, str(constant.target))
             return float(value) if value.numel() == 1 else None
-        elif constant.target is aten.full.default and not args_of(constant)[0]:
+        if is_full:
             return _number(args_of(constant)[1])
         value = value.meta.get("val")
     return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
@@ -413,12 +409,7 @@ def _operand(node: Node | None, *targets: Any) -> Node | None:
 
 def is_whole_slice(node: Node) -> bool:
     """Whether a node is a slice that is known to take all there is."""
-    if node.target is not aten.slice.Tensor:
-        return False
-    return all(
-        statically_known_true(a == b)
-        for a, b in zip(node.meta["val"].shape, args_of(node)[0].meta["val"].shape, strict=True)
-    )
+    return node.target is aten.slice.Tensor and _has_shape(node, args_of(node)[0].meta["val"].shape)
 
 
 def _keeps_tokens(node: Node) -> bool:

@@ -60,7 +60,7 @@ def fuse_reads(graph: KVGraph) -> int:
         ):
             continue
         heads = _heads(graph, repeated[0].stored.parts[0])
-        if found.apart is not None and not statically_known_true(found.apart[1] == heads):
+        if not _are_apart_as(heads, found):
             continue
         with graph.before(node):
             made, replacement = _fuse(graph, found, graph.decode(key), graph.decode(value), heads)
@@ -87,7 +87,7 @@ def _share_heads(graph: KVGraph, found: Attention, operands: list[Node]) -> bool
         if first_write({root_of(each), root_of(operand)}, first, found.node) is not None:
             return False
     shared = _heads(graph, operands[0])
-    if found.apart is not None and not statically_known_true(found.apart[1] == shared):
+    if not _are_apart_as(shared, found):
         return False
     with graph.before(found.node):
         replacement = _fuse(graph, found, key, value, shared)[1]
@@ -108,6 +108,11 @@ def _heads(graph: KVGraph, repeated: Node) -> int:
     """The heads of keys or values, or of a part of them, where they meet the query."""
     heads: int = graph.tensor(strip_merge(repeated)).shape[1]
     return heads
+
+
+def _are_apart_as(heads: int, found: Attention) -> bool:
+    """Whether merged scores, where they were taken apart, were so into these heads."""
+    return found.apart is None or statically_known_true(found.apart[1] == heads)
 
 
 def _unrepeated(graph: KVGraph, value: Storage) -> Storage | None:
