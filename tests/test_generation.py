@@ -131,7 +131,7 @@ CASES = [
         bits,
         recent,
         marks=()
-        if (bits == 8 and ((name, kind) == ("llama", "dynamic") or (name, mode) == ("mistral", "assisted")))
+        if (bits == 8 and (name, kind) == ("llama" if mode != "assisted" else "mistral", "dynamic"))
         or (name, kind, mode, bits, recent) == ("mistral", "dynamic", "beams", 4, 128)
         else pytest.mark.slow,
     )

@@ -65,7 +65,7 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PROMPTS)
 def test_int8_from_the_prompt_on(model: Gemma3ForConditionalGeneration, name: str, kind: str) -> None:
     inputs = PROMPTS[name]()

@@ -154,7 +154,7 @@ def check_model(model: PreTrainedModel, cache: Any, **options: Any) -> None:
     assert all("dequantized" not in read for graph in graphs() for site in graph.sites for read in site.reads)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "vmap"])
 def test_kept_beside_the_cache(name: str, kind: str) -> None:
     model = MAKERS[name]()
@@ -174,9 +174,8 @@ def test_symbolic_sizes(name: str) -> None:
     check_model(model, DynamicCache(config=model.config), dynamic=True)
 
 
-@pytest.mark.parametrize(
-    "name", ["subclass", *(pytest.param(name, marks=pytest.mark.slow) for name in MAKERS if name != "subclass")]
-)
+@pytest.mark.slow  # of the quick ones, those of torchao's weights are compiled
+@pytest.mark.parametrize("name", list(MAKERS))
 def test_compiled_by_inductor(name: str) -> None:
     model = MAKERS[name]()
     check_model(model, DynamicCache(config=model.config), options={})

@@ -263,7 +263,7 @@ def test_a_compiler_that_links_an_archive_of_its_library(tmp_path):
     assert "dimension 0 of shift is 2 and not 3" in process.stdout
 
 
-@pytest.mark.parametrize("compiler", ["/nowhere/g++", "/bin/false"])
+@pytest.mark.parametrize("compiler", [pytest.param("/nowhere/g++", marks=pytest.mark.slow), "/bin/false"])
 def test_no_compiler(monkeypatch, tmp_path, compiler):
     process = run_loader(monkeypatch, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), CXX=compiler)
     output = process.communicate()[0]

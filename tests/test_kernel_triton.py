@@ -482,7 +482,7 @@ def test_kept_rows_under_masks(roles):
             raise AssertionError(f"{name}: {error}") from error
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("length", [1, 300, *(pytest.param(each, marks=pytest.mark.slow) for each in (64, 700))])
 def test_sinks_and_recent_rows_are_kept(length, splits):
     """As a cache has them: the first ones and the last, more than there are rows, or so many places and no row yet."""
@@ -1011,7 +1011,7 @@ SLOW = [
 @pytest.mark.parametrize(
     ("backend", "arch", "shared_memory"),
     [
-        ("cuda", 80, 99 * 1024),
+        pytest.param("cuda", 80, 99 * 1024, marks=pytest.mark.slow),  # its decode: tests/test_machine_code.py
         ("cuda", 90, 99 * 1024),
         pytest.param("hip", "gfx942", 64 * 1024, marks=pytest.mark.slow),
     ],

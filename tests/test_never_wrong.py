@@ -106,7 +106,10 @@ def check(
 # B1: a sliding window of one head, where the slice that transformers keeps is contiguous, and not all of its storage.
 
 
-@pytest.mark.parametrize("chunks", [(9, *(1,) * 24), (24, 1, 1, 1), (5, 14, 1, 3, 1), (40,)])
+@pytest.mark.parametrize(
+    "chunks",
+    [pytest.param((9, *(1,) * 24), marks=pytest.mark.slow), (24, 1, 1, 1), (5, 14, 1, 3, 1), (40,)],
+)
 @pytest.mark.parametrize("name", [pytest.param("mistral", marks=pytest.mark.slow), "gemma3_text"])
 def test_window_of_one_head(name: str, chunks: tuple[int, ...]) -> None:
     model, ids = tiny_model(name, kv_heads=1, head_dim=16), tokens(sum(chunks))
@@ -602,7 +605,9 @@ def test_any_bias(function: Callable[..., Any], bias: Callable[[int], Tensor], l
 # B15: what a layer holds is said by the model, not by one pair of numbers of its configuration.
 
 
-@pytest.mark.parametrize("heads", [{}, {"num_global_key_value_heads": 1, "attention_k_eq_v": True}])
+@pytest.mark.parametrize(
+    "heads", [pytest.param({}, marks=pytest.mark.slow), {"num_global_key_value_heads": 1, "attention_k_eq_v": True}]
+)
 def test_static_cache_of_layers_that_differ(heads: dict[str, Any]) -> None:
     model, ids = tiny_causal_lm("gemma4_text", num_kv_shared_layers=0, **heads), tokens(12)
     cache, reference = icw_compile.static_cache(model, 1, 16), reference_cache(model, 16)

@@ -81,7 +81,7 @@ def model_of(name: str, **overrides: Any) -> PreTrainedModel:
     return tiny_model(name, attention="eager", dtype=torch.bfloat16, **overrides)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16), torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16), slow(torch.float16)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_static_caches_made_beforehand(name: str, dtype: torch.dtype) -> None:
     model = tiny_model(name, attention="eager", dtype=dtype)

@@ -28,7 +28,7 @@ def decode(model: Callable[..., Any], cache: StaticCache, ids: Tensor) -> Tensor
     [
         pytest.param(torch.bfloat16, "inductor", id="bfloat16-inductor"),
         pytest.param(torch.bfloat16, "cpu", id="bfloat16-cpu"),
-        pytest.param(torch.float32, "cpu", id="float32-cpu"),
+        pytest.param(torch.float32, "cpu", id="float32-cpu", marks=pytest.mark.slow),
         pytest.param(torch.float32, "inductor", id="float32-inductor", marks=pytest.mark.slow),
     ],
 )

@@ -107,7 +107,9 @@ def test_cpp_of_other_dimensions() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", [(1, 1, 300, 32), (2, 3, 1000, 16), (1, 2, 700, 200), (1, 2, 2, 16)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 300, 32), (2, 3, 1000, 16), pytest.param((1, 2, 700, 200), marks=pytest.mark.slow), (1, 2, 2, 16)]
+)
 def test_programs_that_share_a_head(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "processors", lambda device: 132)
     x, written, shift = operands(states(*shape), rows=5000)
@@ -151,8 +153,8 @@ def stored_rows(counts: list[int], *, size: int, dtype: torch.dtype, seed: int =
 
 
 @needs_triton
-@pytest.mark.parametrize("size", [8, 40, 128])
-@pytest.mark.parametrize("tokens", [1, 2, 20, 300])
+@pytest.mark.parametrize("size", [pytest.param(8, marks=pytest.mark.slow), 40, 128])
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=pytest.mark.slow), 20, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_settled_again_on_a_gpu(dtype: torch.dtype, tokens: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads of no rows, of one, of few and of many; prompts that are long enough to decide, and that are not."""

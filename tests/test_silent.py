@@ -163,12 +163,12 @@ def test_uncompiled_steps_on_an_int8_cache() -> None:
 
 
 def test_attention_with_a_print() -> None:
-    model = compile_(tiny_model(attention="chatty", num_hidden_layers=3))
+    model = compile_(tiny_model(attention="chatty"))
     with Heard() as heard, torch.no_grad():
         cache = model(tokens(7)).past_key_values
-    assert kinds(cache) == "fff"
+    assert kinds(cache) == "ff"
     assert len(heard) == 1 and "graph break" in heard[0] and "`print`" in heard[0]
-    assert "layers 0, 1, 2" in heard[0] and "test_silent.py" in heard[0] and "in chatty" in heard[0]
+    assert "layers 0, 1" in heard[0] and "test_silent.py" in heard[0] and "in chatty" in heard[0]
     with Heard() as heard:
         generate(model)
     assert not heard, "once"
@@ -183,7 +183,7 @@ def test_attention_with_a_print_is_an_error_if_strict() -> None:
 
 def test_a_layer_that_is_not_compiled() -> None:
     """As accelerate's hooks for offloaded layers do it."""
-    model = tiny_model(num_hidden_layers=4)
+    model = tiny_model(num_hidden_layers=3)
     layer = model.model.layers[1]
     forward = layer.forward
 
@@ -194,7 +194,7 @@ def test_a_layer_that_is_not_compiled() -> None:
     layer.forward = moves_weights_and_runs
     compile_(model)
     with Heard() as heard:
-        assert [kinds(generate(model)) for _ in range(2)] == ["ifii"] * 2
+        assert [kinds(generate(model)) for _ in range(2)] == ["ifi"] * 2
     assert len(heard) == 1 and "in layer 1." in heard[0]
     assert "torch.compiler.disable" in heard[0] and "moves_weights_and_runs" in heard[0] and "hooks" in heard[0]
 
@@ -211,7 +211,7 @@ def test_first_and_last_are_of_the_model(name: str) -> None:
 
 
 def test_last_where_the_graph_breaks_in_every_layer() -> None:
-    model = tiny_model(num_hidden_layers=3)
+    model = tiny_model()
 
     @torch.compiler.disable
     def looks(module: torch.nn.Module, args: Any) -> None:
@@ -220,7 +220,7 @@ def test_last_where_the_graph_breaks_in_every_layer() -> None:
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(looks)
     compile_(model, **{"icw.skip_layers": "last"})
-    assert kinds(generate(model)) == "iif"
+    assert kinds(generate(model)) == "if"
 
 
 @pytest.mark.parametrize(
@@ -311,12 +311,12 @@ def test_a_cache_that_is_taken_over_is_quiet(make: Any) -> None:
 
 
 def test_assisted_decoding_is_quiet() -> None:
-    model, assistant = compile_(tiny_model()), compile_(tiny_model(num_hidden_layers=1))
+    model, assistant = (compile_(tiny_model(num_hidden_layers=1)) for _ in range(2))
     generate(model, assistant_model=assistant, max_new_tokens=9)
 
 
 def test_an_encoder_is_quiet() -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     encoder = compile_(AutoModel.from_config(BertConfig(vocab_size=64, **sizes)).eval(), dynamic=False)
     with torch.no_grad():
         for length in range(2, 13):  # beyond the limit: Dynamo's business

@@ -87,7 +87,7 @@ KINDS: dict[str, dict[str, Any]] = {
 STEPS = [
     ("8 bits", 1),
     ("kept", 1),
-    *(pytest.param(kind, 3, marks=slow if kind in ("4 bits", "keys in 8") else ()) for kind in KINDS),
+    *(pytest.param(kind, 3, marks=() if kind in ("kernel", "4 bits alone") else slow) for kind in KINDS),
 ]
 
 
@@ -327,7 +327,7 @@ def follow(model: Callable[..., Any], cache: StaticCache) -> list[Tensor]:
     return [part.clone() for part in parts(cache)]
 
 
-@pytest.mark.parametrize("name", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["aot_eager", pytest.param("inductor", marks=slow)])
 def test_another_backend(straight: Any, name: str) -> None:
     """It takes the tensor apart, and runs no Python of ours afterwards."""
 
