@@ -252,14 +252,20 @@ def store_quantized(
     ``own_as_they_came``: a call of more than a few tokens attends to its own as they came. Of a cache for
     cross-attention, these are not the tokens of the query: then it is for whoever knows how many those are.
     """
+
+    def reference(stock: Any, names: Collection[str]) -> Any:
+        bits = {name: of for name, of in zip(_NAMES, (key_bits, value_bits), strict=True) if name in names}
+        return _storing_quantized(stock, bits, sink_tokens, recent_tokens, own_as_they_came)
+
     for i, layer in enumerate(cache.layers):
         names = _NAMES if stored is None else stored.get(i, ())
         if isinstance(layer, (DynamicLayer, StaticLayer)) and names:
-            bits = {name: of for name, of in zip(_NAMES, (key_bits, value_bits), strict=True) if name in names}
-            layer.__class__ = _storing_quantized(type(layer), bits, sink_tokens, recent_tokens, own_as_they_came)
+            layer.__class__ = reference(type(layer), names)
             for name in names:
                 held = getattr(layer, name)
                 # A layer without tokens has none, or a tensor of another shape.
                 if not (sink_tokens or recent_tokens) and held is not None and held.numel():
                     setattr(layer, name, layer.quantized(name, held))
+    if (later := cache.layer_class_to_replicate) is not None:  # layers that are made when they are written
+        cache.layer_class_to_replicate = reference(later, _NAMES)
     return cache

@@ -7,6 +7,7 @@ int8 reads back (`icw_compile.lab.reference`). Each type runs in a process of it
 Models that read images are given text alone; an encoder is given tokens, pixels or sounds, whichever it reads.
 """
 
+import copy
 import inspect
 import json
 import logging
@@ -235,8 +236,8 @@ def run_model(model: PreTrainedModel, kind: Kind) -> Run:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (BATCH, sum(CHUNKS)), generator=generator)
     try:
-        inputs = _encoder_inputs(model)
-        length = _encoded(model, inputs).shape[1] if inputs else None
+        inputs = _encoded(model)
+        length = inputs["encoder_outputs"][0].shape[1] if inputs else None
         _logits(model, _stock_cache(model, kind, length), ids, inputs)
     except Exception as error:
         return Run("eager fails", _said(error))
@@ -274,25 +275,30 @@ _SHAPES: dict[str, Callable[[Any], tuple[int, ...]]] = {
         # Whisper's are [batch, bins, frames], and as many frames as its encoder has positions for.
         (BATCH, config.num_mel_bins, 2 * config.max_source_positions)
         if hasattr(config, "num_mel_bins")
-        else (BATCH, 32, getattr(config, "input_feat_per_channel", None) or config.feature_projection_input_dim)
+        else (BATCH, 32, _bins(config))
     ),
 }
 
 
-def _encoder_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def _bins(config: Any) -> int:
+    """Of each frame of a sound."""
+    names = ("input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins")
+    found = (getattr(part, name, None) for part in (config, getattr(config, "encoder_config", None)) for name in names)
+    return next(filter(None, found))
+
+
+@torch.no_grad()
+def _encoded(model: PreTrainedModel) -> dict[str, Any]:
+    """What `generate` gives the decoder of what its encoder made; nothing if there is no encoder."""
     if not model.config.is_encoder_decoder:
         return {}
     name, generator = model.main_input_name, torch.Generator().manual_seed(2)
     shape = _SHAPES[name](model.config)
-    if name == "input_ids":
-        return {name: torch.randint(3, VOCABULARY, shape, generator=generator)}
-    return {name: torch.rand(shape, generator=generator)}
-
-
-@torch.no_grad()
-def _encoded(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    states: Tensor = model.get_encoder()(**inputs)[0]
-    return states
+    if name != "input_ids":
+        return {"encoder_outputs": model.get_encoder()(**{name: torch.rand(shape, generator=generator)})}
+    ids = torch.randint(3, VOCABULARY, shape, generator=generator)
+    mask = torch.ones_like(ids)
+    return {"encoder_outputs": model.get_encoder()(input_ids=ids, attention_mask=mask), "attention_mask": mask}
 
 
 def _parts(cache: Any) -> list[Cache]:
@@ -341,8 +347,19 @@ def _places(graph: GraphReport, expected: int) -> list[list[Site]]:
     return list(found.values())
 
 
+@torch.no_grad()
+def _cache_class(model: PreTrainedModel) -> type[Cache] | None:
+    """The class of the cache that the model makes for itself, if it is one of its own, as MiniMax's."""
+    if model.config.is_encoder_decoder:
+        return None
+    made = type(model(torch.full((1, 1), 3), use_cache=True).get("past_key_values"))
+    return made if issubclass(made, DynamicCache) and made is not DynamicCache else None
+
+
 def _stock_cache(model: PreTrainedModel, kind: Kind, encoded: int | None) -> Any:
     """A cache for `MAX_CACHE_LEN` tokens, and one for ``encoded`` of an encoder if there is one."""
+    if kind == "dynamic" and (own := _cache_class(model)) is not None:
+        return own()
     # A configuration of several parts has the one of the decoder among them.
     config = model.config.get_text_config(decoder=True)
 
@@ -357,7 +374,7 @@ def _reference_logits(
     model: PreTrainedModel,
     cache: Any,
     ids: Tensor,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     stored: Sequence[dict[int, list[str]]],
     *,
     after: bool,
@@ -384,7 +401,7 @@ def _compiled(
     model: PreTrainedModel,
     cache: Any,
     ids: Tensor,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     backend: str,
     options: dict[str, Any] | None = None,
 ) -> tuple[Tensor | None, bool, int, Exception | None]:
@@ -406,10 +423,11 @@ def _compiled(
 
 @torch.no_grad()
 def _logits(
-    call: Callable[..., Any], cache: Any, ids: Tensor, inputs: dict[str, Tensor], chunks: Sequence[int] = CHUNKS
+    call: Callable[..., Any], cache: Any, ids: Tensor, inputs: dict[str, Any], chunks: Sequence[int] = CHUNKS
 ) -> Tensor:
     name = "decoder_input_ids" if inputs else "input_ids"
-    calls = ({**inputs, name: piece} for piece in torch.split(ids, list(chunks), dim=1))
+    # Copied: Moonshine Streaming adds to what its encoder made, in place.
+    calls = ({**copy.deepcopy(inputs), name: piece} for piece in torch.split(ids, list(chunks), dim=1))
     return torch.cat([call(**each, past_key_values=cache, use_cache=True).logits for each in calls], dim=1)
 
 
