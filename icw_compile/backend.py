@@ -42,7 +42,7 @@ from icw_compile.frontend.retrace import is_foreign
 from icw_compile.layers import check_listed_layers, listed_layers, model_name
 from icw_compile.options import LAYER_OPTIONS, Options, split_options
 from icw_compile.passes import KVGraph, Skipped
-from icw_compile.passes.graph import layer_of
+from icw_compile.passes.nodes import layer_of
 from icw_compile.pipeline import rewrite
 from icw_compile.regions import share_layers
 from icw_compile.report import GraphReport, next_name, record

@@ -16,7 +16,8 @@ from torch.fx import Node
 from icw_compile.compat.fx import is_operator, statically_known_true, values_of
 from icw_compile.formats.rules import RULES
 from icw_compile.passes.attention import match_attention
-from icw_compile.passes.graph import Endpoint, KVGraph, args_of, is_mutation, root_of, viewed_by, written_by
+from icw_compile.passes.graph import Endpoint, KVGraph
+from icw_compile.passes.nodes import args_of, is_mutation, root_of, viewed_by, written_by
 
 __all__ = ["COLOURS", "Box", "Drawing", "draw"]
 

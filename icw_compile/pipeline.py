@@ -13,7 +13,7 @@ from icw_compile.frontend.families import family_of
 from icw_compile.kernels import AttentionKernel, find_kernel
 from icw_compile.options import LAYER_OPTIONS, LayerOption, Options
 from icw_compile.passes import PASSES, KVGraph, PassResult, run_passes
-from icw_compile.passes.graph import drops_out
+from icw_compile.passes.nodes import drops_out
 
 __all__ = ["Rewritten", "rewrite"]
 

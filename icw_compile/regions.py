@@ -38,7 +38,8 @@ from icw_compile.compat.fx import (
     storage_of,
     tree_leaves,
 )
-from icw_compile.passes.graph import drops_out, layer_of, layout_of, root_of, written_by
+from icw_compile.passes.graph import layout_of
+from icw_compile.passes.nodes import drops_out, layer_of, root_of, written_by
 
 __all__ = ["share_layers"]
 

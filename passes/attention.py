@@ -27,7 +27,7 @@ import torch
 from torch.fx import Node
 
 from icw_compile.compat.fx import statically_known_true
-from icw_compile.passes.graph import args_of, arguments, first_write, root_of
+from icw_compile.passes.nodes import args_of, arguments, first_write, root_of
 
 __all__ = [
     "Attention",

@@ -28,7 +28,8 @@ from torch.fx import Node
 
 from icw_compile.compat.fx import statically_known_true, storage_of
 from icw_compile.passes.attention import strip_repeat_kv
-from icw_compile.passes.graph import KVGraph, args_of, arguments, first_write, root_of
+from icw_compile.passes.graph import KVGraph
+from icw_compile.passes.nodes import args_of, arguments, first_write, root_of
 
 __all__ = ["canonicalize"]
 

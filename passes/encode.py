@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from icw_compile.compat.fx import statically_known_true
-from icw_compile.passes.graph import KVGraph, arguments
+from icw_compile.passes.graph import KVGraph
+from icw_compile.passes.nodes import arguments
 
 __all__ = ["encode_at_once"]
 

@@ -29,7 +29,8 @@ from icw_compile.compat.fx import eliminate_dead_code, is_wrapper_subclass, stat
 from icw_compile.formats.moves import END
 from icw_compile.kernels.interface import FEW_TOKENS
 from icw_compile.passes.attention import Attention, Bias, match_attention
-from icw_compile.passes.graph import KVGraph, Latent, aliases, args_of, arguments, first_write, is_mutation, root_of
+from icw_compile.passes.graph import KVGraph, Latent
+from icw_compile.passes.nodes import aliases, args_of, arguments, first_write, is_mutation, root_of
 from icw_compile.passes.reads import changes_meanwhile, in_layout_of, one_mask
 
 __all__ = ["absorb"]

@@ -29,18 +29,8 @@ from icw_compile.formats.base import decode
 from icw_compile.formats.equalized import Equalized
 from icw_compile.formats.rules import RULES
 from icw_compile.kernels.interface import AttentionCall, AttentionKernel, StoredRows
-from icw_compile.passes.graph import (
-    FusedAttention,
-    KVGraph,
-    Skipped,
-    Storage,
-    args_of,
-    called,
-    first_write,
-    layer_of,
-    layout_of,
-    root_of,
-)
+from icw_compile.passes.graph import FusedAttention, KVGraph, Skipped, Storage, layout_of
+from icw_compile.passes.nodes import args_of, called, first_write, layer_of, root_of
 
 __all__ = ["lower"]
 

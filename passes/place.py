@@ -19,7 +19,8 @@ from torch.fx import Node
 
 from icw_compile.compat.fx import statically_known_true
 from icw_compile.formats.place import ROWS_AMONG_ZEROS
-from icw_compile.passes.graph import KVGraph, arguments, viewed_by, written_by
+from icw_compile.passes.graph import KVGraph
+from icw_compile.passes.nodes import arguments, viewed_by, written_by
 
 __all__ = ["place_rows"]
 

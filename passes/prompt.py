@@ -20,7 +20,8 @@ from torch.fx import Node
 from icw_compile.compat.fx import statically_known_true, true_here
 from icw_compile.kernels.interface import FEW_TOKENS
 from icw_compile.passes.attention import match_attention, strip_casts
-from icw_compile.passes.graph import KVGraph, args_of, first_write, root_of
+from icw_compile.passes.graph import KVGraph
+from icw_compile.passes.nodes import args_of, first_write, root_of
 
 __all__ = ["read_prompts"]
 

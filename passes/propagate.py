@@ -29,11 +29,8 @@ from icw_compile.compat.fx import is_operator, schema_of, storage_of
 from icw_compile.formats import Stored
 from icw_compile.formats.rules import RULES
 from icw_compile.formats.writes import overwrite
-from icw_compile.passes.graph import (
-    Grown,
-    KVGraph,
-    Output,
-    Storage,
+from icw_compile.passes.graph import Grown, KVGraph, Output, Storage
+from icw_compile.passes.nodes import (
     aliases,
     args_of,
     called,

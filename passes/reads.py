@@ -28,7 +28,8 @@ from icw_compile.passes.attention import (
     strip_merge,
     strip_repeat_kv,
 )
-from icw_compile.passes.graph import FusedAttention, KVGraph, Storage, args_of, first_write, root_of
+from icw_compile.passes.graph import FusedAttention, KVGraph, Storage
+from icw_compile.passes.nodes import args_of, first_write, root_of
 
 __all__ = ["changes_meanwhile", "fuse_reads", "in_layout_of", "one_mask"]
 

@@ -25,7 +25,8 @@ from torch.fx import Node
 from icw_compile.compat.fx import evaluating, is_fake, statically_known_true
 from icw_compile.kernels import KERNELS
 from icw_compile.passes.attention import is_whole_slice
-from icw_compile.passes.graph import KVGraph, aliases, args_of, arguments, first_write, is_mutation, root_of
+from icw_compile.passes.graph import KVGraph
+from icw_compile.passes.nodes import aliases, args_of, arguments, first_write, is_mutation, root_of
 
 __all__ = ["turn_windows"]
 

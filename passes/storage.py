@@ -15,12 +15,7 @@
                                                qdata, scale = quantize_per_head(grown)
                                                keys = dequantize_per_head(qdata, scale)
 
-    # before: one that grows, passed in         # after: its buffers, with rows to spare
-    previous = placeholder                     qdata, scale, length = placeholders
-                                               new_qdata, new_scale = quantize_per_head(new)
-                                               copy_(narrow(qdata, 2, length, rows), new_qdata)
-                                               copy_(narrow(scale, 2, length, rows), new_scale)
-    keys = cat([previous, new], -2)            keys = dequantize_per_head(narrow(qdata, 2, 0, length + rows), ...)
+One that grows and is passed in is written in place: `icw_compile.passes.append`.
 
 A cache is known by where the caller keeps it (`icw_compile.passes.graph.Endpoint`). Outside of transformers' caches it
 is what a recognised attention reads and the graph writes or returns. The node that decodes a storage only *stands for*
@@ -33,36 +28,30 @@ recorded with its reason. Meaning is preserved up to the quantization of what is
 import operator
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from icw_compile.compat.fx import is_larger_here, statically_known_true, true_here
+from icw_compile.compat.fx import statically_known_true, true_here
 from icw_compile.formats import Format, Stored
 from icw_compile.formats.base import decode
-from icw_compile.formats.equalized import TELLING
 from icw_compile.formats.evaluate import SHAPES
-from icw_compile.formats.moves import END
 from icw_compile.formats.rules import RULES
-from icw_compile.formats.writes import append, can_join, encode_like
+from icw_compile.formats.writes import encode_like
 from icw_compile.kernels.interface import FEW_TOKENS
+from icw_compile.passes.append import Append, may_tell, write_append
 from icw_compile.passes.attention import Attention, match_attention, repeats_heads, strip_casts
-from icw_compile.passes.graph import (
-    Grown,
-    Input,
-    KVGraph,
-    Role,
-    Site,
-    Skipped,
-    Storage,
+from icw_compile.passes.graph import Grown, Input, KVGraph, Role, Site, Skipped, Storage
+from icw_compile.passes.nodes import (
     aliases,
     args_of,
     arguments,
-    held,
+    called,
     is_mutation,
     layer_of,
+    root_of,
+    viewed_by,
     written_by,
 )
 
@@ -89,7 +78,7 @@ def find_storage(graph: KVGraph) -> int:
     uses = _AttentionUses(graph)
     taken: set[Node] = set()
     skipped: set[Node] = set()
-    holders = held(graph)
+    holders = _held(graph)
     for node in list(graph.graph.nodes):
         if node in graph.stored:
             _take_input(graph, node, uses)
@@ -113,6 +102,19 @@ def find_storage(graph: KVGraph) -> int:
     graph.skipped += uses.unquantized(taken | skipped)
     graph.skipped += _left_float(graph, taken | skipped, uses)
     return len(taken)
+
+
+def _held(graph: KVGraph) -> dict[Node, Skipped]:
+    """What a kept node may write into or show again, up to where its memory comes from: why it stays as it is."""
+    found = {}
+    for node in graph.graph.nodes:
+        if "kept" not in node.meta:
+            continue
+        reason = f"`{called(node)}`, which is not taken apart, may write into it or keep a view of it; it stays float"
+        for each in (*written_by(node), *viewed_by(node)):
+            root = root_of(each)
+            found[root] = Skipped(layer_of(node), root.meta.get("source_name", root.name), reason)
+    return found
 
 
 def _is_storage(graph: KVGraph, node: Node, uses: "_AttentionUses") -> bool:
@@ -371,7 +373,7 @@ def _take_input(
         length = placeholder("length")
         length.meta = {"val": value.shape[2], "dynamo_placeholder": node.meta.get("dynamo_placeholder")}
         extra = length.name
-    appends = _Append.find(graph, node, stored)
+    appends = Append.find(graph, node, stored)
     taken = {*graph.stored, *graph.storage}
     is_new = appends is not None and taken.isdisjoint(_same_values(appends.new))
     rows = 0 if appends is None else appends.rows
@@ -380,8 +382,8 @@ def _take_input(
     if appends is not None:
         graph.grown[appends.output] = Grown(node.name, appends.keep)
         only_grows = is_new and set(node.users) == {appends.cat}  # rows may change in place: nothing else reads them
-        tells = only_grows and _may_tell(stored.format, value.shape[2], appends.new.meta["val"].shape[2])
-        grown = _append(graph, appends, stored, length, tells)
+        tells = only_grows and may_tell(stored.format, value.shape[2], appends.new.meta["val"].shape[2])
+        grown = write_append(graph, appends, stored, length, tells)
         floats = appends.cat if uses.as_they_come(node) else None
         before = appends.cat if floats is None else floats.next
         _stand_for(graph, appends.cat, grown, uses, before=before, cache="dynamic", name=name, floats=floats)
@@ -396,96 +398,6 @@ def _take_input(
             **{each: graph.call(aten.narrow.default, part, 2, 0, length) for each, part in stored.rows.items()}
         )
     _stand_for(graph, node, shown, uses, before=first, cache="dynamic", name=name, is_site=appends is None)
-
-
-@dataclass(frozen=True)
-class _Append:
-    """``cat([previous, new], -2)`` that can write ``new`` behind the rows of ``previous``, where there is room.
-
-    Attributes:
-        cat: the node.
-        new: what is appended.
-        rows: how many rows it has: a number, or the placeholder that carries it.
-        output: the position among the outputs of what is returned of it: all of it, or its last rows.
-        keep: the number of these, ``None`` for all.
-    """
-
-    cat: Node
-    new: Node
-    rows: int | Node
-    output: int
-    keep: int | None
-
-    @classmethod
-    def find(cls, graph: KVGraph, node: Node, stored: Stored) -> "_Append | None":
-        """The append to the input ``node``, if who holds the result cannot tell it from a copy.
-
-        It, or its last rows, are returned once, and nothing writes into it, or into what it grew from.
-        """
-        cats = [
-            user
-            for user in node.users
-            if user.target is aten.cat.default and list(args_of(user)[0][:1]) == [node] and len(args_of(user)[0]) == 2
-        ]
-        if len(cats) != 1:
-            return None
-        cat = cats[0]
-        new, dim = args_of(cat)[0][1], args_of(cat)[1] if len(args_of(cat)) > 1 else 0
-        value, grown = node.meta["val"], cat.meta["val"]
-        if new is node or value.dim() != 4 or dim not in (-2, 2) or not can_join(new.meta["val"].dtype, value.dtype):
-            return None
-        views = list(aliases(cat))
-        returned = [i for i, output in enumerate(graph.output_nodes) if output in views]
-        if len(returned) != 1 or any(map(is_mutation, views)) or any(map(is_mutation, aliases(node))):
-            return None
-        keep = _is_tail(graph.output_nodes[returned[0]], cat)
-        rows = graph.number(new.meta["val"].shape[2])
-        if keep is False or rows is None:
-            return None
-        for part in stored.rows.values():
-            # A guard, of sizes that Dynamo can look at: with less room another graph is compiled, which copies.
-            if not grown.shape[2] <= graph.tensor(part).shape[2]:
-                return None
-        return cls(cat, new, rows, returned[0], keep)
-
-
-def _is_tail(node: Node, cat: Node) -> Any:
-    """How many of the last rows of ``cat`` the node is, ``None`` for all of them; ``False`` if it is something else."""
-    total, size = cat.meta["val"].shape[2], node.meta["val"].shape[2]
-    while node is not cat:
-        if node.target is not aten.slice.Tensor:
-            return False
-        a = arguments(node)
-        to_the_end = a["step"] == 1 and a["end"] in (None, END)
-        if not to_the_end or not (a["start"] in (None, 0) or a["dim"] in (2, -2)):
-            return False
-        node = a["self"]
-    if statically_known_true(size == total):
-        return None
-    return size if isinstance(size, int) else False
-
-
-def _may_tell(layout: Format, length: int | torch.SymInt, rows: int | torch.SymInt) -> bool:
-    """Whether how the rows of a growing cache are stored may be decided anew by these that are appended.
-
-    A graph that is compiled for a long cache is for no short one, so that the others have nothing to do with it.
-    """
-    if statically_known_true(rows == 1) or not layout.tells(1, 1):
-        return False
-    if isinstance(length, int) and isinstance(rows, int):
-        return layout.tells(length, rows)
-    return not is_larger_here(length, TELLING)
-
-
-def _append(graph: KVGraph, found: _Append, stored: Stored, length: Any, tells: bool) -> Stored:
-    """Write the new rows behind those that are there; what ``cat`` is then."""
-    cat = found.cat
-    with graph.before(cat):
-        written = append(graph, stored, found.new, length, found.rows, tells=tells)
-        total = cat.meta["val"].shape[2]
-        end = total if isinstance(total, int) else graph.call(operator.add, length, found.rows)
-        shown = {name: graph.call(aten.narrow.default, part, 2, 0, end) for name, part in stored.rows.items()}
-    return written.with_parts(**shown)
 
 
 def _take_zeros(graph: KVGraph, node: Node, uses: _AttentionUses) -> None:

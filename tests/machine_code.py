@@ -21,9 +21,9 @@ from icw_compile.formats.scaled import scale_dtype_for
 backend, arch, cases, settled, folder = json.loads(sys.argv[1])
 torch.version.hip = "some" if backend == "hip" else None
 
-from icw_compile.kernels import attention_triton, gpu, settle, settle_triton
+from icw_compile.kernels import attention_triton, gpu, launch, settle, settle_triton
 
-gpu._overlaps = lambda device: backend == "cuda" and arch >= 90
+launch._overlaps = lambda device: backend == "cuda" and arch >= 90
 
 class Driver:
     # What Triton asks of a device when it compiles for one.

@@ -15,7 +15,7 @@ import icw_compile
 from icw_compile.frontend.capture import capture, example_inputs, source_name
 from icw_compile.lab.reference import dynamic_reference_cache
 from icw_compile.passes import KVGraph
-from icw_compile.passes.graph import layer_of
+from icw_compile.passes.nodes import layer_of
 
 
 def captured(model: Any, cache: Any, *lengths: int, **options: Any) -> list[tuple[KVGraph, GraphModule]]:

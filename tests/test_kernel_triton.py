@@ -18,7 +18,7 @@ import icw_compile
 from icw_compile.errors import KernelUnavailableError
 from icw_compile.formats.int4 import halves_to_levels
 from icw_compile.formats.kept import place_rows
-from icw_compile.kernels import AttentionCall, StoredRows, find_kernel, gpu
+from icw_compile.kernels import AttentionCall, StoredRows, find_kernel, gpu, launch
 from icw_compile.lab.reference import reference_cache
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -620,7 +620,7 @@ def test_spans_of_masks():
         (torch.rand(2, 1, 3, 200, generator=torch.Generator().manual_seed(1)) > 0.9, 200),
     ):
         found = gpu.mask_spans(mask, length)
-        assert found.shape == (*mask.shape[:3], gpu.SPANS_HEADER + -(-length // 64))
+        assert found.shape == (*mask.shape[:3], launch.SPANS_HEADER + -(-length // 64))
         for row, (first, behind, count, share, *words) in zip(
             mask.expand(-1, -1, -1, length).flatten(0, 2), found.flatten(0, 2).tolist()
         ):
@@ -699,7 +699,7 @@ def test_programs_by_shares(batch):
 
 def test_which_batches_have_programs_by_shares(monkeypatch):
     """Where sequences may differ, all that a head reads at once is one tile, and there is something to gain."""
-    monkeypatch.setattr(gpu, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
 
     def planned(batch, heads, length, count=1, rows=None, dtype=torch.bool):
         stored = [
@@ -710,7 +710,7 @@ def test_which_batches_have_programs_by_shares(monkeypatch):
         mask = None if rows is None else torch.empty(rows, 1, 1, length, dtype=dtype, device="meta")
         tensors = [query, *stored, None, *stored, None, mask, *[None] * 6]
         layouts = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors)
-        plan = gpu._plan(layouts, torch.device("meta"), False, 0)
+        plan = launch.plan_call(layouts, torch.device("meta"), False, 0)
         return plan.splits, plan.constants["BATCHES"], plan.merge_constants["SPLITS"]
 
     assert planned(8, 8, 32_768, rows=8) == (6, 16, 64)
@@ -783,13 +783,13 @@ def test_calls_are_planned_once_for_a_layout():
         ((torch.cat([query, query], -1)[..., :64], key, key_scale, value, value_scale), None),
         ((query.float(), key, key_scale, value, value_scale), None),
     ]
-    gpu._plan.cache_clear()
+    launch.plan_call.cache_clear()
     for _ in range(2):
         for tensors, one in calls:
             found = kernel(list(tensors), one, splits=2)
             assert relative_distance(found, reference(tensors, one)) < TOLERANCE[query.dtype]
-    info = gpu._plan.cache_info()
-    assert (info.misses, info.hits, info.maxsize) == (len(calls) - 1, len(calls) + 1, gpu.PLANS)
+    info = launch.plan_call.cache_info()
+    assert (info.misses, info.hits, info.maxsize) == (len(calls) - 1, len(calls) + 1, launch.PLANS)
     for _ in range(2):  # what does not fit is refused each time
         with pytest.raises(ValueError, match="cannot be grouped"):
             kernel([query[:, :3], key, key_scale, value, value_scale])
@@ -820,13 +820,13 @@ def test_splits():
     """They fill the device, share the blocks evenly, and never outnumber them."""
 
     def splits(tiles, blocks, programs=4):
-        return gpu.choose_splits(tiles=tiles, blocks=blocks, processors=132, programs=programs)
+        return launch.choose_splits(tiles=tiles, blocks=blocks, processors=132, programs=programs)
 
     # Each is the fastest that was measured on an H200, within six in a hundred of that, or (6) between the two fastest.
     assert [splits(8, blocks) for blocks in (64, 128, 512, 2048)] == [32, 32, 32, 49]
     assert (splits(128, 512), splits(64, 128)) == (3, 6)
     assert splits(8, 5) == 5 and splits(8, 1) == 1
-    assert splits(1, 10_000) <= gpu.MAX_SPLITS
+    assert splits(1, 10_000) <= launch.MAX_SPLITS
     assert splits(8, 0) == 1
     assert splits(132, 512, programs=1) == splits(264, 512, programs=2) == 1
     for blocks in range(1, 300):
@@ -838,9 +838,9 @@ def test_splits():
 
 def test_programs_of_a_multiprocessor():
     """Decode of 8 bits leaves room for four."""
-    tiles = gpu.choose_tiles(4, 128, torch.bfloat16)
+    tiles = launch.choose_tiles(4, 128, torch.bfloat16)
     assert (tiles.rows, tiles.registers, tiles.programs()) == (8, 128, 4)
-    assert gpu.choose_tiles(4, 128, torch.bfloat16, is_packed=True).programs() == 3
+    assert launch.choose_tiles(4, 128, torch.bfloat16, is_packed=True).programs() == 3
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import icw_compile
 from icw_compile import backend
 from icw_compile.compat.fx import invoke_subgraph, is_fake, storage_of
 from icw_compile.frontend.capture import capture, example_inputs, forward_dynamo_metadata
-from icw_compile.passes.graph import root_of, written_by
+from icw_compile.passes.nodes import root_of, written_by
 from icw_compile.regions import share_layers
 
 pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="regions that write are of torch 2.13")

@@ -13,7 +13,8 @@ from icw_compile.compat.fx import storage_of, tree_leaves
 from icw_compile.frontend.capture import capture
 from icw_compile.frontend.repeat import Repeats
 from icw_compile.passes import KVGraph
-from icw_compile.passes.graph import layer_of, layout_of
+from icw_compile.passes.graph import layout_of
+from icw_compile.passes.nodes import layer_of
 
 aten = torch.ops.aten
 

@@ -24,7 +24,8 @@ from icw_compile.compat.fx import (
 from icw_compile.frontend.endpoints import input_endpoints, output_endpoints
 from icw_compile.frontend.overlap import join_overlapping
 from icw_compile.frontend.retrace import Retrace, is_foreign
-from icw_compile.passes.graph import Endpoint, KVGraph, aliases, is_mutation
+from icw_compile.passes.graph import Endpoint, KVGraph
+from icw_compile.passes.nodes import aliases, is_mutation
 
 __all__ = ["NotCapturedError", "capture", "example_inputs", "forward_dynamo_metadata", "may_have_a_cache"]
 

@@ -13,7 +13,8 @@ from torch.fx import Node
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.compat.fx import storage_of, true_here
 from icw_compile.formats import AXES
-from icw_compile.passes.graph import KVGraph, aliases, is_mutation
+from icw_compile.passes.graph import KVGraph
+from icw_compile.passes.nodes import aliases, is_mutation
 
 __all__ = ["join_overlapping"]
 

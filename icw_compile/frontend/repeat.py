@@ -36,7 +36,8 @@ from icw_compile.compat.fx import (
     tree_leaves,
     without_torch_function,
 )
-from icw_compile.passes.graph import layout_of, written_by
+from icw_compile.passes.graph import layout_of
+from icw_compile.passes.nodes import written_by
 
 __all__ = ["Repeats"]
 

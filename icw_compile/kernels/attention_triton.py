@@ -37,7 +37,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from icw_compile.compat.triton import is_interpreting
-from icw_compile.kernels import gpu
+from icw_compile.kernels import launch
 
 __all__ = ["attend", "merge"]
 
@@ -69,8 +69,8 @@ WAIT = tl.constexpr("""{
 ORIGIN = tl.constexpr(0x4B400000)  # the bits of 1.5 * 2**23, to which an integer adds itself
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Of `mask_spans`: the numbers in front of the mask's words, of which the share is the last, and its bits.
-HEADER = tl.constexpr(gpu.SPANS_HEADER)
-SHARE_BITS = tl.constexpr(gpu.SHARE_BITS)
+HEADER = tl.constexpr(launch.SPANS_HEADER)
+SHARE_BITS = tl.constexpr(launch.SHARE_BITS)
 
 
 @triton.jit

@@ -15,7 +15,8 @@ from torch import Tensor
 from icw_compile.formats import equalized
 from icw_compile.formats.equalized import TELLING
 from icw_compile.formats.int8 import Int8Rows
-from icw_compile.kernels.gpu import expanded, padded, processors, why_not_on
+from icw_compile.kernels.gpu import why_not_on
+from icw_compile.kernels.launch import expanded, padded, processors
 
 __all__ = ["MAX_CHANNELS", "settle_again", "settle_again_triton", "settle_shift", "settle_shift_triton"]
 
