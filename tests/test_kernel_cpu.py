@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from attention_cases import decode, keep_some, make, masks, reference
+from attention_cases import decode, in_four_bits, keep_some, make, masks, reference
 
+from icw_compile.formats import int8
 from icw_compile.kernels import AttentionCall, StoredRows, cpu
 
 if not cpu.is_available():
@@ -54,19 +55,49 @@ def test_engine(name):
 
 def test_engines_by_head_size():
     assert cpu.engines(128) == cpu.engines() == cpu.engines(4) == cpu.engines(256)
-    assert cpu.engines(30) == cpu.engines(320) == ("plain",)
+    without_tiles = tuple(name for name in cpu.engines() if name != "amx")
+    assert cpu.engines(30) == cpu.engines(320) == cpu.engines(1024) == without_tiles
+    assert cpu.engines(1025) == ("plain",)
     assert cpu.ENGINES[: len(cpu.engines())] == cpu.engines()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     "head_dim,value_dim",
-    [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (128, 64), (40, 72), (192, 128), (30, 13), (320, 64)],
+    [
+        (64, 64),
+        (80, 80),
+        (96, 96),
+        (128, 128),
+        (256, 256),
+        (128, 64),
+        (40, 72),
+        (192, 128),
+        (30, 13),
+        (320, 64),
+        (6, 6),
+    ],
 )
 def test_shapes(dtype, head_dim, value_dim):
     for index, ((query_heads, heads), tokens) in enumerate(itertools.product(HEADS, (1, 2, 5, 16))):
         length = (1, 15, 16, 63, 257, 300, 517, 1030)[index % 8]
         check(make(1 + index % 2, query_heads, heads, tokens, length, head_dim, value_dim, dtype, index))
+
+
+@pytest.mark.parametrize("head_dim", [510, 512, 514, 1024, 1028])
+def test_wide_heads(head_dim):
+    """As latents are: one head, of which the values may be wide as well; packed, and with rows that are kept."""
+    for index, (dtype, tokens) in enumerate(itertools.product(TOLERANCE, (1, 3))):
+        tensors = make(2, 5, 1, tokens, 300, head_dim, head_dim - 64 * index, dtype, index)
+        tensors[1][:] = torch.where(torch.rand(tensors[1].shape) < 0.5, 127, -127)  # sums as large as they can be
+        check(tensors)
+        packed, codes, levels = in_four_bits(tensors, ("key", "value"))
+        kept, placed = keep_some(decode(levels), dtype, 5, seed=index)
+        expected = reference(levels, placed=placed)
+        for engine in ENGINES.values():
+            arguments = (*packed, None, False, head_dim**-0.5, None, None, engine)
+            actual = torch.ops.icw_int8kv_cpu.attention(*arguments, **codes, **kept)
+            assert (actual.float() - expected).norm() <= 2 * TOLERANCE[dtype] * expected.norm()
 
 
 @pytest.mark.parametrize("length", [1, 3, 17, 64, 255, 256, 257, 2047, 9000])
@@ -210,15 +241,16 @@ def test_outlier_channels():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("times", [4, 8, 9, 16, 20, 24, 64])
-def test_queries_that_reach_far(dtype, times):
+@pytest.mark.parametrize("times", [4, 8, 9, 16, 20, 24, 64, 1000])
+@pytest.mark.parametrize("size", [64, 8, 12, 16])
+def test_queries_that_reach_far(dtype, times, size):
     """One channel of some queries is this many times the others: where they take two digits, and where three.
 
     Keys have nothing there, so that all of the score comes from the channels that lose most. Query heads of a group
     are of every number that rows are taken in.
     """
     for group, spread in itertools.product((1, 2, 3, 7, 9, 15), (0.125, 1.0)):
-        tensors = make(1, group, 1, 1, 300, 64, 64, dtype, seed=group)
+        tensors = make(1, group, 1, 1, 300, size, size, dtype, seed=group)
         tensors[0][:, group // 2 :, :, 5] = times * tensors[0].abs().mean()
         tensors[1][..., 5] = 0
         check(tensors, scale=spread)
@@ -282,6 +314,22 @@ def test_empty_cache_and_batch():
     output = kernel([tensors[0], *(t[:, :, :0] for t in tensors[1:])])
     assert (output == 0).all()
     assert kernel([t[:0] for t in tensors]).shape == (0, 4, 1, 64)
+
+
+def test_keys_without_channels():
+    """Scores are all zero: the mean of the values."""
+    tensors = make(1, 4, 2, 1, 8, 4, 64, torch.float32)
+    tensors[0], tensors[1] = tensors[0][..., :0], tensors[1][..., :0]
+    check(tensors, scale=1.0)
+
+
+def test_largest_numbers_of_float16():
+    """A scale that is rounded up makes no infinity of them: they are as they read back."""
+    tensors = make(1, 4, 2, 1, 20, 64, 64, torch.float16)
+    tensors[3:5] = int8.quantize_per_head(torch.full((1, 2, 20, 64), 65504.0), torch.bfloat16)
+    assert decode(tensors)[1].max() > 65520
+    for engine in ENGINES.values():
+        assert (kernel(tensors, engine=engine) == 65504).all()
 
 
 @pytest.mark.parametrize(

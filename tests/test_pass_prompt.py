@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import icw_compile
-from icw_compile.kernels import cpu
+from icw_compile.kernels import cpu, prompt
 from icw_compile.kernels.inductor import attention
 from icw_compile.kernels.interface import FEW_TOKENS
 from icw_compile.lab.reference import reference_cache
@@ -43,9 +43,17 @@ MASKS: dict[str, tuple[Callable[[], Tensor], list[int]]] = {
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
 
+@pytest.mark.parametrize("many", [1, prompt._MANY])
+@pytest.mark.parametrize("is_ours", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", [*MASKS, "no mask"])
-def test_equals_attention_with_the_mask(name: str, dtype: torch.dtype) -> None:
+def test_equals_attention_with_the_mask(
+    name: str, dtype: torch.dtype, is_ours: bool, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By our kernel, where it is made for this processor, and by torch's; and of channels that do not lie together."""
+    monkeypatch.setattr(prompt, "_MANY", many)
+    if not is_ours:
+        monkeypatch.setattr(prompt, "_is_ours", lambda *each: False)
     generator = torch.Generator().manual_seed(0)
     rows = QUERIES if name == "no mask" else TOKENS
     query = torch.randn(2, QUERIES, 4, 16, generator=generator).to(dtype).transpose(1, 2)
@@ -57,10 +65,13 @@ def test_equals_attention_with_the_mask(name: str, dtype: torch.dtype) -> None:
         seen = mask = make()
         found = _ops.mask_extent(mask)
         assert found.tolist() == extent
-    actual = _ops.prompt_attention(query, key, value, mask, found, 0.3)
     expected = attention(query.float(), key.float(), value.float(), seen, False, 0.3, None)
-    assert (actual - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-    assert actual.stride() == query.stride()
+    scattered = [each.transpose(2, 3).contiguous().transpose(2, 3) for each in (query, key, value)]
+    for i in range(8):
+        each = [x if i >> at & 1 == 0 else scattered[at] for at, x in enumerate((query, key, value))]
+        actual = _ops.prompt_attention(*each, mask, found, 0.3)
+        assert (actual - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+        assert actual.stride() == query.stride()
 
 
 def test_registration() -> None:

@@ -20,6 +20,8 @@ def attention_with_lse(
     Returns:
         ``[B, H, T, D]`` and, in float32, ``[B, H, T]``.
     """
+    # It takes channels for contiguous, and does not look.
+    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     output, lse = flash(query, key, value, 0.0, is_causal, scale=scale)
     return output, lse

@@ -24,8 +24,9 @@
 // way), blocks of 512 positions (no faster), interleaving a block's values for all channels at once (half as fast). Not
 // tried: bfloat16 products for int8 rows, every one of which would have to be converted first.
 //
-// Engines, by what the build targets and the machine allows: AMX int8 tiles; AVX-512 VNNI; plain C++ in float32 that
-// the compiler vectorises (AVX2, NEON, anything), which also takes head sizes and scales that the others do not.
+// Engines, by what the build targets and the machine allows: AMX int8 tiles, for heads of up to 256 channels; AVX-512
+// VNNI, of up to 1,024; plain C++ in float32 that the compiler vectorises (AVX2, NEON, anything), which also takes scales
+// that the others do not.
 
 #include <algorithm>
 #include <array>
@@ -66,6 +67,8 @@ constexpr int64_t kBlock = 256;  // Positions per online-softmax step: a block's
 constexpr int64_t kFewTokens = 16;   // More query tokens are a prompt, of which
 constexpr int64_t kTileRows = 128;   // so many query rows are read at a time.
 constexpr int64_t kOwnChunk = 1024;  // Rows of a prompt in a unit of work.
+// Of integer products, whose sums are exact in float32 up to 2^24 / (127 * 128) channels.
+constexpr int64_t kMostChannels = 1024;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // An additive mask at or below kDead is a spelling of minus infinity (finfo.min) for a row that also has kLive values.
@@ -135,7 +138,11 @@ void store_run(void* data, int64_t offset, int64_t count, Type type, const float
     for (int64_t i = 0; i < count; ++i) out[i] = float_to_bf16(values[i] * factor);
   } else if (type == Type::kFloat16) {
     uint16_t* __restrict out = static_cast<uint16_t*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) out[i] = float_to_half(values[i] * factor);
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = values[i] * factor;
+      // As what is stored reads back: a rounded scale makes no infinity of the largest numbers.
+      out[i] = float_to_half(std::fabs(value) < kInf ? std::clamp(value, -65504.0f, 65504.0f) : value);
+    }
   } else {
     float* __restrict out = static_cast<float*>(data) + offset;
     for (int64_t i = 0; i < count; ++i) out[i] = values[i] * factor;
@@ -357,7 +364,7 @@ struct Workspace {
       place(tail, 16 * p.key_width);
       place(keys, p.key_codes.data ? kBlock * p.key_width : 0);
       place(values, p.value_codes.data ? kBlock * p.value_width : 0);
-      place(products, std::max(kBlock * 16, int64_t(16 * 64)));
+      place(products, std::max(kBlock * 16, 16 * kMostChannels / 4));
       place(weight_digits, weight_tiles * 16 * kBlock);
       if (pass == 0 && used + 64 > capacity) {
         memory.reset(new char[used + 64]);
@@ -608,8 +615,8 @@ inline void transpose_16x16(__m512i r[16]) {
 }
 
 // Two digits are off by 2^-16 of a row's largest value: little beside what an output in bfloat16 loses, unless the
-// largest is more than so many times the mean.
-constexpr float kTwoDigitRange = 16.0f;
+// largest is more than so many times the mean. It is at most as many times as there are channels: a part of these.
+float two_digit_range(int64_t head_dim) { return std::min(16.0f, head_dim / 4.0f); }
 
 // The signed digits of each query row, most significant first: value = scale * ((d2 * 256 + d1) * 256 + d0), or, VNNI
 // only, scale * (d1 * 256 + d0) where that is enough for all rows. Returns how many.
@@ -630,7 +637,7 @@ int make_query_digits(const Problem& p, Workspace& w) {
       sum += size;
     }
     w.query_scale[row] = w.query_broken[row] || amax < 1e-30f ? 0.0f : amax;
-    if (w.query_scale[row] != 0.0f) are_two_enough &= amax * p.head_dim <= kTwoDigitRange * sum;
+    if (w.query_scale[row] != 0.0f) are_two_enough &= amax * p.head_dim <= two_digit_range(p.head_dim) * sum;
   }
   const int digits = are_two_enough ? 2 : 3;
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -1016,7 +1023,8 @@ bool all_finite(const ByteRows& rows, int64_t count, int64_t size) {
 
 bool has_pairs(const Problem& p) {
   return p.engine == Engine::kVnni && p.query.type == Type::kBFloat16 && p.kept_keys.type == Type::kBFloat16 &&
-         p.kept_keys.last == 1 && p.kept_values.type == Type::kBFloat16 && p.kept_values.last == 1;
+         p.kept_keys.last == 1 && p.kept_values.type == Type::kBFloat16 && p.kept_values.last == 1 &&
+         p.head_dim <= kMostChannels / 2;
 }
 
 #endif  // ICW_BF16
@@ -1553,14 +1561,12 @@ void merge_partials(const Problem& p, int64_t b, int64_t h, const float* partial
 
 // The fastest that this build and this processor have for keys of this size.
 Engine best_engine(int64_t head_dim) {
-#ifdef ICW_VNNI
-  // Digit sums stay exact in float32 up to 2^24 / 127^2 channels; tiles hold four slices of 64.
-  if (head_dim % 4 == 0 && head_dim <= 256) {
 #ifdef ICW_AMX
-    if (amx_allowed()) return Engine::kAmx;
+  // Tiles hold four slices of 64 channels, of which the last is of whole words.
+  if (head_dim > 0 && head_dim <= 256 && head_dim % 4 == 0 && amx_allowed()) return Engine::kAmx;
 #endif
-    return Engine::kVnni;
-  }
+#ifdef ICW_VNNI
+  if (head_dim <= kMostChannels) return Engine::kVnni;
 #endif
   return Engine::kPortable;
 }
@@ -2105,7 +2111,7 @@ Tensor prompt(const Tensor& query, const Tensor& key, const Tensor& value, const
 // Whether `prompt` is faster than what torch has. Not measured with AMX, which torch uses for products of bfloat16.
 bool is_for_prompts(int64_t head_dim) {
 #ifdef ICW_BF16
-  return best_engine(head_dim) == Engine::kVnni;
+  return best_engine(256) == Engine::kVnni && head_dim <= 256 && head_dim % 4 == 0;
 #else
   return false;
 #endif
