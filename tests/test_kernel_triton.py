@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import icw_compile
 from icw_compile.errors import KernelUnavailableError
+from icw_compile.formats import int8
 from icw_compile.formats.int4 import halves_to_levels
 from icw_compile.formats.kept import place_rows
 from icw_compile.kernels import AttentionCall, StoredRows, find_kernel, gpu, launch
@@ -443,6 +444,17 @@ def test_packed_rows_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             kernel(changed, **named)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_largest_numbers_of_float16(splits):
+    """A scale that is rounded up makes no infinity of them: they are as they read back."""
+    tensors = make(1, 4, 2, 1, 300, 64, 64, torch.float16)
+    tensors[3:5] = int8.quantize_per_head(torch.full((1, 2, 300, 64), 65504.0), torch.bfloat16)
+    assert decode(tensors)[1].max() > 65520
+    assert (kernel(tensors, splits=splits) == 65504).all()
+    tensors[4][:, :, 7] = torch.inf
+    assert not kernel(tensors, splits=splits).isfinite().any()
 
 
 #: Of which rows are kept: in both of them, in one of them.

@@ -448,6 +448,15 @@ def _exact_values(
 
 
 @triton.jit
+def _output(numbers, DTYPE: tl.constexpr):
+    """``numbers`` in ``DTYPE``. As what is stored reads back, a rounded scale makes no infinity of finite ones."""
+    if DTYPE == tl.float16:  # noqa: SIM300
+        finite = tl.minimum(tl.maximum(numbers, -65504.0), 65504.0)
+        numbers = tl.where(tl.abs(numbers) < float("inf"), finite, numbers)
+    return numbers.to(DTYPE)
+
+
+@triton.jit
 def _step(
     query,
     middle,
@@ -904,7 +913,7 @@ def attend(
     value_channel = _channels(value_codes, VALUE_DIM, PADDED_VALUE_DIM)
     tl.store(
         output + at[:, None] * VALUE_DIM + value_channel[None, :],
-        accumulator.to(output.dtype.element_ty),
+        _output(accumulator, output.dtype.element_ty),
         mask=valid[:, None] & (tl.arange(0, PADDED_VALUE_DIM) < VALUE_DIM)[None, :],
     )
 
@@ -959,4 +968,4 @@ def merge(
     total = tl.sum(total * weights, 0)
     accumulator = tl.sum(each * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
     at = tl.program_id(0).to(tl.int64) * VALUE_DIM + channel
-    tl.store(output + at, accumulator.to(output.dtype.element_ty), mask=exists)
+    tl.store(output + at, _output(accumulator, output.dtype.element_ty), mask=exists)
