@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import CLOSE_LOGITS, compiled, graphs, relative_distance, run, tiny_model, tokens
+from support import CLOSE_LOGITS, EAGER, compiled, graphs, relative_distance, run, tiny_model, tokens
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -123,6 +123,7 @@ def test_layout_does_not_show() -> None:
 KEEPS_ROOM: dict[str, Callable[[Tensor], Tensor]] = {
     "reorder": lambda x: x.index_select(0, torch.tensor([1, 0])),
     "pick": lambda x: x[torch.tensor([1]), ...],
+    "repeat": lambda x: x.repeat_interleave(2, dim=0),
     "copy": copy.deepcopy,
 }
 
@@ -136,6 +137,42 @@ def test_whole_sequences_move_with_their_room(name: str) -> None:
     assert same(moved, expected) and moved.spare_rows == q.spare_rows and not shares(moved, q)
     grown = torch.cat([moved, moved[:, :, :1]], dim=-2)
     assert grown.shape[2] == 7
+
+
+def test_sequences_are_repeated_between_compiled_steps() -> None:
+    """What torch makes of the cache on the way is no base of the result, which Dynamo would make symbols for."""
+    model = tiny_model(num_hidden_layers=1)
+    step = torch.compile(model, backend="icw_int8kv", dynamic=True, options=EAGER)
+    for batch in (2, 3, 4):
+        cache, reference = DynamicCache(config=model.config), dynamic_reference_cache(model)
+        for each, call in ((cache, step), (reference, model)):
+            run(call, each, tokens(7, batch=batch), (7,))
+            each.batch_repeat_interleave(2)
+        ids = tokens(1, batch=2 * batch)
+        logits = run(step, cache, ids, (1,))
+        assert relative_distance(logits, run(model, reference, ids, (1,))) <= CLOSE_LOGITS
+
+
+def test_crop_in_inference_mode() -> None:
+    model = tiny_model(num_hidden_layers=1)
+    step, cache, reference = compiled(model), DynamicCache(config=model.config), dynamic_reference_cache(model)
+    for each, call in ((cache, step), (reference, model)):
+        run(call, each, tokens(7), (7,))
+    with torch.inference_mode():
+        for each in (cache, reference):
+            each.crop(-2)
+        logits = run(step, cache, tokens(3, seed=1), (3,))
+        assert relative_distance(logits, run(model, reference, tokens(3, seed=1), (3,))) <= CLOSE_LOGITS
+
+
+def test_a_shallow_copy_is_a_view() -> None:
+    q, _ = pair()
+    q = torch.cat([q, rows()], dim=-2)
+    alias = copy.copy(q)
+    assert shares(alias, q)
+    grown = torch.cat([alias, rows()], dim=-2)
+    alias.zero_()
+    assert not q.dequantize().any() and grown.dequantize().any()
 
 
 def test_save_leaves_spare_rows_behind() -> None:

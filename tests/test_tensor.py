@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import relative_distance, run, tiny_model, tokens
+from support import compiled, relative_distance, run, tiny_model, tokens
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import StaticCache
@@ -111,6 +111,48 @@ def test_moves_of_every_format(shape: tuple[int, ...], how: dict[str, Any], grow
             continue
         values.zero_()
         assert forgets or torch.equal(as_float(moved), expected), name
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda x: x[:, :, :2],
+    "narrow": lambda x: x.narrow(2, 1, 3),
+    "select": lambda x: x.select(0, 1),
+    "detach": lambda x: x.detach(),
+    "view": lambda x: x.view(6, 7, 8),
+    "transpose": lambda x: x.transpose(1, 2),
+    "split": lambda x: x.split(4, 2)[1],
+    "cut": lambda x: x[..., :4],
+    "view of a cut": lambda x: x[..., :4][0].transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_in_inference_mode(name: str, how: dict[str, Any], grows: bool) -> None:
+    """Of a tensor that was made outside of it, a view is none of inference mode: as of a float tensor."""
+    x = QuantizedKV.quantize(states(), **how)
+    if grows:
+        x = QuantizedKV.growing(x.value)
+    values = x.dequantize()
+    with torch.inference_mode():
+        view, expected = VIEWS[name](x), VIEWS[name](values)
+        assert x.clone()[:, :, :2].is_inference()
+    assert not view.is_inference() and not expected.is_inference()
+    assert torch.equal(as_float(view), expected)
+    x.index_copy_(2, torch.arange(7), torch.ones(SHAPE))
+    values.fill_(1.0)
+    torch.testing.assert_close(as_float(view) + 0, expected)
+
+
+def test_a_write_through_a_view_in_inference_mode() -> None:
+    x, values = pair()
+    with torch.inference_mode():
+        for each in (x, values):
+            each[:, :, :2] = 0.0
+            each[:, :, 2:4].mul_(2.0)
+    x[:, :, 4:] = values[:, :, 4:] = 0.0
+    torch.testing.assert_close(x.dequantize(), values)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +351,87 @@ def test_save_and_load(weights_only: bool) -> None:
     loaded = torch.load(file, weights_only=weights_only)["keys"][0]
     assert isinstance(loaded, QuantizedKV)
     assert torch.equal(loaded.dequantize(), values)
+
+
+SAVED: dict[str, Callable[[Tensor], Tensor]] = {
+    "one token": lambda x: x[:, :, 0],
+    "one row": lambda x: x[0, 0, 0],
+    "one axis": lambda x: x.reshape(1, 42, 8),
+    "transpose": lambda x: x.transpose(1, 2),
+    "in front of the channels": lambda x: x.unsqueeze(3),
+    "cut": lambda x: x[..., :4],
+}
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+@pytest.mark.parametrize("name", SAVED)
+def test_save_and_copy_a_view(name: str, how: dict[str, Any]) -> None:
+    """Where nobody could check its parts when they are loaded, as an ordinary tensor."""
+    x = QuantizedKV.quantize(states(), **how)
+    view = SAVED[name](x)
+    values = view.clone() if isinstance(view, QuantizedKV) else as_float(view) + 0
+    file = io.BytesIO()
+    torch.save(view, file)
+    file.seek(0)
+    loaded, copied = torch.load(file), copy.deepcopy(view)
+    x.zero_()
+    for each in (loaded, copied):
+        assert type(each) in (Tensor, QuantizedKV) and torch.equal(as_float(each), as_float(values))
+
+
+def test_a_cut_view_is_exported_as_its_values() -> None:
+    x, values = pair()
+    cut = x[..., :4]
+    for exported in (torch.from_numpy(cut.numpy()), torch.from_dlpack(cut)):
+        assert type(exported) is Tensor and torch.equal(exported, values[..., :4])
+
+
+def test_the_memory_of_another_tensor_is_refused() -> None:
+    x, values = pair()
+    other = QuantizedKV.zeros((1, 3, 4, 8), torch.float32)
+
+    def assign(new: Tensor) -> None:
+        x.data = new
+
+    taking: list[Callable[[], Any]] = [
+        lambda: assign(torch.zeros(SHAPE)),
+        lambda: assign(other),
+        lambda: x.set_(other),
+        lambda: x.set_(torch.zeros(3)),
+        lambda: x.set_(torch.zeros(3).untyped_storage(), 0, (3,), (1,)),
+        lambda: x.set_(),
+        lambda: torch.zeros(3).set_(x),
+    ]
+    for take in taking:
+        with pytest.raises(NotImplementedError, match="copy_"):
+            take()
+    assert x.shape == SHAPE and torch.equal(x.dequantize(), values)
+    assert isinstance(x.data, QuantizedKV) and torch.equal(x.data.dequantize(), values)
+    x.data.zero_()
+    assert not x.dequantize().any()
+
+
+@pytest.mark.parametrize("reset", [lambda x: x.zero_(), lambda x: x[:, :, :].zero_(), lambda x: x.detach().zero_()])
+@torch.no_grad()
+def test_what_is_written_through_a_view_is_settled_anew(reset: Callable[[Tensor], Tensor]) -> None:
+    def step(query: Tensor, keys: Tensor, new: Tensor, at: Tensor) -> Tensor:
+        keys.index_copy_(2, at, new)
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, keys)
+
+    call = compiled(step)
+    keys, x, query = (
+        QuantizedKV.zeros((1, 1, 32, 8), torch.float32, equalize=True),
+        states((1, 1, 21, 8)),
+        torch.ones(1, 1, 1, 8),
+    )
+    x[..., 0] *= 300
+    keys.index_copy_(2, torch.arange(20), x[:, :, :20])
+    call(query, keys, x[:, :, 20:], torch.tensor([20]))
+    assert keys.shift.any()
+    reset(keys)
+    for at, row in enumerate(states((1, 1, 21, 8), seed=1).split(1, 2)):
+        call(query, keys, row, torch.tensor([at]))
+    assert not keys.shift.any()
 
 
 def test_to_dtype() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from icw_compile.cache.parts import TensorOfParts
+from icw_compile.cache.parts import TensorOfParts, views_like_their_base
 from icw_compile.compat.fx import schema_of, tree_map, written_values
 
 __all__ = ["DecodedView", "decoded_view"]
@@ -55,8 +55,21 @@ class DecodedView(Tensor):
     def tolist(self) -> Any:
         return self.values_now.tolist()
 
+    def numpy(self, **kwargs: Any) -> Any:
+        return self.values_now.numpy(**kwargs)
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.values_now.__dlpack__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return memo.setdefault(id(self), self.values_now.clone())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values_now.__reduce_ex__(protocol)
+
     @classmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # as for a QuantizedKV
+    @views_like_their_base
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -20,7 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MIN_SPARE", "Claim", "Growth", "Room", "capacity_after", "capacity_for", "growth", "reset_growth"]
+__all__ = [
+    "MIN_SPARE",
+    "Claim",
+    "Growth",
+    "Room",
+    "capacity_after",
+    "capacity_for",
+    "growth",
+    "is_batchwise",
+    "reset_growth",
+    "rows_of_slice",
+]
+
+aten = torch.ops.aten
 
 #: What compiled code returns has at least this many spare rows: the next step finds room without asking.
 MIN_SPARE = 64
@@ -221,3 +234,26 @@ def reset_growth() -> None:
     """Start counting anew."""
     with _lock:
         _growth.moves = _growth.bytes_copied = 0
+
+
+def is_batchwise(func: Any, *args: Any) -> bool:
+    """Whether an operation copies or picks whole sequences of a batch, with these arguments after the first."""
+    if func is aten.clone.default:
+        return True
+    if func is aten.index_select.default:
+        return args[0] == 0
+    return func is aten.index.Tensor and len(args[0]) == 1 and args[0][0].dim() == 1
+
+
+def rows_of_slice(func: Any, args: tuple[Any, ...]) -> range | None:
+    """The rows of a tensor that a view is of, where it is of some that follow each other."""
+    if func in (aten.alias.default, aten.detach.default):
+        return range(args[0].shape[2])
+    if func is not aten.slice.Tensor:
+        return None
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    x, dim, start, end, step = args + defaults[len(args) - 1 :]
+    if x.dim() != 4 or dim not in (2, -2) or step != 1:
+        return None
+    rows = range(x.shape[2])[start:end]
+    return rows if len(rows) else None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from icw_compile.cache.growth import MIN_SPARE, Claim, Room, capacity_for
 from icw_compile.cache.turned import Window, straighten
 from icw_compile.compat.dynamo import let_vary
 from icw_compile.compat.flex import let_flex_attention_take
+from icw_compile.compat.fx import schema_of
 from icw_compile.formats import AXES, Format, Stored
 from icw_compile.formats.base import decode
 from icw_compile.formats.evaluate import EAGER
@@ -22,7 +23,7 @@ from icw_compile.formats.kept import forget_rows
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Layout", "TensorOfParts"]
+__all__ = ["Layout", "TensorOfParts", "refuse_other_memory", "views_like_their_base"]
 
 
 class Layout(NamedTuple):
@@ -50,8 +51,8 @@ class TensorOfParts(Tensor):
     _lags: bool = False
     #: Such views, by weak references.
     _lagging: tuple[weakref.ref[TensorOfParts], ...] = ()
-    #: Whether it is known that no write of one token will change how it is stored.
-    _is_settled: bool = False
+    #: What `_settled` had for its memory when `_is_settled` was found.
+    _noted: object = None
     _window: Window | None = None
 
     @classmethod
@@ -122,6 +123,40 @@ class TensorOfParts(Tensor):
     def buffers(self) -> tuple[Tensor, ...]:
         """The parts with the spare rows behind its own, if it grows; as they lie in memory (`window`)."""
         return tuple(getattr(self, name) for name in self._names)
+
+    @property
+    def data(self) -> Tensor:
+        """This tensor, as autograd does not see it; another cannot be assigned.
+
+        Raises:
+            NotImplementedError: on assignment.
+        """
+        return super().data
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        refuse_other_memory()
+
+    def __copy__(self) -> Tensor:
+        return self.detach()
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether it is known that no write of one token will change how it is stored.
+
+        Of this tensor, until it or another in the same memory is written otherwise.
+        """
+        return self._noted is not None and self._noted is _settled.get(self.buffers[0].untyped_storage())
+
+    @_is_settled.setter
+    def _is_settled(self, value: bool) -> None:
+        first = self.buffers[0]
+        if type(first) is not Tensor:  # of fakes nothing is known
+            return
+        if value:
+            self._noted = _settled.setdefault(first.untyped_storage(), object())
+        else:
+            _settled.pop(first.untyped_storage(), None)
 
     @property
     def window(self) -> Window:
@@ -257,8 +292,9 @@ class TensorOfParts(Tensor):
         if self._is_settled:
             return
         value = self.value
-        self._is_settled = value.format.is_settled(value)
-        if not self._is_settled:
+        if value.format.is_settled(value):
+            self._is_settled = True
+        else:
             value.format.settle_stored(value)
 
     def before_write(self) -> None:
@@ -331,6 +367,37 @@ class TensorOfParts(Tensor):
         return list(self._names), self._layout
 
 
+#: By the memory of the first part: an object until what is stored there is to be looked at anew.
+_settled: weakref.WeakKeyDictionary[torch.UntypedStorage, object] = weakref.WeakKeyDictionary()
+
+
 @functools.cache
 def _names_of(layout: Format) -> tuple[str, ...]:
     return tuple(f"_{part.name}" for part in layout.parts)
+
+
+def refuse_other_memory(*args: Any, **kwargs: Any) -> NoReturn:
+    """In place of ``set_`` and ``.data =``. Raises: NotImplementedError."""
+    raise NotImplementedError(
+        "icw_int8kv: a quantized cache cannot take over the memory of another tensor, nor lend it its own (`set_`, "
+        "`.data =`). Copy the values, as by `keys.copy_(other)`, or assign the other tensor where the cache holds this."
+    )
+
+
+def views_like_their_base(dispatch: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``__torch_dispatch__`` whose views in inference mode are inference tensors only if what they view is one.
+
+    torch takes no other for a view.
+    """
+
+    @functools.wraps(dispatch)
+    def dispatch_as_base(
+        cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        schema = schema_of(func)
+        if torch.is_inference_mode_enabled() and schema.gives_views and not schema.is_mutable:
+            with torch.inference_mode(args[0].is_inference()), torch.no_grad():
+                return dispatch(cls, func, types, args, kwargs)
+        return dispatch(cls, func, types, args, kwargs)
+
+    return dispatch_as_base

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from icw_compile.cache.decoded import decoded_view
-from icw_compile.cache.growth import Room
-from icw_compile.cache.parts import Layout, TensorOfParts
+from icw_compile.cache.growth import Room, is_batchwise, rows_of_slice
+from icw_compile.cache.parts import Layout, TensorOfParts, refuse_other_memory, views_like_their_base
 from icw_compile.cache.shapes import call_of_shapes
 from icw_compile.cache.turned import keep_straight, note_fakes
 from icw_compile.cache.uncompiled import note_read
@@ -180,11 +180,21 @@ class QuantizedKV(TensorOfParts):
         part = super().__getitem__(index)
         if isinstance(part, QuantizedKV) and part._is_view() and all(type(each) is Tensor for each in part.buffers):
             # A cropped cache: autograd would keep the longer one alive, and Dynamo would guard on its shape.
-            made = QuantizedKV._make(part.buffers, part._layout, part.shape, part.stride(), part._claim)
+            with torch.inference_mode(part.is_inference()):
+                made = QuantizedKV._make(part.buffers, part._layout, part.shape, part.stride(), part._claim)
             if part._root is not None:
                 self.note_view(made)
             return made
         return part
+
+    def repeat_interleave(  # type: ignore[override]
+        self, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+    ) -> Tensor:
+        """As that of a tensor: whole sequences with their room to grow, and no view of what torch makes on the way."""
+        if dim not in (0, -self.dim()):
+            return super().repeat_interleave(repeats, dim, output_size=output_size)
+        sequences = torch.arange(self.shape[0], device=self.device)
+        return self.index_select(0, sequences.repeat_interleave(repeats, output_size=output_size))
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: BufferError, since there is no memory of floats to hand out."""
@@ -196,10 +206,16 @@ class QuantizedKV(TensorOfParts):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         value = self.value  # without spare rows
-        return _rebuild, (value.format, tuple(part.contiguous() for part in value.parts), value.axes)
+        saved = value.format, tuple(part.contiguous() for part in value.parts), value.axes
+        try:
+            _rebuild(*saved)
+        except ValueError:  # a view whose parts could not be checked when they are loaded: saved as its values
+            return self.dequantize().__reduce_ex__(protocol)
+        return _rebuild, saved
 
     @classmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # Dynamo compiles what runs where a graph breaks: not this
+    @views_like_their_base
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -220,7 +236,7 @@ class QuantizedKV(TensorOfParts):
             run = EAGER if all(_is_real(each) for each in _all_of(args)) else SHAPES
         if run is SHAPES and _gives_rows_by_value(func, args):
             return _on_values(func, args, kwargs)  # Dynamo would ask a part of the result for its length
-        if claim is not None and not claim.is_view and _is_batchwise(func, *args[1:]):
+        if claim is not None and not claim.is_view and is_batchwise(func, *args[1:]):
             return x._batchwise(rule, args, kwargs)
         shapes = call_of_shapes(func, args, kwargs) if run is SHAPES and not is_traced() else None
         if shapes is not None and (known := shapes.again()) is not None:
@@ -267,7 +283,7 @@ class QuantizedKV(TensorOfParts):
         views = func(as_float, *args[1:], **kwargs)
         if isinstance(results, tuple):
             return [self.of(each, claim and claim.of_view(None), view.stride()) for each, view in zip(results, views)]
-        rows = None if claim is None or claim.is_view else _rows_of_slice(func, args)
+        rows = None if claim is None or claim.is_view else rows_of_slice(func, args)
         if claim is None or rows is None:
             return self.of(results, claim and claim.of_view(None), views.stride())
         return self._on(claim.of_view(rows), results, views.stride())
@@ -356,29 +372,6 @@ def _gives_rows_by_value(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an operation picks as many rows as a boolean mask is true for."""
     masks = (x for x in tree_leaves(args[1:]) if isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8))
     return torch.Tag.dynamic_output_shape in func.tags and next(masks, None) is not None
-
-
-def _is_batchwise(func: Any, *args: Any) -> bool:
-    """Whether an operation copies or picks whole sequences of a batch, with these arguments after the first."""
-    if func is aten.clone.default:
-        return True
-    if func is aten.index_select.default:
-        return args[0] == 0
-    return func is aten.index.Tensor and len(args[0]) == 1 and args[0][0].dim() == 1
-
-
-def _rows_of_slice(func: Any, args: tuple[Any, ...]) -> range | None:
-    """The rows of a tensor that a view is of, where it is of some that follow each other."""
-    if func in (aten.alias.default, aten.detach.default):
-        return range(args[0].shape[2])
-    if func is not aten.slice.Tensor:
-        return None
-    defaults: tuple[Any, ...] = (0, None, None, 1)
-    x, dim, start, end, step = args + defaults[len(args) - 1 :]
-    if x.dim() != 4 or dim not in (2, -2) or step != 1:
-        return None
-    rows = range(x.shape[2])[start:end]
-    return rows if len(rows) else None
 
 
 def _to_stored(value: Any) -> Any:
@@ -481,6 +474,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten._pin_memory.default: _pin_memory,
     aten.is_pinned.default: lambda x, device=None: x.buffers[0].is_pinned(device),
     aten.dequantize.self: QuantizedKV.dequantize,
+    **{getattr(aten.set_, name): refuse_other_memory for name in aten.set_.overloads()},
     # The memory that a stream uses is that of the parts.
     aten.record_stream.default: lambda x, stream: [part.record_stream(stream) for part in x.buffers] and None,
 }
