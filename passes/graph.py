@@ -1,7 +1,7 @@
 """The graph that passes work on, and what they know about it: its key/value storage, its signature, its sites."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -134,13 +134,16 @@ class Output:
     """One output of the original graph in terms of the rewritten one's: the ``position`` of an ordinary one.
 
     A stored one is ``stored``, whose parts are positions, or, where it is an input that grew in place, ``grown``.
-    ``grows``: it may grow, once it has room.
+    ``grows``: it may grow, once it has room. A view that has to be made anew, of the input or the other output ``of``,
+    is made by ``again``, which takes what the graph returned; ``of`` is ``None`` where that would be of neither.
     """
 
     position: int = -1
     stored: Stored | None = None
     grown: Grown | None = None
     grows: bool = False
+    of: str | int | None = None
+    again: Callable[[Sequence[Any]], Callable[[Any], Any]] | None = None
 
 
 @dataclass

@@ -15,10 +15,13 @@
 
 What an operation does to the parts is `icw_compile.formats.rules.RULES`. An operation without a rule gets the
 dequantized value, taken right where it is used, so that it sees every write before it. Order and aliasing of writes are
-preserved. Where a storage is read as it came, its operations in floats stay besides, and see the same writes.
+preserved. Where a storage is read as it came, its operations in floats stay besides, and see the same writes. Where a
+view is returned that has to be a copy, or that shows what grows, ``graph.outputs`` says how the caller makes it.
 """
 
+import functools
 import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,14 +61,15 @@ def propagate(graph: KVGraph) -> int:
         if node.target is operator.getitem and args_of(node)[0] in pieces:
             values[node] = _part_of(values[args_of(node)[0]], pieces[args_of(node)[0]][args_of(node)[1]])
             continue
+        if node.op == "output" and values:
+            _return_parts(graph, node, values)
+            continue
         operands = [n for n in node.all_input_nodes if n in values]
         if not operands or node in values:
             continue
         source = values[operands[0]]
         _forget_kept_rows(graph, node, values)
-        if node.op == "output":
-            _return_parts(graph, node, values)
-        elif (result := _apply_rule(graph, node, values)) is not None and not _parts_ways(graph, node, result, values):
+        if (result := _apply_rule(graph, node, values)) is not None and not _parts_ways(graph, node, result, values):
             if isinstance(result, tuple):
                 pieces[node] = result
                 result = result[0]
@@ -241,6 +245,7 @@ def _return_parts(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> No
     """Return the parts of a stored output, one after the other, and say so in ``graph.outputs``."""
     returned: list[Any] = []
     outputs = []
+    results = _results(graph, values)
 
     def place(part: Node) -> int:
         returned.append(part)
@@ -248,7 +253,10 @@ def _return_parts(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> No
 
     for i, value in enumerate(graph.output_nodes):
         if value not in values:
-            outputs.append(Output(place(value)))
+            output = Output(place(value))
+            if isinstance(value, Node) and _is_a_copy(graph, node, value, values):
+                output = _made_anew(graph, output, i, results, values, place)
+            outputs.append(output)
             continue
         storage = values[value]
         if (grown := graph.grown.get(i)) is not None:
@@ -260,9 +268,105 @@ def _return_parts(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> No
             outputs.append(Output(grown=Grown(grown.input, grown.rows, others)))
         else:
             stored = storage.stored.of_parts([place(part) for part in storage.stored.parts])
-            outputs.append(Output(stored=stored, grows=storage.grows))
+            output = Output(stored=stored, grows=storage.grows)
+            outputs.append(_made_anew(graph, output, i, results, values, place) if storage.grows else output)
     node.args = (tuple(returned),)
     graph.outputs = outputs
+
+
+def _path(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> list[Node]:
+    """``node``, what it is a view of or was before a write, then what that is, and so on: up to a storage, if any."""
+    path = [node]
+    while viewed := viewed_by(path[-1])[:1]:
+        decoded = graph.decoded.get(viewed[0])
+        if decoded is not None:
+            viewed = [next(each for each, storage in values.items() if storage is decoded)]
+        elif path[-1] in values and viewed[0] not in values:
+            break  # a storage that is read as it came is an alias of that
+        path += viewed
+    return path
+
+
+def _results(graph: KVGraph, values: dict[Node, Storage]) -> dict[Node, int]:
+    """The stored outputs, each with what it was before it was written into, and the position of each."""
+    results: dict[Node, int] = {}
+    for i, value in enumerate(graph.output_nodes):
+        for node in _path(graph, value, values) if value in values else ():
+            results.setdefault(node, i)
+            if not is_mutation(node):
+                break
+    return results
+
+
+def _is_a_copy(graph: KVGraph, output: Node, value: Node, values: dict[Node, Storage]) -> bool:
+    """Whether an output that is not stored would be a view of what is, were that not decoded."""
+    path = _path(graph, value, values)
+    views = path[: next((n for n, each in enumerate(path) if each in values), 0)]
+    if not views or any("kept" in each.meta for each in views):
+        return False
+    source = viewed_by(views[-1])[0]
+    with graph.before(output):
+        again = _view_again(graph, value, views[-1], source, source)  # what may be a view, as of `reshape`, is it one?
+    return storage_of(graph.tensor(again)) == storage_of(graph.tensor(source))
+
+
+def _made_anew(
+    graph: KVGraph,
+    output: Output,
+    i: int,
+    results: Mapping[Node, int],
+    values: dict[Node, Storage],
+    place: Callable[[Node], int],
+) -> Output:
+    """``output``, the one at ``i``, with what it is a view of and how it is made of that, if that outlives the graph.
+
+    A view of what grows does not, where that is not returned, and another view of it is: both stay where they are.
+    """
+    path = _path(graph, graph.output_nodes[i], values)
+    end = max((n for n, each in enumerate(path) if results.get(each, i) != i), default=len(path) - 1)
+    of = results[path[end]] if results.get(path[end], i) != i else _input_of(graph, values[path[-1]].stored)
+    if output.stored is not None and not isinstance(of, int):
+        apart = of is None and _is_shown_elsewhere(graph, i, path[-1], values, results)
+        return replace(output, grows=not apart)
+    if of is None and not _is_shown_elsewhere(graph, i, path[-1], values, results):
+        return output
+    views = [each for each in reversed(path[:end]) if not is_mutation(each)]
+    calls: list[Any] = [(each.target, args_of(each)[1:], each.kwargs) for each in views]
+    numbers: dict[Node, int] = {}
+    torch.fx.map_arg(calls, lambda each: numbers.setdefault(each, place(each)))
+    return replace(output, of=of, again=functools.partial(_again, calls, numbers))
+
+
+def _is_shown_elsewhere(
+    graph: KVGraph, i: int, root: Node, values: dict[Node, Storage], results: Mapping[Node, int]
+) -> bool:
+    """Whether a stored output shows the storage ``root``, besides the one at ``i`` and the views of that."""
+    paths = [_path(graph, each, values) for each in graph.output_nodes if each in values]
+    return any(path[-1] is root and all(results.get(each) != i for each in path) for path in paths)
+
+
+def _input_of(graph: KVGraph, stored: Stored) -> str | None:
+    """The input that a storage is, unless it is what became of it."""
+    part = stored.parts[0]
+    while not is_mutation(part) and (viewed := viewed_by(part)):
+        part = viewed[0]
+    return next((name for name, each in graph.inputs.items() if part.name in each.parts), None)
+
+
+def _again(
+    calls: Sequence[tuple[Any, tuple[Any, ...], Mapping[str, Any]]],
+    numbers: Mapping[Node, int],
+    returned: Sequence[Any],
+) -> Callable[[Any], Any]:
+    """What makes a view by these calls, each of what the one before gave; their other arguments were returned."""
+    given = {node: returned[position] for node, position in numbers.items()}
+
+    def view_of(value: Any) -> Any:
+        for target, args, kwargs in torch.fx.map_arg(calls, given.__getitem__):
+            value = target(value, *args, **kwargs)
+        return value
+
+    return view_of
 
 
 def _note(forms: list[str], node: Node) -> None:

@@ -1354,3 +1354,128 @@ def test_what_attention_is_made_of_changes_before_its_end(
     function: Callable[..., Any], length: int, way: Callable[..., Any]
 ) -> None:
     check(way, function, query(length), states(), states(seed=1), caches=(1, 2))
+
+
+#: Views of keys that a graph may return, and whether a write into it reaches the cache or may be refused.
+RETURNED = {
+    "channels": (lambda keys: keys[..., :4], True),
+    "channels of rows": (lambda keys: keys[:, :, 1:][..., 2:4], True),
+    "heads merged": (lambda keys: keys.flatten(0, 1), True),
+    "diagonal": (lambda keys: keys.diagonal(0, 2, 3), True),
+    "turned": (lambda keys: keys.transpose(2, 3), True),
+    "row": (lambda keys: keys[:, :, 2], False),
+    "last row": (lambda keys: keys[:, :, -1], False),
+    "rows": (lambda keys: keys[:, :, 2:], False),
+    "all": (lambda keys: keys[:], False),
+    "detached": (lambda keys: keys.detach(), False),
+    "itself": (lambda keys: keys, False),
+    "heads behind tokens": (lambda keys: keys.transpose(1, 2), False),
+    "sequence": (lambda keys: keys[0], False),
+    "head": (lambda keys: keys.unbind(1)[1], False),
+}
+
+
+def write_into_returned(view: Callable[[Any], Any], shown: Any, keys: Any, refusable: bool) -> None:
+    """It shows what the cache has, and what is written there; what is written to it X."""
+
+    def values() -> Tensor:
+        return view(keys.dequantize())
+
+    torch.testing.assert_close(shown + 0, values(), rtol=0, atol=CLOSE)
+    before = values().clone()
+    try:
+        shown.mul_(0.0)
+    except NotImplementedError:
+        assert refusable and torch.equal(values(), before)
+    else:
+        assert values().count_nonzero() == 0
+    keys.copy_(states(keys.shape[2], seed=5))
+    torch.testing.assert_close(shown + 0, values(), rtol=0, atol=CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recent_tokens", [0, 2])
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("name", RETURNED)
+@pytest.mark.filterwarnings("ignore::icw_compile.UnquantizedCacheWarning")
+def test_view_of_a_cache_that_a_graph_returns(name: str, grows: bool, recent_tokens: int) -> None:
+    view, refusable = RETURNED[name]
+    torch._dynamo.reset()
+    keys = QuantizedKV.quantize(states(6), recent_tokens=recent_tokens)
+    keys = torch.cat([keys, states(2, seed=1)], dim=2) if grows else keys
+    step = through_the_backend(lambda q, keys: (sdpa(q, keys, keys), view(keys)))
+    write_into_returned(view, step(query(), keys)[1], keys, refusable)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recent_tokens", [0, 2])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", RETURNED)
+@pytest.mark.filterwarnings("ignore::icw_compile.UnquantizedCacheWarning")
+def test_view_of_a_cache_that_is_made_or_grown_besides(name: str, static: bool, recent_tokens: int) -> None:
+    view, refusable = RETURNED[name]
+    torch._dynamo.reset()
+    config = tiny_model("llama").config
+    cache: Any = StaticCache(config, max_cache_len=12) if static else DynamicCache()
+
+    def function(q: Tensor, k: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        keys, values = cache.update(k, k, 0)
+        return sdpa(q, keys, values), view(keys)
+
+    step = torch.compile(function, backend="icw_int8kv", options={**EAGER, "icw.recent_tokens": recent_tokens})
+    for length in (5, 1, 1):
+        _, shown = step(query(length), states(length), cache)
+        write_into_returned(view, shown, cache.layers[0].keys, refusable)
+        del shown
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recent_tokens", [0, 2])
+@pytest.mark.filterwarnings("ignore::icw_compile.UnquantizedCacheWarning")
+def test_two_views_of_what_grows_without_the_whole(recent_tokens: int) -> None:
+    """As in a sliding window, whose cache holds the last rows of what the layer gives to attention."""
+    torch._dynamo.reset()
+
+    def function(q: Tensor, k: Tensor, previous: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys = torch.cat([previous, k], dim=-2)
+        return sdpa(q, keys, keys), keys[:, :, 1:], keys[:, :, :5]
+
+    step = torch.compile(function, backend="icw_int8kv", options={**EAGER, "icw.recent_tokens": recent_tokens})
+    _, last, first = step(query(), states(5), states(5, seed=1))
+    try:
+        first.zero_()
+    except NotImplementedError:
+        assert recent_tokens
+    else:
+        assert last.dequantize()[:, :, :4].count_nonzero() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["channels", "heads merged", "row", "heads behind tokens"])
+@pytest.mark.filterwarnings("ignore::icw_compile.UnquantizedCacheWarning")
+def test_view_of_a_cache_across_a_graph_break(name: str) -> None:
+    view, refusable = RETURNED[name]
+
+    def written(q: Tensor, keys: Tensor) -> Tensor:
+        shown = view(keys)
+        output = sdpa(q, keys, keys)
+        torch._dynamo.graph_break()
+        shown.mul_(0.0)
+        return output
+
+    def read(q: Tensor, keys: Tensor) -> Tensor:
+        shown = view(keys)
+        output = sdpa(q, keys, keys)
+        torch._dynamo.graph_break()
+        return output.sum() + shown.transpose(0, 1) * 2
+
+    torch._dynamo.reset()
+    keys = QuantizedKV.quantize(states(6), recent_tokens=2)
+    expected = read(query(), keys.dequantize())
+    assert relative_distance(torch.compile(read, backend="icw_int8kv", options=EAGER)(query(), keys), expected) < CLOSE
+    try:
+        torch.compile(written, backend="icw_int8kv", options=EAGER)(query(), keys)
+    except NotImplementedError:
+        assert refusable
+    else:
+        assert view(keys.dequantize()).count_nonzero() == 0

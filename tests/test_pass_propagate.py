@@ -162,6 +162,46 @@ def test_returned_storage_is_returned_as_parts() -> None:
     assert "dequantize_per_head" not in counts(graph)
 
 
+def test_returned_view_that_is_decoded_is_made_anew() -> None:
+    """Of the input, with what the graph computes of it; what is a copy anyway is an ordinary output."""
+
+    def function(keys: Tensor, new: Tensor) -> tuple[Tensor, ...]:
+        keys[:, :, :1] = new
+        shown = keys[:, :, 1:]
+        return shown[..., :4], shown.flatten(0, 1), keys[..., :4] * 1, keys.transpose(2, 3).contiguous(), new
+
+    graph = trace(function, kv(), kv(1), quantized=[0])
+    run_passes(graph, PROPAGATE)
+    assert [output.of for output in graph.outputs] == ["keys_1", "keys_1", None, None, None]
+    assert [output.again is not None for output in graph.outputs] == [True, True, False, False, False]
+    values, new = kv(), kv(1)
+    expected = function(values, new)
+    for output, view in zip(graph.outputs[:2], expected, strict=False):
+        assert output.again is not None
+        made = output.again(())(values)
+        assert torch.equal(made, view) and made.data_ptr() == view.data_ptr()
+
+
+def test_returned_view_of_what_is_not_returned() -> None:
+    """It is as good as a copy, unless something else that is returned shows the same."""
+
+    def alone(keys: Tensor) -> Tensor:
+        return keys.clone()[..., :4]
+
+    def beside_another(keys: Tensor) -> tuple[Tensor, Tensor]:
+        copied = keys.clone()
+        return copied[..., :4], copied[:, :, 2:]
+
+    def beside_the_whole(keys: Tensor) -> tuple[Tensor, Tensor]:
+        copied = keys.clone()
+        return copied[:, :, 2:][..., :4], copied
+
+    for function, of, again in [(alone, None, False), (beside_another, None, True), (beside_the_whole, 1, True)]:
+        graph = trace(function, kv(), quantized=[0])
+        run_passes(graph, PROPAGATE)
+        assert (graph.outputs[0].of, graph.outputs[0].again is not None) == (of, again)
+
+
 def test_second_run_matches_nothing() -> None:
     graph = trace(step, kv(), kv(1), POSITION, quantized=[0])
     run_passes(graph, PROPAGATE)

@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from icw_compile.cache.adopt import adopt, find_held_elsewhere
+from icw_compile.cache.decoded import DecodedView
 from icw_compile.cache.tensor import QuantizedKV
 from icw_compile.cache.turned import turn, turns_of
 from icw_compile.compat.dynamo import let_vary
@@ -31,10 +33,12 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
     adopted = [(position, each) for position, each, _ in inputs if each.adopted is not None]
     shown = [(position, at[each.shows[0]], each.shows[1]) for position, each, _ in inputs if each.shows is not None]
     outputs = [(each, at.get(each.grown.input, -1) if each.grown is not None else -1) for each in graph.outputs]
-    plain_outputs = all(output.position >= 0 for output in graph.outputs)
+    plain_outputs = all(output.position >= 0 and output.again is None for output in graph.outputs)
     stored = [output.stored for output in graph.outputs]
     windows = [position for position, each, _ in inputs if each.turned]
-    views = [i for i, value in enumerate(stored) if value is not None and value.is_view and value.kept]
+    anew = [(i, each, at.get(str(each.of))) for i, each in enumerate(graph.outputs) if each.again is not None]
+    kept = [i for i, value in enumerate(stored) if value is not None and value.is_view and value.kept]
+    views = [i for i in kept if graph.outputs[i].again is None]
 
     def call(*args: Any) -> list[Any]:
         passed = list(args)
@@ -45,6 +49,7 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
             for position, each in adopted:
                 assert each.adopted is not None
                 passed[position] = adopt(args[position], each.owner, each.adopted, held)
+        viewed = [None if source is None else passed[source] for _, _, source in anew]
         reserved: dict[int, Any] = {}
         for position, each, rows_at in inputs:
             _unwrap(passed, args, position, each, rows_at, reserved)
@@ -57,14 +62,19 @@ def bind(graph: KVGraph, compiled: Callable[..., Sequence[Any]]) -> Callable[...
             turn(turning, turns)
         if plain_outputs:
             return list(returned)
-        results = [
+        results: list[Any] = [
             returned[each.position]
             if each.position >= 0
             else _grown(each, reserved[source], returned)
             if each.grown is not None
             else _wrap(each, returned, args)
+            if each.again is None
+            else None  # below, when all others are there
             for each, source in outputs
         ]
+        for (position, output, _), given in zip(anew, viewed, strict=True):
+            whole_of = results[output.of] if isinstance(output.of, int) else given
+            results[position] = _view(output, results[position], whole_of, returned)
         for position in views:
             _note_view(results[position], results)
         return results
@@ -135,6 +145,35 @@ def _wrap(output: Output, returned: Sequence[Any], args: Sequence[Any]) -> Quant
     made = QuantizedKV.growing(value).with_spare()
     let_vary(made, 2)
     return made
+
+
+def _view(output: Output, value: Tensor | None, whole: QuantizedKV | None, returned: Sequence[Any]) -> Any:
+    """A view of ``whole``, as uncompiled code gives it; ``value`` is what it shows, where that is not stored."""
+    assert output.again is not None
+    view_of = output.again(returned)
+    if value is not None:
+        return _decoded(value, whole, view_of)
+    made = view_of(whole)
+    if isinstance(made, QuantizedKV) and made is not whole:  # without the view that autograd sees, as a slice is
+        root = made._root
+        made = QuantizedKV._make(made.buffers, made._layout, made.shape, made.stride(), made._claim)
+        if root is not None:
+            root.note_view(made)
+        if made.grows:
+            let_vary(made, 2)
+    return made
+
+
+def _decoded(value: Tensor, whole: QuantizedKV | None, view_of: Callable[[Any], Any]) -> DecodedView:
+    """``value``, of which nothing is lost that is written: it reaches ``whole``, or is refused if there is none."""
+    if whole is None:
+        return DecodedView(value, lambda: value, lambda: None)
+
+    def stored() -> Any:
+        view = view_of(whole)
+        return view._stored() if isinstance(view, DecodedView) else view
+
+    return DecodedView(value, lambda: view_of(whole.dequantize()), stored)
 
 
 def _note_view(view: QuantizedKV, results: Sequence[Any]) -> None:
