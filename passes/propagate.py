@@ -270,7 +270,8 @@ def _return_parts(graph: KVGraph, node: Node, values: dict[Node, Storage]) -> No
             stored = storage.stored.of_parts([place(part) for part in storage.stored.parts])
             output = Output(stored=stored, grows=storage.grows)
             outputs.append(_made_anew(graph, output, i, results, values, place) if storage.grows else output)
-    node.args = (tuple(returned),)
+    if returned != list(graph.output_nodes):
+        node.args = (tuple(returned),)
     graph.outputs = outputs
 
 
