@@ -154,11 +154,8 @@ def _view(output: Output, value: Tensor | None, whole: QuantizedKV | None, retur
     if value is not None:
         return _decoded(value, whole, view_of)
     made = view_of(whole)
-    if isinstance(made, QuantizedKV) and made is not whole:  # without the view that autograd sees, as a slice is
-        root = made._root
-        made = QuantizedKV._make(made.buffers, made._layout, made.shape, made.stride(), made._claim)
-        if root is not None:
-            root.note_view(made)
+    if isinstance(made, QuantizedKV) and made is not whole:
+        made = made.without_base()
         if made.grows:
             let_vary(made, 2)
     return made

@@ -179,13 +179,19 @@ class QuantizedKV(TensorOfParts):
     def __getitem__(self, index: Any) -> Any:
         part = super().__getitem__(index)
         if isinstance(part, QuantizedKV) and part._is_view() and all(type(each) is Tensor for each in part.buffers):
-            # A cropped cache: autograd would keep the longer one alive, and Dynamo would guard on its shape.
-            with torch.inference_mode(part.is_inference()):
-                made = QuantizedKV._make(part.buffers, part._layout, part.shape, part.stride(), part._claim)
-            if part._root is not None:
-                self.note_view(made)
-            return made
+            return part.without_base()
         return part
+
+    def without_base(self) -> "QuantizedKV":
+        """The same view, which autograd does not know for one.
+
+        It would keep what a cropped cache is a view of alive, and Dynamo would guard on the shape of that.
+        """
+        with torch.inference_mode(self.is_inference()):
+            made = QuantizedKV._make(self.buffers, self._layout, self.shape, self.stride(), self._claim)
+        if self._root is not None:
+            self._root.note_view(made)
+        return made
 
     def repeat_interleave(  # type: ignore[override]
         self, repeats: Any, dim: int | None = None, *, output_size: int | None = None
